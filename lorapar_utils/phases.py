@@ -1,0 +1,336 @@
+"""The pipeline: votes -> scores -> partition -> experiments, each phase made once and kept.
+
+A phase's folder under `runs/<profile>/` holds what it made and a `manifest.json` of what it was made from
+(settings, upstream fingerprints, code). Asked again, a phase whose manifest still matches is read back; otherwise
+it says what changed and is made again. Folders are completed under a temporary name and then renamed.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import diskcache
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from lorapar_utils import data, evaluation, models, statistics, training, voting
+from lorapar_utils.encoding import encode_examples
+from lorapar_utils.errors import InputError
+from lorapar_utils.importance import score_importance
+from lorapar_utils.partition import Partition, build_partition, full_partition, random_partition
+from lorapar_utils.records import Record, fingerprint, new_record, read_record, write_atomically, write_record
+from lorapar_utils.settings import Settings
+
+Scores = dict[str, torch.Tensor]
+STAGE_NAMES = {"sft": "stage1", "sft_all": "stage1", "grpo": "stage2"}
+
+
+def votes(settings: Settings) -> datasets.Dataset:
+    """The training split with every teacher's vote, its majority and agreement (see `voting.vote`)."""
+    folder = settings.runs / "votes"
+    if not _is_current(folder, _voting_inputs(settings)):
+        model, tokenizer = models.load_base(settings)
+        teachers = [voting.local_teacher(t, model, tokenizer, settings) for t in settings.voting.teachers]
+        with diskcache.Cache(settings.runs / "vote_cache", disk=diskcache.JSONDisk) as cache:
+            voted = voting.vote(
+                data.load_pool(settings).filter(lambda row: row["split"] == "train"),
+                teachers,
+                cache,
+                calibration=settings.voting.calibration,
+                quorum=settings.voting.quorum,
+                batch_size=settings.voting.batch_size,
+            )
+        with _completed(folder, _voting_inputs(settings)) as scratch:
+            voted.to_parquet(scratch / "votes.parquet")
+    return datasets.Dataset.from_parquet(str(folder / "votes.parquet"))
+
+
+def system_examples(settings: Settings, system: int) -> list[dict]:
+    """D1 or D2: the training examples that `voting.split_by` puts into `system`.
+
+    Raises
+    ------
+    InputError
+        The system is empty.
+    """
+    rows = votes(settings)
+    by_votes = settings.voting.split_by == "votes"
+    chosen = [
+        row for row in rows if (row["system"] if by_votes else data.construction_system(row["steps"])) == system
+    ]
+    if not chosen:
+        raise InputError(
+            f"voting: no training example belongs to System {system} by {settings.voting.split_by}; "
+            "change voting.calibration, voting.teachers or voting.split_by"
+        )
+    return chosen
+
+
+def scores(settings: Settings) -> tuple[Scores, Scores]:
+    """Importance of every LoRA element to System 1 and to System 2, on `importance.examples` of each."""
+    folder = settings.runs / f"scores-{settings.adapter.init}-{settings.adapter.modules}-seed{settings.seed}"
+    inputs = _scores_inputs(settings)
+    if not _is_current(folder, inputs):
+        model, tokenizer = models.load_base(settings)
+        model = models.attach_adapter(model, settings)
+        found = []
+        for system in (1, 2):
+            examples = _sample(system_examples(settings, system), settings.importance.examples, settings.seed)
+            encoded = encode_examples(examples, tokenizer, settings)
+            found.append(score_importance(model, encoded, batch_size=settings.importance.batch_size))
+        with _completed(folder, inputs) as scratch:
+            for system, values in enumerate(found, start=1):
+                save_file(values, scratch / f"system{system}.safetensors")
+    order = None
+    loaded = []
+    for system in (1, 2):
+        values = load_file(folder / f"system{system}.safetensors")
+        order = order or _model_order(values)
+        loaded.append({name: values[name] for name in order})
+    return loaded[0], loaded[1]
+
+
+def partition(settings: Settings, selection: str = "importance") -> Partition:
+    """The profile's partition, its random control of equal size, or all elements (plain LoRA)."""
+    system1, system2 = scores(settings)
+    if selection == "all":
+        return full_partition({name: tuple(values.shape) for name, values in system1.items()})
+    values = settings.partition
+    built = build_partition(system1, system2, theta=values.theta, alpha=values.alpha, beta=values.beta)
+    return random_partition(built, settings.seed) if selection == "random" else built
+
+
+def experiment(settings: Settings, name: str, seed: int) -> Record:
+    """Train and score one configuration of `experiments`; read it back if nothing it rests on changed.
+
+    A stage that was finished before an interruption is not trained again.
+
+    Returns
+    -------
+    Record
+        Metrics `STAGE/system1`, `STAGE/system2`, `STAGE/accuracy`, … for STAGE in `base` (no training), `stage1`,
+        `stage2`; `active/stage1`, …; tables `history_STAGE` and `samples`; items with test outcomes.
+    """
+    spec = settings.experiments.get(name)
+    settings = settings.for_experiment(name, seed)
+    folder = settings.runs / "experiments" / f"{name}-seed{seed}"
+    path = settings.runs / "records" / f"{name}-seed{seed}.json"
+    inputs = _experiment_inputs(settings, spec)
+    if path.is_file() and _is_current(folder, inputs):
+        return read_record(path)
+    started = time.time()
+    stages = _Stages(settings, spec, folder, inputs)
+    outcomes = {stage: stages.run(stage) for stage in (spec.stages or ("base",))}
+    record = _experiment_record(settings, spec, f"{name}-seed{seed}", outcomes, stages.active_metrics(), started)
+    write_record(record, path)
+    write_atomically(folder / "manifest.json", json.dumps(inputs, indent=1))
+    return record
+
+
+class _Stages:
+    """The stages of one experiment over one model, loaded only when a stage really has to run."""
+
+    def __init__(self, settings: Settings, spec, folder: Path, inputs: dict):
+        self.settings, self.spec, self.folder, self.inputs = settings, spec, folder, inputs
+        self._model = self._tokenizer = None
+        self._previous: Path | None = None
+        self.partition = None
+        if spec.stages:
+            self.partition = partition(settings, "all" if spec.method == "lora" else spec.selection)
+
+    def run(self, stage: str) -> dict:
+        """Train `stage` from the one before and score it, or read back what was finished."""
+        name = STAGE_NAMES.get(stage, "base")
+        home = self.folder / name
+        wanted = {**self.inputs, "stage": stage}
+        if not _is_current(home, wanted):
+            model, tokenizer = self._loaded()
+            began = time.time()
+            history = [] if stage == "base" else self._train(stage, model, tokenizer)
+            trained = time.time() - began
+            outcome = {"history": history, "train_seconds": round(trained, 1), **self._score(model, tokenizer, name)}
+            with _completed(home, wanted) as scratch:
+                if stage != "base":
+                    model.save_pretrained(scratch / "adapter")
+                write_atomically(scratch / "outcome.json", json.dumps(outcome))
+        self._previous = home / "adapter"
+        return json.loads((home / "outcome.json").read_text())
+
+    def active_metrics(self) -> dict[str, dict]:
+        if self.partition is None:
+            return {}
+        total = self.partition.active1.numel()
+        shares = {f"active/{key}": {"value": v, "n": total} for key, v in self.partition.active_share.items()}
+        return shares | {"jaccard": {"value": self.partition.jaccard, "n": total}}
+
+    def _loaded(self):
+        if self._model is None:
+            base, self._tokenizer = models.load_base(self.settings)
+            if not self.spec.stages:
+                self._model = base
+            elif self._previous is not None:
+                self._model = PeftModel.from_pretrained(base, self._previous, is_trainable=True)
+            else:
+                self._model = models.attach_adapter(base, self.settings)
+        return self._model, self._tokenizer
+
+    def _train(self, stage: str, model: PeftModel, tokenizer) -> list[dict]:
+        masks = self.partition.stage_mask(2 if stage == "grpo" else 1)
+        if stage == "grpo":
+            return training.run_grpo(model, tokenizer, system_examples(self.settings, 2), masks, self.settings)
+        examples = system_examples(self.settings, 1)
+        if stage == "sft_all":
+            examples = examples + system_examples(self.settings, 2)
+        return training.run_sft(model, tokenizer, examples, masks, self.settings)
+
+    def _score(self, model, tokenizer, name: str) -> dict:
+        rows = list(data.load_pool(self.settings))
+        test = [row for row in rows if row["split"] == "test"]
+        validation = [row for row in rows if row["split"] == "validation" and data.construction_system(row["steps"]) == 2]
+        outcome = {"items": evaluation.score_greedy(model, tokenizer, test, self.settings), "pass": {}}
+        if "grpo" in self.spec.stages and validation:
+            chosen = validation[: self.settings.evaluation.pass_k_prompts]
+            outcome["pass"] = evaluation.pass_at(model, tokenizer, chosen, self.settings)
+        return outcome
+
+
+def _experiment_record(settings, spec, name: str, outcomes: dict, active: dict, started: float) -> Record:
+    metrics, tables, items = dict(active), {}, []
+    for stage, outcome in outcomes.items():
+        label = STAGE_NAMES.get(stage, "base")
+        metrics |= {f"{label}/{key}": value for key, value in evaluation.accuracy_metrics(outcome["items"]).items()}
+        metrics |= {f"{label}/{key}": value for key, value in outcome["pass"].items()}
+        metrics[f"{label}/train_seconds"] = {"value": outcome["train_seconds"], "n": 1}
+        tables[f"history_{label}"] = outcome["history"]
+        items += [{"stage": label, **item} for item in outcome["items"]]
+    if {"sft", "grpo"} <= set(outcomes):
+        for system in (1, 2):
+            before, after = (
+                [item["correct"] for item in outcomes[stage]["items"] if item["system"] == system]
+                for stage in ("sft", "grpo")
+            )
+            metrics[f"gain/system{system}"] = statistics.paired_difference(before, after)
+    return new_record(
+        name,
+        settings,
+        metrics=metrics,
+        tables=tables,
+        items=items,
+        parameters={**spec.model_dump(), **settings.partition.model_dump(), "modules": settings.adapter.modules},
+        started=started,
+        hashes=_hashes(settings),
+    )
+
+
+# --- manifests ---------------------------------------------------------------------------------------------
+
+
+def _voting_inputs(settings: Settings) -> dict:
+    chosen = settings.voting.model_dump(exclude={"split_by", "batch_size"})
+    return _inputs(settings, ("data", "voting", "models"), pool=settings.pool.model_dump(), voting=chosen)
+
+
+def _scores_inputs(settings: Settings) -> dict:
+    return _inputs(
+        settings,
+        ("importance", "encoding", "models"),
+        votes=fingerprint(_voting_inputs(settings)),
+        split_by=settings.voting.split_by,
+        adapter=settings.adapter.model_dump(),
+        examples=settings.importance.examples,
+        max_length=settings.sft.max_length,
+        seed=settings.seed,
+    )
+
+
+def _experiment_inputs(settings: Settings, spec) -> dict:
+    used = {"sft": settings.sft, "grpo": settings.grpo, "evaluation": settings.evaluation}
+    if "grpo" not in spec.stages:
+        del used["grpo"]
+    return _inputs(
+        settings,
+        ("training", "answer_head", "optim", "partition", "rewards", "encoding", "evaluation", "models"),
+        scores=fingerprint(_scores_inputs(settings)),
+        experiment=spec.model_dump(exclude={"title", "seeds", "sweep"}),
+        partition=settings.partition.model_dump(),
+        **{key: section.model_dump() for key, section in used.items()},
+    )
+
+
+def _inputs(settings: Settings, modules: tuple[str, ...], **more) -> dict:
+    code = {module: _code_hash(module) for module in modules}
+    return json.loads(json.dumps({"model": settings.model.model_dump(), "code": code, **more}, default=str))
+
+
+def _code_hash(module: str) -> str:
+    """Of the syntax tree: comments and layout may change without making anything again."""
+    source = (Path(__file__).parent / f"{module}.py").read_text()
+    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:16]
+
+
+def _is_current(folder: Path, inputs: dict) -> bool:
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return False
+    try:
+        before = json.loads(manifest.read_text())
+    except json.JSONDecodeError:
+        before = {}
+    changed = [key for key in sorted({*before, *inputs}) if before.get(key) != inputs.get(key)]
+    if changed:
+        print(f"{_shown(folder)}: made again, because {', '.join(changed)} changed")
+    return not changed
+
+
+@contextmanager
+def _completed(folder: Path, inputs: dict) -> Iterator[Path]:
+    """A scratch folder that becomes `folder`, manifest included, when the block ends well."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"runs: {folder.parent} cannot be written ({error}); free space or change its rights") from None
+    try:
+        yield scratch
+        write_atomically(scratch / "manifest.json", json.dumps(inputs, indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        scratch.rename(folder)
+        print(f"wrote {_shown(folder)}")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _shown(path: Path) -> str:
+    return os.path.relpath(path)
+
+
+def _hashes(settings: Settings) -> dict[str, str]:
+    return {
+        "model": fingerprint(settings.model.model_dump()),
+        "data": fingerprint([row for row in data.load_pool(settings)]),
+    }
+
+
+def _sample(rows: list[dict], count: int, seed: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator)[:count].tolist()
+    return [rows[i] for i in order]
+
+
+def _model_order(values: Scores) -> list[str]:
+    """Layer by layer, A before B: safetensors keeps names, not order, and ties are broken by order."""
+
+    def key(name: str):
+        return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+    return sorted(values, key=key)

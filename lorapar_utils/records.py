@@ -1,0 +1,165 @@
+"""Result records: every number and figure of the book comes from one of these JSON files.
+
+Three blocks: `run` (what was asked), `result` (what came out), `environment` (on what). A metric is
+`{"value", "n", "low", "high"}` with a 95 % interval; what was not measured is absent, never a stand-in value.
+Per-item outcomes lie beside the record in `NAME.items.jsonl`.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lorapar_utils.errors import InputError
+from lorapar_utils.settings import Settings, project_root
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "reasoning-gym", "numpy", "pandas")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One result with its provenance; see the module docstring for the blocks."""
+
+    run: dict
+    result: dict
+    environment: dict
+    items: list[dict] = field(default_factory=list, compare=False)
+
+    @property
+    def name(self) -> str:
+        return self.run["name"]
+
+    def metric(self, key: str) -> dict:
+        """The metric `key`, or an InputError that lists those there are."""
+        metrics = self.result["metrics"]
+        if key not in metrics:
+            raise InputError(f"record {self.name}: no metric {key!r}; it has {', '.join(metrics)}")
+        return metrics[key]
+
+
+def new_record(
+    name: str,
+    settings: Settings,
+    *,
+    metrics: dict[str, dict],
+    tables: dict[str, list[dict]] | None = None,
+    items: Iterable[dict] = (),
+    parameters: dict | None = None,
+    started: float | None = None,
+    hashes: dict[str, str] | None = None,
+) -> Record:
+    """Assemble a record of what just ran under `settings`.
+
+    Parameters
+    ----------
+    metrics
+        Name -> `{"value", "n", "low", "high"}`, see `statistics`; figures without sampling error leave out
+        the interval.
+    tables
+        Name -> rows, for figures and tables.
+    started
+        `time.time()` at the start; gives `run.seconds`.
+    hashes
+        What was read, e.g. {"model": …, "data": …}.
+    """
+    git = _git_state()
+    return Record(
+        run={
+            "name": name,
+            "profile": settings.profile,
+            "publishable": settings.publishable,
+            "parameters": parameters or {},
+            "seed": settings.seed,
+            "command": " ".join(sys.argv[:1] and [Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - started, 1) if started else None,
+            **git,
+            "error": None,
+        },
+        result={"metrics": metrics, "tables": tables or {}},
+        environment={
+            "python": platform.python_version(),
+            "packages": {p: importlib.metadata.version(p) for p in PACKAGES},
+            "hardware": _hardware(settings),
+            "hashes": {"scorer": _scorer_hash(), **(hashes or {})},
+        },
+        items=list(items),
+    )
+
+
+def write_record(record: Record, path: Path) -> Path:
+    """Write `record` (and its items beside it) so that a reader never sees half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if record.items:
+        write_atomically(_items_path(path), "".join(json.dumps(item) + "\n" for item in record.items))
+    content = {key: value for key, value in asdict(record).items() if key != "items"}
+    write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def read_record(path: Path) -> Record:
+    """One record with its items."""
+    try:
+        content = json.loads(path.read_text())
+        record = Record(**content)
+    except FileNotFoundError:
+        raise InputError(f"record {path}: not there; run the notebook that makes it") from None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise InputError(f"record {path}: not a record ({error}); delete it and run its notebook again") from None
+    items = _items_path(path)
+    lines = items.read_text().splitlines() if items.is_file() else []
+    return replace(record, items=[json.loads(line) for line in lines])
+
+
+def read_records(folder: Path) -> dict[str, Record]:
+    """Every record of a folder by its name, in name order; missing ones stay missing."""
+    return {record.name: record for record in map(read_record, sorted(folder.glob("*.json")))}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write to a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def fingerprint(content: object) -> str:
+    """A short hash of anything JSON can hold: equal content, equal fingerprint."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _items_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.items.jsonl")
+
+
+def _git_state() -> dict:
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=project_root(), capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+
+
+def _hardware(settings: Settings) -> dict:
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        cpu = models[0] if models else cpu
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": settings.threads, "gpu": gpu}
+
+
+def _scorer_hash() -> str:
+    return hashlib.sha256((Path(__file__).parent / "rewards.py").read_bytes()).hexdigest()[:16]

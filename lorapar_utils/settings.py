@@ -1,0 +1,296 @@
+"""Profiles: one YAML file a scale, laid over `profiles/defaults.yaml` and validated by pydantic."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lorapar_utils.errors import InputError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Theta = Annotated[float, Field(gt=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0.0)]
+
+MODULES = {
+    "QKV": ("q_proj", "k_proj", "v_proj"),
+    "GUD": ("gate_proj", "up_proj", "down_proj"),
+    "QKVGUD": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
+}
+
+# What a notebook parameter or keyword changes: the paper's symbols have one short name each.
+SHORT_NAMES = {
+    "theta": ("partition", "theta"),
+    "alpha": ("partition", "alpha"),
+    "beta": ("partition", "beta"),
+    "modules": ("adapter", "modules"),
+    "init": ("adapter", "init"),
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    source: str = Field(description="'packaged', a local folder, or a hub id")
+    gguf_file: str | None
+    revision: str | None
+    target_name: str
+    system_prompt: str
+    dtype: Literal["auto", "float32", "bfloat16"]
+
+
+class SplitSizes(Section):
+    train: Positive
+    validation: Positive
+    test: Positive
+
+
+class PoolSection(Section):
+    source: Literal["builtin", "gsm8k", "dolly-15k", "open-platypus", "codealpaca-20k"]
+    path: str | None
+    seed: int
+    system1: SplitSizes
+    system2: SplitSizes
+
+
+class TeacherSection(Section):
+    name: str
+    kind: Literal["local"]
+    persona: str
+    question: str
+    labels: tuple[str, str]
+    role_play: bool
+
+
+class VotingSection(Section):
+    teachers: tuple[TeacherSection, ...]
+    calibration: Literal["pool", "content-free", "none"]
+    quorum: Positive
+    batch_size: Positive
+    split_by: Literal["votes", "construction"]
+
+    @model_validator(mode="after")
+    def _quorum_can_be_reached(self):
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"teacher names must differ, got {names}")
+        if not 2 * self.quorum > len(names):
+            raise ValueError(
+                f"quorum = {self.quorum} of {len(names)} teachers lets both systems win; "
+                f"use at least {len(names) // 2 + 1}"
+            )
+        if self.quorum > len(names):
+            raise ValueError(f"quorum = {self.quorum} exceeds the {len(names)} teachers")
+        return self
+
+
+class AdapterSection(Section):
+    init: Literal["normal", "lora", "gaussian", "olora", "pissa"]
+    r: Positive
+    lora_alpha: Positive
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    modules: Literal["QKV", "GUD", "QKVGUD"]
+
+
+class ImportanceSection(Section):
+    examples: Positive
+    batch_size: Positive
+
+
+class PartitionSection(Section):
+    theta: Theta
+    alpha: Share
+    beta: Share
+
+
+class SftSection(Section):
+    epochs: Rate
+    learning_rate: Rate
+    batch_size: Positive
+    accumulation: Positive
+    max_length: Positive
+    warmup_ratio: Share
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    max_grad_norm: Rate
+    gradient_checkpointing: bool
+
+
+class GrpoSection(Section):
+    steps: Positive
+    learning_rate: Rate
+    prompts_per_step: Positive
+    completions: Annotated[int, Field(ge=2)]
+    micro_batch: Positive
+    max_completion_length: Positive
+    temperature: Rate
+    warmup_ratio: Share
+    weight_decay: Annotated[float, Field(ge=0.0)]
+    max_grad_norm: Rate
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+    scale_rewards: Literal["group", "batch", "none"]
+    mask_truncated_completions: bool
+    gradient_checkpointing: bool
+
+    @model_validator(mode="after")
+    def _batches_divide(self):
+        total = self.prompts_per_step * self.completions
+        if total % self.micro_batch:
+            raise ValueError(
+                f"micro_batch = {self.micro_batch} does not divide prompts_per_step x completions = {total}"
+            )
+        return self
+
+
+class EvaluationSection(Section):
+    batch_size: Positive
+    max_new_tokens: Positive
+    pass_k: Positive
+    pass_k_prompts: Positive
+
+
+class ExperimentSection(Section):
+    """One training configuration; `None` takes the profile's own value."""
+
+    sweep: Literal["theta", "two_stage", "baseline"]
+    method: Literal["lorapar", "lora"]
+    stages: tuple[Literal["sft", "sft_all", "grpo"], ...]
+    selection: Literal["importance", "random"] = "importance"
+    theta: Theta | None = None
+    alpha: Share | None = None
+    beta: Share | None = None
+    seeds: tuple[int, ...] | None = None
+    title: str
+
+
+class Settings(Section):
+    profile: str
+    publishable: bool
+    seed: int
+    seeds: tuple[int, ...]
+    threads: Positive
+    model: ModelSection
+    pool: PoolSection
+    voting: VotingSection
+    adapter: AdapterSection
+    importance: ImportanceSection
+    partition: PartitionSection
+    sft: SftSection
+    grpo: GrpoSection
+    evaluation: EvaluationSection
+    experiments: dict[str, ExperimentSection]
+
+    @property
+    def runs(self) -> Path:
+        """Where everything that this profile makes is written."""
+        return project_root() / "runs" / self.profile
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        return MODULES[self.adapter.modules]
+
+    def experiment_runs(self) -> list[tuple[str, int]]:
+        """Every (experiment name, seed) of this profile, in order."""
+        return [(name, seed) for name, spec in self.experiments.items() for seed in spec.seeds or self.seeds]
+
+    def for_experiment(self, name: str, seed: int) -> "Settings":
+        """The settings under which one experiment runs: its theta, alpha, beta and seed filled in."""
+        if name not in self.experiments:
+            raise InputError(
+                f"experiment: {name!r} is not in profile {self.profile!r}; it has {', '.join(self.experiments)}"
+            )
+        spec = self.experiments[name]
+        chosen = {key: value for key in SHORT_NAMES if (value := getattr(spec, key, None)) is not None}
+        return self.changed(seed=seed, **chosen)
+
+    def changed(self, **overrides: Any) -> "Settings":
+        """A validated copy with `overrides` (see `load_profile`) in place."""
+        return _validate(_merge(self.model_dump(), _expand(overrides)), where=f"profile {self.profile}")
+
+
+def project_root() -> Path:
+    """The folder that holds `profiles/defaults.yaml`: the working directory's, or else the package's."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (Path.cwd(), *Path.cwd().parents, package):
+        if (folder / "profiles" / "defaults.yaml").is_file():
+            return folder
+    raise InputError(f"no profiles/defaults.yaml above {Path.cwd()} or {package}: run from a clone of the project")
+
+
+def load_profile(name_or_path: str | os.PathLike = "cpu", **overrides: Any) -> Settings:
+    """Read a profile over the defaults and validate it.
+
+    Parameters
+    ----------
+    name_or_path
+        `smoke`, `cpu`, … (a file of `profiles/`), or the path of a YAML file.
+    **overrides
+        Values on top: a setting (`seed=1`), a short name (`theta`, `alpha`, `beta`, `modules`, `init`), or a
+        whole section as a dict (`sft={"epochs": 1}`). `None` keeps the profile's value.
+
+    Raises
+    ------
+    InputError
+        An unknown profile, key or value; the message names file, key and what is allowed.
+    """
+    folder = project_root() / "profiles"
+    path = Path(name_or_path) if str(name_or_path).endswith((".yaml", ".yml")) else folder / f"{name_or_path}.yaml"
+    if not path.is_file() or path.name == "defaults.yaml":
+        known = sorted(p.stem for p in folder.glob("*.yaml") if p.stem != "defaults")
+        raise InputError(f"profile: no {str(name_or_path)!r}; choose one of {', '.join(known)} or give a YAML file")
+    layers = _merge(_read_yaml(folder / "defaults.yaml"), _read_yaml(path))
+    layers["profile"] = path.stem
+    return _validate(_merge(layers, _expand(overrides)), where=str(path))
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected 'key: value' lines, found {type(content).__name__}")
+    return content
+
+
+def _merge(base: dict, over: dict) -> dict:
+    """Sections merge key by key; lists, scalars and the experiments table are replaced whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        whole = key == "experiments" or not isinstance(value, dict) or not isinstance(base.get(key), dict)
+        merged[key] = value if whole else _merge(base[key], value)
+    return merged
+
+
+def _expand(overrides: dict) -> dict:
+    nested: dict = {}
+    for key, value in overrides.items():
+        if value is None:
+            continue
+        section, leaf = SHORT_NAMES.get(key, (None, key))
+        nested = _merge(nested, {section: {leaf: value}} if section else {leaf: value})
+    return nested
+
+
+def _validate(content: dict, where: str) -> Settings:
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(item, where) for item in error.errors())) from None
+
+
+def _explain(item: dict, where: str) -> str:
+    key = ".".join(str(part) for part in item["loc"]) or "profile"
+    if item["type"] == "extra_forbidden":
+        section: Any = Settings
+        for part in item["loc"][:-1]:
+            annotation = getattr(section, "model_fields", {}).get(part)
+            section = getattr(annotation, "annotation", None)
+        allowed = ", ".join(getattr(section, "model_fields", {})) or "see profiles/defaults.yaml"
+        return f"{where}: {key} is not a setting; allowed here: {allowed}"
+    if item["type"] == "missing":
+        return f"{where}: {key} is missing; give it a value, as profiles/defaults.yaml does"
+    return f"{where}: {key} = {item['input']!r}: {item['msg']}"

@@ -1,0 +1,58 @@
+"""Intervals and paired comparisons: no score without n, no difference without its uncertainty."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import bootstrap
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+from lorapar_utils.errors import InputError
+
+
+def proportion(outcomes: Sequence[bool | int]) -> dict:
+    """The share of True among `outcomes`, with n and its 95 % Wilson interval."""
+    if not len(outcomes):
+        raise InputError("outcomes: none to take a share of")
+    n, hits = len(outcomes), int(np.sum(np.asarray(outcomes, dtype=bool)))
+    low, high = proportion_confint(hits, n, method="wilson")
+    return {"value": hits / n, "n": n, "low": float(low), "high": float(high)}
+
+
+def mean(values: Sequence[float]) -> dict:
+    """The mean of per-item values, with n and its 95 % bootstrap interval (percentile, fixed seed)."""
+    values = np.asarray(values, dtype=float)
+    if not values.size:
+        raise InputError("values: none to average")
+    low, high = _interval(values)
+    return {"value": float(values.mean()), "n": int(values.size), "low": low, "high": high}
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict:
+    """Mean of `second - first` over the same items: n, 95 % bootstrap interval, McNemar's exact p.
+
+    `first` and `second` hold 0/1 outcomes of the same items in the same order.
+    """
+    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if a.shape != b.shape or not a.size:
+        raise InputError(f"outcomes: {a.size} and {b.size} items cannot be paired; score both on the same items")
+    table = [[int(np.sum((a == x) & (b == y))) for y in (1, 0)] for x in (1, 0)]
+    low, high = _interval(b - a)
+    p_value = float(mcnemar(table, exact=True).pvalue)
+    return {"value": float((b - a).mean()), "n": int(a.size), "low": low, "high": high, "p_value": p_value}
+
+
+def pass_at_k(successes: int, samples: int, k: int) -> float:
+    """The unbiased estimate of pass@k from `successes` among `samples` (Chen et al., 2021)."""
+    if not 0 < k <= samples:
+        raise InputError(f"k = {k}: must lie in 1..{samples}, the number of samples")
+    if samples - successes < k:
+        return 1.0
+    return float(1.0 - np.prod(1.0 - k / np.arange(samples - successes + 1, samples + 1)))
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    found = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
+    return float(found.low), float(found.high)

@@ -1,0 +1,247 @@
+"""Stage 1 (SFT) and stage 2 (GRPO) with TRL's trainers and `ActiveAdamW` (paper, section 3.4).
+
+Deviation: everything outside a stage's mask is frozen to the bit (see `optim`), each stage reads its own
+system's examples, and the KL term is off (`beta=0` in TRL's sense; the paper's beta is a partition setting).
+"""
+
+import tempfile
+from collections.abc import Sequence
+
+import datasets
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from lorapar_utils import rewards
+from lorapar_utils.answer_head import drop_trl_head, use_answer_head
+from lorapar_utils.data import chat_messages
+from lorapar_utils.encoding import encode_examples
+from lorapar_utils.errors import InputError
+from lorapar_utils.optim import ActiveAdamW
+from lorapar_utils.settings import Settings
+
+
+def run_sft(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict],
+    masks: dict[str, torch.Tensor],
+    settings: Settings,
+) -> list[dict]:
+    """Stage 1: supervised fine-tuning of the active elements on worked solutions.
+
+    Parameters
+    ----------
+    model
+        Base with its adapter; trained in place.
+    examples
+        Rows of the pool (`prompt`, `solution`, `id`).
+    masks
+        Parameter name -> BoolTensor, True = trained.
+    settings
+        Section `sft`.
+
+    Returns
+    -------
+    list of dict
+        TRL's log, one entry a step: loss, grad_norm, learning_rate, mean_token_accuracy, …
+    """
+    sft = settings.sft
+    encoded = encode_examples(examples, tokenizer, settings)
+    with tempfile.TemporaryDirectory() as scratch:
+        config = SFTConfig(
+            output_dir=scratch,
+            num_train_epochs=sft.epochs,
+            learning_rate=sft.learning_rate,
+            per_device_train_batch_size=sft.batch_size,
+            gradient_accumulation_steps=sft.accumulation,
+            warmup_steps=_warmup(len(encoded), sft.batch_size * sft.accumulation, sft.epochs, sft.warmup_ratio),
+            weight_decay=sft.weight_decay,
+            max_grad_norm=sft.max_grad_norm,
+            activation_checkpointing=sft.gradient_checkpointing,
+            max_length=sft.max_length,
+            packing=False,
+            pad_to_multiple_of=None,
+            loss_type="nll",
+            **_common(settings, model),
+        )
+        optimizer = _optimizer(model, masks, config)
+        trainer = SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=datasets.Dataset.from_list(encoded),
+            processing_class=tokenizer,
+            optimizers=(optimizer, None),
+            callbacks=[_Progress("stage 1, SFT", "loss")],
+        )
+        return _train(trainer, optimizer)
+
+
+def run_grpo(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict],
+    masks: dict[str, torch.Tensor],
+    settings: Settings,
+) -> list[dict]:
+    """Stage 2: GRPO of the active elements, from the model's present weights, on verifiable rewards.
+
+    Parameters
+    ----------
+    examples
+        Rows of the pool (`prompt`, `answer`, `solution`); a row without a usable reference is an error.
+    settings
+        Section `grpo`.
+
+    Returns
+    -------
+    list of dict
+        TRL's log, one entry a step: reward, reward_std, completions/mean_length, entropy,
+        frac_reward_zero_std, …
+    """
+    grpo = settings.grpo
+    rows = [
+        {
+            "prompt": chat_messages(example["prompt"], settings),
+            "answer": example["answer"],
+            "solution": example["solution"],
+        }
+        for example in examples
+    ]
+    if not rows:
+        raise InputError("examples: System 2 is empty, so GRPO has no prompt; lower voting.quorum or add teachers")
+    with tempfile.TemporaryDirectory() as scratch:
+        config = GRPOConfig(
+            output_dir=scratch,
+            max_steps=grpo.steps,
+            learning_rate=grpo.learning_rate,
+            per_device_train_batch_size=grpo.micro_batch,
+            gradient_accumulation_steps=grpo.prompts_per_step * grpo.completions // grpo.micro_batch,
+            num_generations=grpo.completions,
+            num_iterations=1,
+            max_completion_length=grpo.max_completion_length,
+            temperature=grpo.temperature,
+            top_p=1.0,
+            top_k=0,
+            repetition_penalty=1.0,
+            adam_beta1=0.9,
+            adam_beta2=0.99,
+            beta=0.0,
+            epsilon=0.2,
+            loss_type=grpo.loss_type,
+            scale_rewards=grpo.scale_rewards,
+            importance_sampling_level="token",
+            mask_truncated_completions=grpo.mask_truncated_completions,
+            warmup_steps=round(grpo.warmup_ratio * grpo.steps),
+            weight_decay=grpo.weight_decay,
+            max_grad_norm=grpo.max_grad_norm,
+            activation_checkpointing=grpo.gradient_checkpointing,
+            disable_dropout=True,
+            shuffle_dataset=True,
+            remove_unused_columns=False,
+            pad_to_multiple_of=None,
+            use_vllm=False,
+            **_common(settings, model),
+        )
+        optimizer = _optimizer(model, masks, config)
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=[correct, layout, steps],
+            args=config,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+            optimizers=(optimizer, None),
+            callbacks=[_Progress("stage 2, GRPO", "reward")],
+        )
+        return _train(trainer, optimizer)
+
+
+# TRL names each logged reward after its function and calls it with the columns of the batch.
+
+
+def correct(completions, answer, **_):
+    return [rewards.correctness(_text(c), a) for c, a in zip(completions, answer, strict=True)]
+
+
+def layout(completions, **_):
+    return [rewards.layout(_text(c)) for c in completions]
+
+
+def steps(completions, solution, **_):
+    return [rewards.step_share(_text(c), s) for c, s in zip(completions, solution, strict=True)]
+
+
+def _text(completion: list[dict]) -> str:
+    return completion[0]["content"]
+
+
+def _common(settings: Settings, model: PeftModel) -> dict:
+    """What both stages share; bf16 autocast follows the dtype that the base was loaded in."""
+    return dict(
+        lr_scheduler_type="cosine",
+        seed=settings.seed,
+        data_seed=settings.seed,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=next(model.parameters()).dtype == torch.bfloat16,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _optimizer(model: PeftModel, masks: dict[str, torch.Tensor], config: SFTConfig | GRPOConfig) -> ActiveAdamW:
+    """Fresh state for each stage; only parameters named in `masks` are ever trained."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if name in masks]
+    return ActiveAdamW(
+        named,
+        masks,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[dict]:
+    base = trainer.model.get_base_model()
+    if not torch.cuda.is_available():
+        use_answer_head(base, getattr(trainer.args, "temperature", 1.0))
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    try:
+        trainer.train()
+    finally:
+        optimizer.release()
+        drop_trl_head(base)
+    trainer.model.eval()
+    return [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+
+
+def _warmup(examples: int, batch: int, epochs: float, ratio: float) -> int:
+    return round(ratio * epochs * -(-examples // batch))
+
+
+class _Progress(TrainerCallback):
+    """A `tqdm.auto` bar that shows the one figure worth watching."""
+
+    def __init__(self, title: str, figure: str):
+        self.title, self.figure = title, figure
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, desc=self.title)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.figure in (logs or {}):
+            self.bar.set_postfix({self.figure: f"{float(logs[self.figure]):.3f}"})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(1)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
