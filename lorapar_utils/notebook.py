@@ -1,0 +1,68 @@
+"""What every notebook of the book does first."""
+
+import ast
+import sys
+import warnings
+
+from IPython import get_ipython
+
+from lorapar_utils import plots
+from lorapar_utils.errors import InputError
+from lorapar_utils.settings import Settings, load_profile
+
+
+def start(*, profile: str, **parameters) -> Settings:
+    """Check the injected parameters, load the profile with them on top, set the figure style.
+
+    Parameters
+    ----------
+    profile
+        Name or path of the profile.
+    **parameters
+        Every other name of the notebook's parameters cell; `name` and `seed_run` style extras that are no settings
+        stay with the notebook and are not passed here.
+
+    Raises
+    ------
+    InputError
+        Papermill injected a name that the notebook's parameters cell does not assign (papermill only warns).
+    """
+    _reject_unknown_parameters()
+    _quiet()
+    plots.use_style()
+    settings = load_profile(profile, **parameters)
+    print(f"profile {settings.profile}: results under runs/{settings.profile}/")
+    if not settings.publishable:
+        print("This profile is for testing the pipeline: its numbers mean nothing.")
+    return settings
+
+
+def _reject_unknown_parameters() -> None:
+    cells = get_ipython().user_ns.get("In", []) if get_ipython() else []
+    injected = next((cell for cell in cells if cell.lstrip().startswith("# Parameters")), None)
+    if injected is None:
+        return
+    before = cells[: cells.index(injected)]
+    known = set().union(*(_assigned(cell) for cell in before))
+    unknown = sorted(_assigned(injected) - known)
+    if unknown:
+        raise InputError(
+            f"papermill: {', '.join(unknown)} is no parameter of this notebook; it has {', '.join(sorted(known))}"
+        )
+
+
+def _assigned(source: str) -> set[str]:
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return set()
+    targets = [t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def _quiet() -> None:
+    """Silence what a reader cannot act on; everything else still shows."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|trl)")
+    warnings.filterwarnings("ignore", message=".*IProgress not found.*")
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].logging.set_verbosity_error()

@@ -1,0 +1,229 @@
+"""Records in, figures out, in one style: no training, no torch, the same function for book, talk and paper."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from lorapar_utils.errors import InputError
+from lorapar_utils.records import Record, read_records
+
+SYSTEM_COLOURS = {1: "#0072B2", 2: "#D55E00"}
+REGION_COLOURS = {
+    "system1_only": "#0072B2",
+    "system2_only": "#D55E00",
+    "shared": "#009E73",
+    "inactive": "#BBBBBB",
+}
+REGION_LABELS = {
+    "system1_only": "System 1 only",
+    "system2_only": "System 2 only",
+    "shared": "shared",
+    "inactive": "inactive",
+}
+STAGES = {"base": "base model", "stage1": "after stage 1 (SFT)", "stage2": "after stage 2 (GRPO)"}
+
+
+def use_style() -> None:
+    """One look for every figure: colour-blind safe, readable at column width, reproducible SVG."""
+    sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
+    plt.rcParams.update({"figure.dpi": 110, "savefig.bbox": "tight", "svg.hashsalt": "lorapar", "font.size": 11})
+
+
+def votes_by_steps(record: Record) -> Figure:
+    """Share of examples voted into System 2 against the number of reasoning steps they were built with."""
+    rows = pd.DataFrame(record.result["tables"]["by_steps"])
+    figure, axes = plt.subplots(figsize=(6, 3.4))
+    axes.bar(rows["steps"].astype(str), rows["system2_share"], color=SYSTEM_COLOURS[2])
+    for i, row in enumerate(rows.itertuples()):
+        axes.text(i, row.system2_share + 0.02, f"n={row.n}", ha="center", fontsize=9)
+    axes.set(xlabel="reasoning steps of the example", ylabel="share voted System 2", ylim=(0, 1.1))
+    return figure
+
+
+def importance_map(record: Record) -> Figure:
+    """Mean importance by layer and module for System 1, System 2, and their difference."""
+    rows = pd.DataFrame(record.result["tables"]["map"])
+    grid = rows.groupby(["layer", "module"], sort=False)[["system1", "system2"]].mean().reset_index()
+    order = list(dict.fromkeys(rows["module"]))
+    figure, panels = plt.subplots(1, 3, figsize=(10, 6), sharey=True)
+    maps = {f"System {s}": grid.pivot(index="layer", columns="module", values=f"system{s}")[order] for s in (1, 2)}
+    top = max(float(values.to_numpy().max()) for values in maps.values())
+    for axes, (title, values) in zip(panels, maps.items(), strict=False):
+        sns.heatmap(values, ax=axes, cmap="viridis", vmin=0, vmax=top, cbar_kws={"label": "importance / mean"})
+        axes.set(title=title, xlabel="")
+    gap = maps["System 2"] - maps["System 1"]
+    limit = max(float(gap.abs().to_numpy().max()), 1e-9)
+    sns.heatmap(gap, ax=panels[2], cmap="PuOr", vmin=-limit, vmax=limit, cbar_kws={"label": "difference"})
+    panels[2].set(title="System 2 - System 1", xlabel="")
+    for axes in panels:
+        axes.set_xticks([i + 0.5 for i in range(len(order))], [m.removesuffix("_proj") for m in order], rotation=60)
+    for axes in panels[1:]:
+        axes.set_ylabel("")
+    figure.tight_layout()
+    return figure
+
+
+def importance_scatter(record: Record) -> Figure:
+    """Each point a LoRA element: System 1 against System 2 importance, coloured by region (the paper's figure)."""
+    rows = pd.DataFrame(record.result["tables"]["scatter"])
+    rows = rows[(rows["system1"] > 0) & (rows["system2"] > 0)]
+    figure, axes = plt.subplots(figsize=(6, 5))
+    for region, label in REGION_LABELS.items():
+        share = record.metric(f"region/{region}")["value"]
+        points = rows[rows["region"] == region]
+        axes.scatter(
+            points["system1"], points["system2"], s=8, alpha=0.6, color=REGION_COLOURS[region], label=f"{label} ({share:.1%})"
+        )
+    title = f"Jaccard {record.metric('jaccard')['value']:.2f}, by chance {record.metric('jaccard_chance')['value']:.2f}"
+    axes.set(xscale="log", yscale="log", xlabel="System 1 importance", ylabel="System 2 importance", title=title)
+    axes.legend(loc="lower right", fontsize=9, markerscale=2)
+    return figure
+
+
+def concentration(record: Record) -> Figure:
+    """How much of the total importance the most important elements hold."""
+    rows = pd.DataFrame(record.result["tables"]["concentration"])
+    figure, axes = plt.subplots(figsize=(6, 3.6))
+    for system, points in rows.groupby("system"):
+        axes.plot(
+            points["elements"], points["importance"], marker="o", color=SYSTEM_COLOURS[system], label=f"System {system}"
+        )
+    axes.set(xlabel="share of LoRA elements, most important first", ylabel="share of importance", ylim=(0, 1.03))
+    axes.legend()
+    return figure
+
+
+def theta_curve(records: list[Record]) -> Figure:
+    """Stage 1 test accuracy against the share of active elements, importance against random selection."""
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    styles = {"importance": ("o", SYSTEM_COLOURS[1]), "random": ("s", SYSTEM_COLOURS[2]), "all": ("D", "#555555")}
+    seen = set()
+    for record in records:
+        metrics, parameters = record.result["metrics"], record.run["parameters"]
+        if "stage1/accuracy" not in metrics:
+            continue
+        kind = "all" if parameters["method"] == "lora" else parameters["selection"]
+        marker, colour = styles[kind]
+        x, y = metrics["active/stage1"]["value"], metrics["stage1/accuracy"]
+        axes.errorbar(
+            x,
+            y["value"],
+            yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]],
+            marker=marker,
+            color=colour,
+            capsize=3,
+            label=None if kind in seen else {"all": "all elements (plain LoRA)"}.get(kind, f"{kind} selection"),
+        )
+        seen.add(kind)
+    axes.set(xlabel="share of elements active in stage 1", ylabel="test accuracy", ylim=(0, 1), xlim=(0, 1.05))
+    axes.legend(fontsize=9)
+    return figure
+
+
+def learning_curves(record: Record) -> Figure:
+    """Stage 1 loss, then stage 2 reward, completion length and groups without advantage, step by step."""
+    tables = record.result["tables"]
+    panels = [("history_stage1", "loss", "SFT loss"), ("history_stage2", "reward", "GRPO reward")]
+    panels += [
+        ("history_stage2", "completions/mean_length", "completion length (tokens)"),
+        ("history_stage2", "frac_reward_zero_std", "groups without advantage"),
+    ]
+    figure, grid = plt.subplots(1, len(panels), figsize=(12, 3))
+    for axes, (table, key, title) in zip(grid, panels, strict=True):
+        points = [(row["step"], float(row[key])) for row in tables.get(table, []) if key in row]
+        axes.plot(*zip(*points, strict=True), color=SYSTEM_COLOURS[1 if "stage1" in table else 2]) if points else None
+        axes.set(title=title, xlabel="step")
+    figure.tight_layout()
+    return figure
+
+
+def stage_accuracy(records: list[Record]) -> Figure:
+    """Test accuracy of each system before training, after stage 1 and after stage 2, with 95 % intervals."""
+    rows = []
+    for record in records:
+        for key, metric in record.result["metrics"].items():
+            stage, _, field = key.partition("/")
+            if stage in STAGES and field in ("system1", "system2"):
+                rows.append({"title": record.run["parameters"]["title"], "stage": stage, "system": int(field[-1]), **metric})
+    if not rows:
+        raise InputError("records: none has accuracies by stage; run the experiments first")
+    frame = pd.DataFrame(rows)
+    titles = list(dict.fromkeys(frame["title"] + "\n" + frame["stage"].map(STAGES)))
+    figure, axes = plt.subplots(figsize=(8, 0.55 * len(titles) + 1.4))
+    for system, offset in ((1, -0.14), (2, 0.14)):
+        part = frame[frame["system"] == system]
+        y = [titles.index(label) + offset for label in part["title"] + "\n" + part["stage"].map(STAGES)]
+        errors = [part["value"] - part["low"], part["high"] - part["value"]]
+        axes.errorbar(part["value"], y, xerr=errors, fmt="o", capsize=3, color=SYSTEM_COLOURS[system], label=f"System {system}")
+    axes.set_yticks(range(len(titles)), titles, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="test accuracy (95 % interval)", xlim=(-0.02, 1.02))
+    axes.legend(loc="best")
+    return figure
+
+
+def two_stage_records(records: dict[str, Record]) -> list[Record]:
+    """Experiments that were trained or scored, the base model first."""
+    found = [r for r in records.values() if "stages" in r.run["parameters"]]
+    return sorted(found, key=lambda r: (len(r.run["parameters"]["stages"]), r.name))
+
+
+def stage1_records(records: dict[str, Record]) -> list[Record]:
+    """Every experiment whose first stage is SFT on System 1 examples."""
+    return [r for r in two_stage_records(records) if r.run["parameters"]["stages"][:1] == ["sft"]]
+
+
+# What `make figures` and the book draw: figure name -> (what it needs, how to draw it).
+FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
+    "votes_by_steps": lambda records: votes_by_steps(records["voting"]),
+    "importance_map": lambda records: importance_map(records["importance"]),
+    "importance_scatter": lambda records: importance_scatter(records["importance"]),
+    "concentration": lambda records: concentration(records["importance"]),
+    "theta_curve": lambda records: theta_curve(stage1_records(records)),
+    "learning_curves": lambda records: learning_curves(records["lorapar-seed0"]),
+    "stage_accuracy": lambda records: stage_accuracy(two_stage_records(records)),
+}
+
+
+def save_all(records: dict[str, Record], folder: Path) -> list[Path]:
+    """Draw every figure whose records are there, as SVG, PDF and PNG; the same records give the same bytes."""
+    use_style()
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, draw in FIGURES.items():
+        try:
+            figure = draw(records)
+        except KeyError as missing:
+            print(f"{name}: skipped, there is no record {missing}")
+            continue
+        for suffix, metadata in (("svg", {"Date": None}), ("pdf", {"CreationDate": None}), ("png", {})):
+            temporary = folder / f".{name}.{suffix}"
+            figure.savefig(temporary, format=suffix, metadata=metadata)
+            written.append(temporary.replace(folder / f"{name}.{suffix}"))
+        plt.close(figure)
+    return written
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m lorapar_utils.plots results/cpu figures`: regenerate every figure from records."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("records", type=Path)
+    parser.add_argument("figures", type=Path)
+    chosen = parser.parse_args(arguments)
+    records = read_records(chosen.records)
+    if not records:
+        print(f"{chosen.records}: no records; run `make book` and `make publish` first", file=sys.stderr)
+        return 2
+    for path in save_all(records, chosen.figures):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Records in, tables out: ours beside the paper's, each with n and interval. No training, no torch."""
+
+from collections.abc import Iterable
+
+import pandas as pd
+import yaml
+
+from lorapar_utils.records import Record
+from lorapar_utils.settings import project_root
+
+
+def paper(table: str) -> dict | list:
+    """One table of the paper, as `book/paper_tables.yaml` holds it (accuracies in percent)."""
+    return yaml.safe_load((project_root() / "book" / "paper_tables.yaml").read_text())[table]
+
+
+def percent(metric: dict | None) -> str:
+    """`23.1 % [17.0, 30.2], n = 150`; what is missing reads "not measured"."""
+    if metric is None:
+        return "not measured"
+    text = f"{100 * metric['value']:.1f} %"
+    if "low" in metric:
+        text += f" [{100 * metric['low']:.1f}, {100 * metric['high']:.1f}]"
+    return f"{text}, n = {metric['n']:,}"
+
+
+def stage_table(records: Iterable[Record]) -> pd.DataFrame:
+    """One row an experiment: System 1 and System 2 test accuracy after each stage, and the active share."""
+    rows = []
+    for record in records:
+        metrics = record.result["metrics"]
+        for stage in ("base", "stage1", "stage2"):
+            if f"{stage}/accuracy" in metrics:
+                rows.append(
+                    {
+                        "experiment": record.run["parameters"]["title"],
+                        "seed": record.run["seed"],
+                        "stage": stage,
+                        "System 1": percent(metrics.get(f"{stage}/system1")),
+                        "System 2": percent(metrics.get(f"{stage}/system2")),
+                        "active": _share(metrics.get(f"active/{stage}")),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def theta_table(records: Iterable[Record]) -> pd.DataFrame:
+    """Table 3 at our scale: stage 1 accuracy by theta and selection, the paper's QKVGUD column beside it."""
+    published = {row[0]: row for row in paper("table3_theta")["QKVGUD"]}
+    full = paper("table3_theta")["full_lora_accuracy"]["QKVGUD"]
+    rows = []
+    for record in sorted(records, key=_by_theta):
+        metrics, parameters = record.result["metrics"], record.run["parameters"]
+        every = parameters["method"] == "lora"
+        theta = 1.0 if every else parameters["theta"]
+        row = published.get(theta)
+        column = 3 if parameters["selection"] == "random" else 2
+        rows.append(
+            {
+                "theta": theta,
+                "selection": "all elements" if every else parameters["selection"],
+                "active (stage 1)": _share(metrics.get("active/stage1")),
+                "ours, accuracy": percent(metrics.get("stage1/accuracy")),
+                "paper, active %": 100.0 if every else (row[1] if row else None),
+                "paper, accuracy %": full if every else (row[column] if row else None),
+                "seed": record.run["seed"],
+            }
+        )
+    return pd.DataFrame(rows).astype({"paper, active %": "object", "paper, accuracy %": "object"}).fillna("–")
+
+
+def benchmark_table(records: Iterable[Record]) -> pd.DataFrame:
+    """Table 4's question at our scale: each method after its first and its second stage, beside the paper's GSM8K."""
+    published = {row[0]: row for row in paper("table4_benchmarks")["rows"]}
+    names = {"base": "LLaMA-2-7B", "lora": "LoRA", "lorapar": "LoRA-PAR, LoRA, theta=0.9"}
+    rows = []
+    for record in records:
+        metrics, parameters = record.result["metrics"], record.run["parameters"]
+        match = names.get(parameters["method"] if parameters["stages"] else "base")
+        if parameters["method"] == "lora" and "grpo" in parameters["stages"]:
+            match = None
+        row = published.get(match, [None] * 3)
+        first = metrics.get("stage1/accuracy") or metrics.get("base/accuracy")
+        rows.append(
+            {
+                "method": parameters["title"],
+                "ours, first stage": percent(first),
+                "ours, second stage": percent(metrics.get("stage2/accuracy")),
+                "paper, GSM8K e1 %": "–" if row[1] is None else row[1],
+                "paper, GSM8K e2 %": "–" if row[2] is None else row[2],
+                "seed": record.run["seed"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _share(metric: dict | None) -> str:
+    return "–" if metric is None else f"{100 * metric['value']:.1f} %"
+
+
+def _by_theta(record: Record) -> tuple:
+    parameters = record.run["parameters"]
+    theta = 1.0 if parameters["method"] == "lora" else parameters["theta"]
+    return theta, parameters["selection"], record.run["seed"]

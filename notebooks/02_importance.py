@@ -1,0 +1,89 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 2. Importance: where do fast and slow thinking sit?
+#
+# **Question.** Which LoRA elements matter to System 1, to System 2, to both, to neither?
+# **Paper.** Sections 3.2 and 3.3, the importance figure.
+# **Inputs.** Votes. **Outputs.** `runs/<profile>/scores-*/`, `runs/<profile>/partitions/`, record `importance`.
+# **Cost.** About one training pass over the scored examples.
+
+# %% tags=["parameters"]
+profile = "cpu"  # a file of profiles/, or a path
+seed = None  # None: the profile's
+theta = None
+alpha = None
+beta = None
+modules = None  # QKV, GUD or QKVGUD
+
+# %%
+import time
+
+from lorapar_utils import notebook, plots, summaries
+from lorapar_utils.records import write_record
+
+settings = notebook.start(profile=profile, seed=seed, theta=theta, alpha=alpha, beta=beta, modules=modules)
+from lorapar_utils import phases
+
+# %% [markdown]
+# ## Score
+#
+# With $g_j$ the mean and $F_{jj}$ the mean square of the per-example gradients of element $\phi_j$:
+#
+# $$I(\phi_j) = \left| g_j \phi_j - \tfrac{1}{2} F_{jj} \phi_j^2 \right|$$
+#
+# Squares of *per-example* gradients: the square of a batch's gradient is a different number.
+
+# %%
+started = time.time()
+scores = phases.scores(settings)
+partition = phases.partition(settings)
+values = settings.partition
+partition.save(settings.runs / "partitions" / f"theta{values.theta}-alpha{values.alpha}-beta{values.beta}-seed{settings.seed}")
+record = summaries.importance_record(scores, partition, settings, started)
+custom = any(v is not None for v in (seed, theta, alpha, beta, modules))
+target = settings.runs / ("explored" if custom else "records") / "importance.json"
+write_record(record, target)
+
+# %%
+partition.summary().groupby(["module", "matrix"])[["system1_only", "system2_only", "shared", "inactive", "stage1", "stage2"]].mean().round(3)
+
+# %% [markdown]
+# ## Layer by layer
+#
+# Scores are divided by their mean over all elements, so a value of one is average.
+
+# %% mystnb={"image": {"alt": "Three heat maps of layer against module: System 1 importance, System 2 importance, and their difference."}, "figure": {"caption": "Where importance concentrates; the third panel shows where the systems part.", "name": "fig-importance-map"}}
+plots.importance_map(record);
+
+# %% [markdown]
+# ## Two systems, four regions
+
+# %% mystnb={"image": {"alt": "Scatter of System 1 against System 2 importance of LoRA elements, coloured by region."}, "figure": {"caption": "Elements near the diagonal serve both systems. Compare the Jaccard index with what chance gives.", "name": "fig-importance-scatter"}}
+plots.importance_scatter(record);
+
+# %% mystnb={"image": {"alt": "Curves of the share of importance held by the most important share of elements, one for each system."}, "figure": {"caption": "The steeper the curve, the fewer elements a given theta needs.", "name": "fig-concentration"}}
+plots.concentration(record);
+
+# %% [markdown]
+# ## What would change our mind
+#
+# If the Jaccard index equalled its chance value, the two systems would choose independently; if it were one, there would be no two
+# systems to tell apart.
+#
+# **Try it yourself**
+#
+# ```bash
+# papermill notebooks/02_importance.ipynb out.ipynb -p profile smoke -p theta 0.8
+# ```

@@ -1,0 +1,53 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 3. Theta: how few elements are enough?
+#
+# **Question.** How does accuracy depend on theta, and does importance choose better than chance?
+# **Paper.** Table 3.
+# **Inputs.** Experiments that start with SFT on System 1. **Outputs.** The table and figure below.
+# **Cost.** None if the experiments are there; else one SFT run for each.
+
+# %% tags=["parameters"]
+profile = "cpu"  # a file of profiles/, or a path
+
+# %%
+from lorapar_utils import notebook, plots, tables
+
+settings = notebook.start(profile=profile)
+from lorapar_utils import phases
+
+# %%
+chosen = [(name, seed) for name, seed in settings.experiment_runs() if settings.experiments[name].stages[:1] == ("sft",)]
+records = [phases.experiment(settings, name, seed) for name, seed in chosen]
+tables.theta_table(records)
+
+# %% mystnb={"image": {"alt": "Test accuracy with error bars against the share of active elements for importance, random and full selection."}, "figure": {"caption": "At equal size, does importance (circles) beat random selection (squares)?", "name": "fig-theta"}}
+plots.theta_curve(records);
+
+# %% [markdown]
+# ## How to read it
+#
+# Compare rows of equal size only. An interval that covers another row's value leaves the two unranked; `06_claims` compares them
+# item by item, which is sharper.
+#
+# ## What would change our mind
+#
+# Random selection of equal size doing as well over several seeds: then importance buys nothing at this scale.
+#
+# **Try it yourself**
+#
+# ```bash
+# papermill notebooks/experiment.ipynb out.ipynb -p profile smoke -p name random_0.9
+# ```

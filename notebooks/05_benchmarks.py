@@ -1,0 +1,49 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 5. Benchmarks: LoRA-PAR beside its baselines
+#
+# **Question.** Does LoRA-PAR match or beat full LoRA?
+# **Paper.** Table 4. Our pool is not GSM8K and our model is not a 7B model: columns stand side by side, they are not the same measurement.
+# **Inputs.** All experiments. **Outputs.** The table and figure below.
+# **Cost.** None if the experiments are there.
+
+# %% tags=["parameters"]
+profile = "cpu"  # a file of profiles/, or a path
+
+# %%
+from lorapar_utils import notebook, plots, tables
+
+settings = notebook.start(profile=profile)
+from lorapar_utils import phases
+
+# %%
+wanted = [(name, seed) for name, seed in settings.experiment_runs() if settings.experiments[name].sweep != "theta"]
+records = [phases.experiment(settings, name, seed) for name, seed in wanted]
+tables.benchmark_table(records)
+
+# %% mystnb={"image": {"alt": "Dot plot with error bars of System 1 and System 2 accuracy for every method and stage."}, "figure": {"caption": "Overlapping intervals are not a ranking.", "name": "fig-stage-accuracy"}}
+plots.stage_accuracy(records);
+
+# %% [markdown]
+# ## Not run
+#
+# GSM8K, MMLU and HumanEval need a GPU profile and their data; PiSSA, OLoRA and the other methods of the paper's Tables 4 and 6 are not
+# run at this scale. Their cells read "not measured" rather than a guess.
+#
+# **Try it yourself**
+#
+# ```bash
+# papermill notebooks/05_benchmarks.ipynb out.ipynb -p profile smoke
+# ```

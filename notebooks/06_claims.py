@@ -1,0 +1,48 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 6. Claims: what replicates, what does not
+#
+# **Question.** Which of the paper's claims hold at this scale?
+# **Paper.** All tables.
+# **Inputs.** Every record, and `book/claims.yaml`: claims, comparisons and margins, written down before the run.
+# **Outputs.** The scoreboard. **Cost.** Seconds.
+
+# %% tags=["parameters"]
+profile = "cpu"  # a file of profiles/, or a path
+
+# %%
+from lorapar_utils import claims, notebook
+from lorapar_utils.records import read_records
+
+settings = notebook.start(profile=profile)
+
+# %%
+import pandas as pd
+
+pd.set_option("display.max_colwidth", None)
+claims.scoreboard(read_records(settings.runs / "records"))
+
+# %% [markdown]
+# ## How a verdict comes about
+#
+# *Reproduced*: the interval of the paired difference lies beyond the declared margin, or the figure inside the declared range.
+# *Not reproduced*: it lies on the other side. *Inconclusive*: the interval covers the margin, or there are too few items.
+# *Not run*: this profile has no such experiment.
+#
+# **Try it yourself**
+#
+# ```bash
+# papermill notebooks/06_claims.ipynb out.ipynb -p profile smoke
+# ```

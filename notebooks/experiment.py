@@ -1,0 +1,68 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Experiment: one training configuration
+#
+# **Question.** What does one configuration learn? Sweeps fan out over this notebook.
+# **Paper.** Section 3.4.
+# **Inputs.** Votes and importance scores. **Outputs.** `runs/<profile>/experiments/<name>-seed<k>/` (adapters), record `<name>-seed<k>`.
+# **Cost.** Minutes on two cores for SFT; GRPO takes most of it.
+
+# %% tags=["parameters"]
+profile = "cpu"  # a file of profiles/, or a path
+name = "lorapar"  # one of the experiments of the profile
+seed = 0
+
+# %%
+import pandas as pd
+
+from lorapar_utils import notebook, plots, tables
+
+settings = notebook.start(profile=profile)
+from lorapar_utils import phases
+
+# %%
+settings.for_experiment(name, seed).partition, settings.experiments[name]
+
+# %% [markdown]
+# ## Train and score
+#
+# Stages that an earlier, interrupted run finished are read back.
+
+# %%
+record = phases.experiment(settings, name, seed)
+
+# %%
+tables.stage_table([record])
+
+# %% [markdown]
+# ## Learning curves
+
+# %% mystnb={"image": {"alt": "Four panels: SFT loss, GRPO reward, completion length, share of groups without advantage, by step."}, "figure": {"caption": "Panels of a stage that this experiment does not have stay empty.", "name": "fig-experiment-curves"}}
+plots.learning_curves(record);
+
+# %% [markdown]
+# ## The same prompts after each stage
+
+# %%
+items = pd.DataFrame(record.items)
+few = items.drop_duplicates(["system", "task", "stage"]).head(10)
+few[["stage", "system", "task", "completion", "correct"]]
+
+# %% [markdown]
+# **Try it yourself**
+#
+# ```bash
+# papermill notebooks/experiment.ipynb out.ipynb -p profile smoke -p name random_0.9 -p seed 1
+# ```
