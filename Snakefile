@@ -1,0 +1,123 @@
+# The book's DAG: which notebook makes what, from what. `make book` runs it; `snakemake -n` shows the plan.
+# Every torch job claims `threads` cores and torch uses just those, so jobs never fight over the same core.
+# A phase keeps its artefacts under runs/<profile>/ with a manifest of what they were made from; a stamp here is a
+# copy of that manifest, so a notebook that only redraws a figure leaves its stamp, and all that follows, unchanged.
+import sys
+
+from lorapar_utils.settings import load_profile
+
+SETTINGS = load_profile(config.get("profile", "cpu"))
+PROFILE = SETTINGS.profile
+RUNS = f"runs/{PROFILE}"
+PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar -k python3"
+EXPERIMENTS = [f"{name}-seed{seed}" for name, seed in SETTINGS.experiment_runs()]
+PHASES = ["01_voting", "02_importance", "03_theta_ablation", "04_two_stage", "05_benchmarks", "06_claims"]
+PROFILE_FILES = ["profiles/defaults.yaml", f"profiles/{PROFILE}.yaml"]
+
+
+def code(*modules):
+    return [f"lorapar_utils/{module}.py" for module in ("settings", "data", "phases", "records", *modules)]
+
+
+SHOW = code("notebook", "plots", "tables", "statistics")
+VOTE = code("models", "voting", "summaries", "notebook", "plots", "tables")
+SCORE = code("models", "encoding", "importance", "partition", "summaries", "notebook", "plots")
+TRAIN = code("models", "encoding", "importance", "partition", "optim", "answer_head", "training", "rewards", "evaluation")
+
+
+wildcard_constraints:
+    run=r"[\w.]+-seed\d+",
+
+
+rule all:
+    input:
+        f"book/_build/{PROFILE}.stamp",
+
+
+rule voting:
+    input:
+        notebook="notebooks/01_voting.ipynb",
+        code=VOTE,
+        profile=PROFILE_FILES,
+    output:
+        notebook=f"{RUNS}/notebooks/01_voting.ipynb",
+        record=f"{RUNS}/records/voting.json",
+        stamp=f"{RUNS}/stamps/votes.json",
+    log:
+        f"{RUNS}/logs/01_voting.log",
+    threads: SETTINGS.threads
+    shell:
+        "OMP_NUM_THREADS={threads} {PAPERMILL} {input.notebook} {output.notebook} -p profile {PROFILE} > {log} 2>&1"
+        " && cp {RUNS}/votes/manifest.json {output.stamp}"
+
+
+rule importance:
+    input:
+        notebook="notebooks/02_importance.ipynb",
+        votes=f"{RUNS}/stamps/votes.json",
+        code=SCORE,
+    output:
+        notebook=f"{RUNS}/notebooks/02_importance.ipynb",
+        record=f"{RUNS}/records/importance.json",
+        stamp=f"{RUNS}/stamps/scores.json",
+    log:
+        f"{RUNS}/logs/02_importance.log",
+    params:
+        scores=f"{RUNS}/scores-{SETTINGS.adapter.init}-{SETTINGS.adapter.modules}-seed{SETTINGS.seed}",
+    threads: SETTINGS.threads
+    shell:
+        "OMP_NUM_THREADS={threads} {PAPERMILL} {input.notebook} {output.notebook} -p profile {PROFILE} > {log} 2>&1"
+        " && cp {params.scores}/manifest.json {output.stamp}"
+
+
+rule experiment:
+    input:
+        notebook="notebooks/experiment.ipynb",
+        scores=f"{RUNS}/stamps/scores.json",
+        code=TRAIN,
+    output:
+        notebook=f"{RUNS}/notebooks/experiments/{{run}}.ipynb",
+        record=f"{RUNS}/records/{{run}}.json",
+    log:
+        f"{RUNS}/logs/{{run}}.log",
+    params:
+        name=lambda wildcards: wildcards.run.rsplit("-seed", 1)[0],
+        seed=lambda wildcards: wildcards.run.rsplit("-seed", 1)[1],
+    threads: SETTINGS.threads
+    shell:
+        "OMP_NUM_THREADS={threads} {PAPERMILL} {input.notebook} {output.notebook}"
+        " -p profile {PROFILE} -p name {params.name} -p seed {params.seed} > {log} 2>&1"
+
+
+rule show:
+    input:
+        notebook="notebooks/{phase}.ipynb",
+        records=expand(f"{RUNS}/records/{{run}}.json", run=EXPERIMENTS),
+        others=[f"{RUNS}/records/voting.json", f"{RUNS}/records/importance.json"],
+        claims=["book/claims.yaml", "lorapar_utils/claims.py", "book/paper_tables.yaml"],
+        code=SHOW,
+    output:
+        notebook=f"{RUNS}/notebooks/{{phase}}.ipynb",
+    log:
+        f"{RUNS}/logs/{{phase}}.log",
+    wildcard_constraints:
+        phase="03_theta_ablation|04_two_stage|05_benchmarks|06_claims",
+    threads: 1
+    shell:
+        "OMP_NUM_THREADS={threads} {PAPERMILL} {input.notebook} {output.notebook} -p profile {PROFILE} > {log} 2>&1"
+
+
+rule book:
+    input:
+        notebooks=expand(f"{RUNS}/notebooks/{{phase}}.ipynb", phase=PHASES),
+        experiment=f"{RUNS}/notebooks/experiments/{EXPERIMENTS[min(1, len(EXPERIMENTS) - 1)]}.ipynb",
+        pages=glob_wildcards("book/{page}.md").page and expand("book/{page}.md", page=glob_wildcards("book/{page,[^/]+}.md").page),
+        setup=["book/_config.yml", "book/_toc.yml", "book/references.bib"],
+        code=code("book", "plots", "tables", "claims"),
+    output:
+        f"book/_build/{PROFILE}.stamp",
+    log:
+        f"{RUNS}/logs/book.log",
+    threads: 1
+    shell:
+        "{sys.executable} -m lorapar_utils.book {PROFILE} --experiment {input.experiment} > {log} 2>&1"

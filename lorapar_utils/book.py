@@ -1,0 +1,150 @@
+"""Stage the executed notebooks and the prose pages, and build the Jupyter Book from them.
+
+Prose takes its numbers from records: `{{ percent("lorapar-seed0", "stage2/system2") }}` in a page of `book/`.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jinja2
+import jupyter_server_mathjax
+import nbformat
+import pandas as pd
+
+from lorapar_utils import claims, plots, tables
+from lorapar_utils.records import Record, read_records
+from lorapar_utils.settings import Settings, load_profile, project_root
+
+EXTRAS = ("_config.yml", "_toc.yml", "references.bib", "claims.yaml")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("profile")
+    parser.add_argument("--experiment", type=Path, required=True, help="the executed experiment notebook to show")
+    chosen = parser.parse_args(arguments)
+    settings = load_profile(chosen.profile)
+    source = stage(settings, chosen.experiment)
+    return build(settings, source)
+
+
+def stage(settings: Settings, experiment: Path) -> Path:
+    """The book's source folder: executed notebooks, rendered pages, figures, scripts; made anew each time."""
+    book = project_root() / "book"
+    source = settings.runs / "book"
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir(parents=True)
+    records = read_records(settings.runs / "records")
+    figures = plots.save_all(records, source / "figures")
+    for path in sorted((settings.runs / "notebooks").glob("*.ipynb")):
+        _stage_notebook(path, source / path.name)
+    _stage_notebook(experiment, source / "experiment.ipynb")
+    for name in EXTRAS:
+        shutil.copy(book / name, source / name)
+    shutil.copytree(book / "_static", source / "_static")
+    # The package's own MathJax: pages work without a network.
+    mathjax = Path(jupyter_server_mathjax.__file__).parent / "static"
+    shutil.copytree(mathjax, source / "_static" / "mathjax", ignore=shutil.ignore_patterns("*.md", "unpacked"))
+    context = page_context(settings, records) | {"figures": {path.stem for path in figures}}
+    for page in sorted(book.glob("*.md")):
+        (source / page.name).write_text(render(page.read_text(), context, page.name))
+    return source
+
+
+def build(settings: Settings, source: Path) -> int:
+    """Run `jupyter-book build -W -n`: any warning fails. Replaces `book/_build/html` only when it succeeds."""
+    out = settings.runs / "book_build"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "jupyter_book.cli.main", "build", "-W", "-n", "--keep-going"]
+    done = subprocess.run([*command, "--path-output", str(out), str(source)])
+    if done.returncode:
+        return done.returncode
+    target = project_root() / "book" / "_build"
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(target / "html", ignore_errors=True)
+    shutil.move(out / "_build" / "html", target / "html")
+    for stamp in target.glob("*.stamp"):
+        stamp.unlink()
+    (target / f"{settings.profile}.stamp").write_text("")
+    return 0
+
+
+def render(text: str, context: dict, name: str) -> str:
+    """Fill the `{{ … }}` of a page; a name that does not exist is an error, a missing record reads so."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.comment_start_string, environment.comment_end_string = "{##", "##}"
+    return environment.from_string(text).render(page=name, **context)
+
+
+def page_context(settings: Settings, records: dict[str, Record]) -> dict:
+    """What pages may use: `percent(record, metric)`, `table(name)`, `status()`, `settings`, `records`."""
+
+    def percent(record: str, metric: str) -> str:
+        found = records[record].result["metrics"].get(metric) if record in records else None
+        return tables.percent(found)
+
+    def number(record: str, metric: str, digits: int = 2) -> str:
+        found = records[record].result["metrics"].get(metric) if record in records else None
+        return "not measured" if found is None else f"{found['value']:.{digits}f}"
+
+    makers = {
+        "claims": lambda: claims.scoreboard(records),
+        "stages": lambda: tables.stage_table(plots.two_stage_records(records)),
+        "status": lambda: status_table(records),
+    }
+    return {
+        "settings": settings,
+        "records": records,
+        "percent": percent,
+        "number": number,
+        "table": lambda name: to_markdown(makers[name]()),
+        "environment": next(iter(records.values())).environment if records else {},
+    }
+
+
+def status_table(records: dict[str, Record]) -> pd.DataFrame:
+    """When each record was made, from which commit, and how long it took."""
+    return pd.DataFrame(
+        [
+            {
+                "record": r.name,
+                "made": r.run["created"],
+                "seconds": r.run["seconds"],
+                "commit": (r.run["commit"] or "no git")[:10] + ("+changes" if r.run["dirty"] else ""),
+            }
+            for r in records.values()
+        ]
+    )
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """A pipe table; `|` inside a cell is escaped."""
+    rows = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def _stage_notebook(path: Path, target: Path) -> None:
+    """Hide the injected cell, drop widget state and progress bars (they need scripts from the network)."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        tags = cell.metadata.setdefault("tags", [])
+        if "injected-parameters" in tags:
+            tags.append("remove-cell")
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if not _is_progress(o)]
+    target.write_text(json.dumps(notebook, indent=1))
+
+
+def _is_progress(output) -> bool:
+    if output.output_type == "stream":
+        return output.name == "stderr"
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

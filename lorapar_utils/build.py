@@ -1,0 +1,83 @@
+"""`python -m lorapar_utils.build PROFILE`: check what can be checked, then let Snakemake run the DAG."""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lorapar_utils.errors import InputError
+from lorapar_utils.settings import load_profile, project_root
+
+FREE_BYTES = 1_000_000_000
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("profile", nargs="?", default="cpu")
+    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--dry-run", action="store_true")
+    chosen = parser.parse_args(arguments)
+    try:
+        return build(chosen.profile, chosen.cores, dry_run=chosen.dry_run)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def build(profile: str, cores: int, *, dry_run: bool = False) -> int:
+    """Run the DAG of `profile`; returns Snakemake's exit code.
+
+    Raises
+    ------
+    InputError
+        An invalid profile, a `runs/` that cannot be written or has no space, or another build under way.
+    """
+    settings = load_profile(profile)
+    root = project_root()
+    runs = root / "runs"
+    _check_writable(runs)
+    command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--config", f"profile={settings.profile}"]
+    # Our own lock is released by the system when a process dies; Snakemake's would outlive a kill -9.
+    command += ["--nolock", "--rerun-incomplete"] + (["--dry-run"] if dry_run else [])
+    try:
+        with FileLock(runs / ".lock", timeout=0):
+            code = subprocess.run(command, cwd=root).returncode
+    except Timeout:
+        raise InputError(f"another build is running in {root}; wait for it, or stop it") from None
+    if code:
+        _explain(settings.runs / "logs")
+    elif not dry_run:
+        print(f"The book: {root / 'book' / '_build' / 'html' / 'index.html'}")
+    return code
+
+
+def _check_writable(runs: Path) -> None:
+    try:
+        runs.mkdir(exist_ok=True)
+        probe = runs / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"runs: {runs} cannot be written ({error}); change its rights or clone elsewhere") from None
+    free = shutil.disk_usage(runs).free
+    if free < FREE_BYTES:
+        raise InputError(f"runs: {free / 1e9:.1f} GB free at {runs}; make room for {FREE_BYTES / 1e9:.0f} GB")
+
+
+def _explain(logs: Path) -> None:
+    """What went wrong, from the newest log: the message if there is one, else where to look."""
+    found = sorted(logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        return
+    text = re.sub(r"\x1b\[[0-9;]*m", "", found[-1].read_text(errors="replace"))
+    message = re.findall(r"InputError: (.+)", text)
+    print(f"\n{message[-1]}" if message else "\nThe build stopped.", f"(full log: {found[-1]})", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
