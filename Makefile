@@ -1,0 +1,39 @@
+# make book | test | lab | figures | bench | publish   (PROFILE=cpu unless given; see profiles/)
+PROFILE ?= cpu
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+CORES ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))" 2>/dev/null || echo 2)
+
+.PHONY: book test lab figures bench publish plan
+
+book: $(VENV)/.installed
+	@$(PY) -m lorapar_utils.build $(PROFILE) --cores $(CORES)
+
+plan: $(VENV)/.installed
+	@$(PY) -m lorapar_utils.build $(PROFILE) --cores $(CORES) --dry-run
+
+test: $(VENV)/.installed
+	$(PY) -m pytest
+
+lab: $(VENV)/.installed
+	$(VENV)/bin/jupyter lab --notebook-dir=.
+
+figures: $(VENV)/.installed
+	@$(PY) -m lorapar_utils.plots results/$(PROFILE) figures
+
+bench: $(VENV)/.installed
+	$(PY) benchmarks/scoring.py
+
+publish: $(VENV)/.installed
+	@$(PY) -m lorapar_utils.publish $(PROFILE)
+
+# Complete or not at all: the mark is written last, and an interrupted install is continued.
+# torch comes first and alone: where a registry offers a CPU build under the same version, it is taken.
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'Python 3.11 or newer is needed; set PYTHON=…')"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@

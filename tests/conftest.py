@@ -1,0 +1,56 @@
+"""A tiny random LLaMA with a LoRA adapter, and a profile over it: real classes, a thousandth of the size."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def tiny_model():
+    """Two layers, fp32, A and B non-zero."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    base = LlamaForCausalLM(config)
+    base.requires_grad_(False)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_examples():
+    """Nine examples of different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    examples = []
+    for i in range(9):
+        ids = torch.randint(3, 64, (5 + i,), generator=generator).tolist()
+        answer = 2 + i % 3
+        examples.append({"input_ids": ids, "labels": [-100] * (len(ids) - answer) + ids[-answer:]})
+    return examples
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A temporary copy of the project's profiles and book, as the working directory."""
+    for name in ("profiles", "book"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_build"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from lorapar_utils.errors import InputError
+from lorapar_utils.optim import ActiveAdamW
+
+OPTIONS = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+
+
+def two_copies():
+    torch.manual_seed(0)
+    start = {"a": torch.randn(6, 5), "b": torch.randn(7), "c": torch.randn(3, 3)}
+    masks = {name: torch.rand(v.shape) < 0.5 for name, v in start.items()}
+    masks["c"] = torch.zeros(3, 3, dtype=torch.bool)
+    copies = [{n: torch.nn.Parameter(v.clone()) for n, v in start.items()} for _ in range(2)]
+    return start, masks, *copies
+
+
+def run(parameters, optimizer, steps, clip=None):
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = sum(((i + 1 + step) * p.sin()).sum() for i, p in enumerate(parameters.values()) if p.requires_grad)
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_([p for p in parameters.values() if p.grad is not None], clip)
+        optimizer.step()
+
+
+def test_active_elements_follow_adamw_and_inactive_ones_keep_every_bit():
+    start, masks, ours, dense = two_copies()
+    run(ours, ActiveAdamW(ours.items(), masks, **OPTIONS), 25)
+    run(dense, torch.optim.AdamW(dense.values(), foreach=False, **OPTIONS), 25)
+    for name, mask in masks.items():
+        assert torch.equal(ours[name][~mask], start[name][~mask])
+        assert torch.equal(ours[name][mask], dense[name][mask])
+    assert not torch.equal(dense["c"], start["c"])
+
+
+def test_clip_norm_counts_active_elements_only():
+    start, masks, ours, _ = two_copies()
+    active = {n: torch.nn.Parameter(start[n][m].clone()) for n, m in masks.items() if m.any()}
+    run(ours, ActiveAdamW(ours.items(), masks, **OPTIONS), 5, clip=0.1)
+    run(active, torch.optim.AdamW(active.values(), foreach=False, **OPTIONS), 5, clip=0.1)
+    for name, values in active.items():
+        torch.testing.assert_close(ours[name][masks[name]], values.data, rtol=1e-6, atol=1e-7)
+
+
+def test_state_is_kept_for_active_elements_only_and_empty_matrices_need_no_gradient():
+    _, masks, ours, _ = two_copies()
+    optimizer = ActiveAdamW(ours.items(), masks, **OPTIONS)
+    run(ours, optimizer, 1)
+    assert optimizer.state_bytes() == 2 * 4 * sum(int(m.sum()) for m in masks.values())
+    assert not ours["c"].requires_grad and ours["c"].grad is None
+
+
+def test_resumes_exactly():
+    _, masks, straight, resumed = two_copies()
+    run(straight, ActiveAdamW(straight.items(), masks, **OPTIONS), 6)
+    first = ActiveAdamW(resumed.items(), masks, **OPTIONS)
+    run(resumed, first, 6)
+    # Six steps twice from the same start agree; a state that round-trips continues alike.
+    saved = first.state_dict()
+    second = ActiveAdamW(resumed.items(), masks, **OPTIONS)
+    first.release()
+    second.load_state_dict(saved)
+    third = ActiveAdamW(straight.items(), masks, **OPTIONS)
+    third.load_state_dict(saved)
+    run(resumed, second, 3)
+    run(straight, third, 3)
+    assert all(torch.equal(straight[n], resumed[n]) for n in straight)
+
+
+def test_missing_misshapen_and_empty_masks_are_errors():
+    _, masks, ours, _ = two_copies()
+    with pytest.raises(InputError, match="no mask for parameter 'a'"):
+        ActiveAdamW(ours.items(), {})
+    with pytest.raises(InputError, match=r"masks\['b'\]: expected bool of shape \(7,\)"):
+        ActiveAdamW(ours.items(), masks | {"b": torch.ones(6, dtype=torch.bool)})
+    with pytest.raises(InputError, match="no element is active"):
+        ActiveAdamW(ours.items(), {n: torch.zeros_like(m) for n, m in masks.items()})
