@@ -75,8 +75,10 @@ def _explain(logs: Path) -> None:
     if not found:
         return
     text = re.sub(r"\x1b\[[0-9;]*m", "", found[-1].read_text(errors="replace"))
-    message = re.findall(r"InputError: (.+)", text)
-    print(f"\n{message[-1]}" if message else "\nThe build stopped.", f"(full log: {found[-1]})", file=sys.stderr)
+    message = re.findall(r"^(?:[\w.]+\.)?InputError: (.+)", text, re.M) or re.findall(
+        r"^[\w.]+(?:Error|Warning): .+", text, re.M
+    )
+    print(f"\n{message[-1] if message else 'The build stopped.'}\n(full log: {found[-1]})", file=sys.stderr)
 
 
 if __name__ == "__main__":

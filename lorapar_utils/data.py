@@ -84,7 +84,13 @@ def _builtin(pool: PoolSection) -> list[dict]:
     rows = []
     for system, sizes in ((1, pool.system1), (2, pool.system2)):
         wanted = sizes.train + sizes.validation + sizes.test
-        tasks = [_capitals(pool.seed), _continents(pool.seed), _symbols(pool.seed), _sums(pool.seed, 2), _sums(pool.seed, 3)]
+        tasks = [
+            _capitals(pool.seed),
+            _continents(pool.seed),
+            _symbols(pool.seed),
+            _sums(pool.seed, 2),
+            _sums(pool.seed, 3),
+        ]
         if system == 2:
             tasks = [_sums(pool.seed, 4), _sums(pool.seed, 5)]
         examples = _take_distinct(_round_robin(tasks), wanted)

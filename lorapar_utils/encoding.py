@@ -36,7 +36,7 @@ def encode_examples(
     encoded = []
     for example in examples:
         prompt_ids = tokenizer(prompt_text(example["prompt"], tokenizer, settings), add_special_tokens=False).input_ids
-        answer_ids = tokenizer(example["solution"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        answer_ids = [*tokenizer(example["solution"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         if len(prompt_ids) >= settings.sft.max_length:
             raise InputError(
                 f"example {example['id']}: its prompt has {len(prompt_ids)} tokens, which leaves no answer token "

@@ -151,9 +151,9 @@ def generate(
     results: list[list[tuple[str, bool]]] = [[] for _ in texts]
     for start in tqdm(range(0, len(order), size), desc="generating", leave=False):
         chosen = order[start : start + size]
-        batch = tokenizer(
-            [texts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False
-        ).to(model.device)
+        batch = tokenizer([texts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False).to(
+            model.device
+        )
         output = model.generate(
             **batch,
             **sampling,

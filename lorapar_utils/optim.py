@@ -120,4 +120,7 @@ def _checked_mask(name: str, parameter: torch.nn.Parameter, masks: dict[str, tor
 
 
 def _zero_inactive_gradients(parameter: torch.nn.Parameter, mask: torch.Tensor):
-    return parameter.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(mask))
+    def zero(p: torch.nn.Parameter) -> None:
+        p.grad.mul_(mask)
+
+    return parameter.register_post_accumulate_grad_hook(zero)

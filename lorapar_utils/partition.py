@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lorapar_utils.errors import InputError
@@ -110,7 +111,7 @@ class Partition:
             total = sum(int(np.prod(shape)) for shape in shapes.values())
             flat = {k: torch.from_numpy(np.unpackbits(v.numpy(), count=total).astype(bool)) for k, v in packed.items()}
             return cls(shapes=shapes, parameters=content["parameters"], **flat)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise InputError(f"partition {folder}: cannot be read ({error}); build it again") from None
 
 

@@ -64,9 +64,7 @@ def system_examples(settings: Settings, system: int) -> list[dict]:
     """
     rows = votes(settings)
     by_votes = settings.voting.split_by == "votes"
-    chosen = [
-        row for row in rows if (row["system"] if by_votes else data.construction_system(row["steps"])) == system
-    ]
+    chosen = [row for row in rows if (row["system"] if by_votes else data.construction_system(row["steps"])) == system]
     if not chosen:
         raise InputError(
             f"voting: no training example belongs to System {system} by {settings.voting.split_by}; "
@@ -195,7 +193,9 @@ class _Stages:
     def _score(self, model, tokenizer, name: str) -> dict:
         rows = list(data.load_pool(self.settings))
         test = [row for row in rows if row["split"] == "test"]
-        validation = [row for row in rows if row["split"] == "validation" and data.construction_system(row["steps"]) == 2]
+        validation = [
+            row for row in rows if row["split"] == "validation" and data.construction_system(row["steps"]) == 2
+        ]
         outcome = {"items": evaluation.score_greedy(model, tokenizer, test, self.settings), "pass": {}}
         if "grpo" in self.spec.stages and validation:
             chosen = validation[: self.settings.evaluation.pass_k_prompts]
@@ -298,7 +298,9 @@ def _completed(folder: Path, inputs: dict) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise InputError(f"runs: {folder.parent} cannot be written ({error}); free space or change its rights") from None
+        raise InputError(
+            f"runs: {folder.parent} cannot be written ({error}); free space or change its rights"
+        ) from None
     try:
         yield scratch
         write_atomically(scratch / "manifest.json", json.dumps(inputs, indent=1))

@@ -78,7 +78,12 @@ def importance_scatter(record: Record) -> Figure:
         share = record.metric(f"region/{region}")["value"]
         points = rows[rows["region"] == region]
         axes.scatter(
-            points["system1"], points["system2"], s=8, alpha=0.6, color=REGION_COLOURS[region], label=f"{label} ({share:.1%})"
+            points["system1"],
+            points["system2"],
+            s=8,
+            alpha=0.6,
+            color=REGION_COLOURS[region],
+            label=f"{label} ({share:.1%})",
         )
     title = f"Jaccard {record.metric('jaccard')['value']:.2f}, by chance {record.metric('jaccard_chance')['value']:.2f}"
     axes.set(xscale="log", yscale="log", xlabel="System 1 importance", ylabel="System 2 importance", title=title)
@@ -150,7 +155,9 @@ def stage_accuracy(records: list[Record]) -> Figure:
         for key, metric in record.result["metrics"].items():
             stage, _, field = key.partition("/")
             if stage in STAGES and field in ("system1", "system2"):
-                rows.append({"title": record.run["parameters"]["title"], "stage": stage, "system": int(field[-1]), **metric})
+                rows.append(
+                    {"title": record.run["parameters"]["title"], "stage": stage, "system": int(field[-1]), **metric}
+                )
     if not rows:
         raise InputError("records: none has accuracies by stage; run the experiments first")
     frame = pd.DataFrame(rows)
@@ -160,7 +167,9 @@ def stage_accuracy(records: list[Record]) -> Figure:
         part = frame[frame["system"] == system]
         y = [titles.index(label) + offset for label in part["title"] + "\n" + part["stage"].map(STAGES)]
         errors = [part["value"] - part["low"], part["high"] - part["value"]]
-        axes.errorbar(part["value"], y, xerr=errors, fmt="o", capsize=3, color=SYSTEM_COLOURS[system], label=f"System {system}")
+        axes.errorbar(
+            part["value"], y, xerr=errors, fmt="o", capsize=3, color=SYSTEM_COLOURS[system], label=f"System {system}"
+        )
     axes.set_yticks(range(len(titles)), titles, fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="test accuracy (95 % interval)", xlim=(-0.02, 1.02))

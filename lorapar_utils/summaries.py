@@ -42,7 +42,10 @@ def voting_record(voted: datasets.Dataset, settings: Settings) -> Record:
     if known.any():
         for i, name in enumerate(names):
             metrics[f"accuracy/{name}"] = statistics.proportion(ballots[known, i] == truth[known])
-            metrics[f"auc/{name}"] = {"value": _auc(frame[f"margin_{name}"][known], truth[known]), "n": int(known.sum())}
+            metrics[f"auc/{name}"] = {
+                "value": _auc(frame[f"margin_{name}"][known], truth[known]),
+                "n": int(known.sum()),
+            }
         decided = known & (frame["system"] > 0)
         if decided.any():
             metrics["accuracy/majority"] = statistics.proportion(frame["system"][decided] == truth[decided])
@@ -51,7 +54,11 @@ def voting_record(voted: datasets.Dataset, settings: Settings) -> Record:
         for steps, rows in frame.groupby("steps")
     ]
     confusion = [
-        {"construction": int(row), "votes": int(column), "examples": int(((truth == row) & (frame["system"] == column)).sum())}
+        {
+            "construction": int(row),
+            "votes": int(column),
+            "examples": int(((truth == row) & (frame["system"] == column)).sum()),
+        }
         for row, column in itertools.product(sorted(truth.unique()), (0, 1, 2))
     ]
     split = frame.sort_values("agreement").head(6)
@@ -77,7 +84,9 @@ def importance_record(
     share1, share2 = (float(mask.double().mean()) for mask in (partition.selected1, partition.selected2))
     expected = share1 * share2 / (share1 + share2 - share1 * share2)
     metrics = {f"active/{key}": {"value": v, "n": total} for key, v in partition.active_share.items()}
-    metrics |= {f"region/{key}": {"value": float(m.double().mean()), "n": total} for key, m in partition.regions().items()}
+    metrics |= {
+        f"region/{key}": {"value": float(m.double().mean()), "n": total} for key, m in partition.regions().items()
+    }
     metrics |= {
         "jaccard": {"value": partition.jaccard, "n": total},
         "jaccard_chance": {"value": expected, "n": total},

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -23,7 +25,6 @@
 profile = "cpu"  # a file of profiles/, or a path
 
 # %%
-from IPython.display import display
 
 from lorapar_utils import notebook, plots, summaries, tables
 from lorapar_utils.records import write_record
@@ -64,8 +65,7 @@ pd.DataFrame(
 ).round(2).fillna("–")
 
 # %% mystnb={"image": {"alt": "Bar chart of the share of examples voted System 2 for each number of reasoning steps."}, "figure": {"caption": "If teachers see the difference, the bars rise with the number of steps.", "name": "fig-votes-by-steps"}}
-plots.votes_by_steps(record);
-
+plots.votes_by_steps(record)
 # %% [markdown]
 # ## Where they differ
 #

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -50,14 +52,18 @@ started = time.time()
 scores = phases.scores(settings)
 partition = phases.partition(settings)
 values = settings.partition
-partition.save(settings.runs / "partitions" / f"theta{values.theta}-alpha{values.alpha}-beta{values.beta}-seed{settings.seed}")
+partition.save(
+    settings.runs / "partitions" / f"theta{values.theta}-alpha{values.alpha}-beta{values.beta}-seed{settings.seed}"
+)
 record = summaries.importance_record(scores, partition, settings, started)
 custom = any(v is not None for v in (seed, theta, alpha, beta, modules))
 target = settings.runs / ("explored" if custom else "records") / "importance.json"
 write_record(record, target)
 
 # %%
-partition.summary().groupby(["module", "matrix"])[["system1_only", "system2_only", "shared", "inactive", "stage1", "stage2"]].mean().round(3)
+partition.summary().groupby(["module", "matrix"])[
+    ["system1_only", "system2_only", "shared", "inactive", "stage1", "stage2"]
+].mean().round(3)
 
 # %% [markdown]
 # ## Layer by layer
@@ -65,16 +71,14 @@ partition.summary().groupby(["module", "matrix"])[["system1_only", "system2_only
 # Scores are divided by their mean over all elements, so a value of one is average.
 
 # %% mystnb={"image": {"alt": "Three heat maps of layer against module: System 1 importance, System 2 importance, and their difference."}, "figure": {"caption": "Where importance concentrates; the third panel shows where the systems part.", "name": "fig-importance-map"}}
-plots.importance_map(record);
-
+plots.importance_map(record)
 # %% [markdown]
 # ## Two systems, four regions
 
 # %% mystnb={"image": {"alt": "Scatter of System 1 against System 2 importance of LoRA elements, coloured by region."}, "figure": {"caption": "Elements near the diagonal serve both systems. Compare the Jaccard index with what chance gives.", "name": "fig-importance-scatter"}}
-plots.importance_scatter(record);
-
+plots.importance_scatter(record)
 # %% mystnb={"image": {"alt": "Curves of the share of importance held by the most important share of elements, one for each system."}, "figure": {"caption": "The steeper the curve, the fewer elements a given theta needs.", "name": "fig-concentration"}}
-plots.concentration(record);
+plots.concentration(record)
 
 # %% [markdown]
 # ## What would change our mind

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -29,12 +31,14 @@ settings = notebook.start(profile=profile)
 from lorapar_utils import phases
 
 # %%
-chosen = [(name, seed) for name, seed in settings.experiment_runs() if settings.experiments[name].stages[:1] == ("sft",)]
+chosen = [
+    (name, seed) for name, seed in settings.experiment_runs() if settings.experiments[name].stages[:1] == ("sft",)
+]
 records = [phases.experiment(settings, name, seed) for name, seed in chosen]
 tables.theta_table(records)
 
 # %% mystnb={"image": {"alt": "Test accuracy with error bars against the share of active elements for importance, random and full selection."}, "figure": {"caption": "At equal size, does importance (circles) beat random selection (squares)?", "name": "fig-theta"}}
-plots.theta_curve(records);
+plots.theta_curve(records)
 
 # %% [markdown]
 # ## How to read it

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -24,7 +26,6 @@ profile = "cpu"  # a file of profiles/, or a path
 
 # %%
 import pandas as pd
-from IPython.display import display
 
 from lorapar_utils import notebook, plots, tables
 
@@ -34,7 +35,11 @@ from lorapar_utils import phases
 # %%
 chosen = [(name, seed) for name, seed in settings.experiment_runs() if settings.experiments[name].sweep == "two_stage"]
 records = [phases.experiment(settings, name, seed) for name, seed in chosen]
-base = [phases.experiment(settings, name, seed) for name, seed in settings.experiment_runs() if not settings.experiments[name].stages]
+base = [
+    phases.experiment(settings, name, seed)
+    for name, seed in settings.experiment_runs()
+    if not settings.experiments[name].stages
+]
 tables.stage_table([*base, *records])
 
 # %% [markdown]
@@ -45,7 +50,12 @@ tables.stage_table([*base, *records])
 # %%
 pd.DataFrame(
     [
-        {"experiment": record.run["parameters"]["title"], "system": system, "gain": tables.percent(gain), "p": round(gain["p_value"], 3)}
+        {
+            "experiment": record.run["parameters"]["title"],
+            "system": system,
+            "gain": tables.percent(gain),
+            "p": round(gain["p_value"], 3),
+        }
         for record in records
         for system in (1, 2)
         if (gain := record.result["metrics"].get(f"gain/system{system}"))
@@ -56,8 +66,7 @@ pd.DataFrame(
 # ## Learning curves
 
 # %% mystnb={"image": {"alt": "Four panels for LoRA-PAR: SFT loss, GRPO reward, completion length, share of groups without advantage."}, "figure": {"caption": "A group whose completions all earn the same reward has no advantage and teaches nothing.", "name": "fig-learning"}}
-plots.learning_curves(records[0]);
-
+plots.learning_curves(records[0])
 # %% [markdown]
 # ## Room to learn
 #
@@ -77,8 +86,14 @@ pd.DataFrame(
 # ## The same prompts, stage by stage
 
 # %%
-items = pd.DataFrame([{**item, "experiment": r.run["parameters"]["title"]} for r in [*base, *records[:1]] for item in r.items])
-shown = items[items["id"].isin(items["id"].drop_duplicates().tolist()[:3] + items[items["system"] == 2]["id"].drop_duplicates().tolist()[:3])]
+items = pd.DataFrame(
+    [{**item, "experiment": r.run["parameters"]["title"]} for r in [*base, *records[:1]] for item in r.items]
+)
+shown = items[
+    items["id"].isin(
+        items["id"].drop_duplicates().tolist()[:3] + items[items["system"] == 2]["id"].drop_duplicates().tolist()[:3]
+    )
+]
 shown.pivot_table(index="id", columns="stage", values="completion", aggfunc="first").fillna("–")
 
 # %% [markdown]

@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -34,7 +36,7 @@ records = [phases.experiment(settings, name, seed) for name, seed in wanted]
 tables.benchmark_table(records)
 
 # %% mystnb={"image": {"alt": "Dot plot with error bars of System 1 and System 2 accuracy for every method and stage."}, "figure": {"caption": "Overlapping intervals are not a ranking.", "name": "fig-stage-accuracy"}}
-plots.stage_accuracy(records);
+plots.stage_accuracy(records)
 
 # %% [markdown]
 # ## Not run

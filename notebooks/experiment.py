@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -50,8 +52,7 @@ tables.stage_table([record])
 # ## Learning curves
 
 # %% mystnb={"image": {"alt": "Four panels: SFT loss, GRPO reward, completion length, share of groups without advantage, by step."}, "figure": {"caption": "Panels of a stage that this experiment does not have stay empty.", "name": "fig-experiment-curves"}}
-plots.learning_curves(record);
-
+plots.learning_curves(record)
 # %% [markdown]
 # ## The same prompts after each stage
 

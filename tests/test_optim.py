@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -59,12 +61,12 @@ def test_resumes_exactly():
     first = ActiveAdamW(resumed.items(), masks, **OPTIONS)
     run(resumed, first, 6)
     # Six steps twice from the same start agree; a state that round-trips continues alike.
-    saved = first.state_dict()
+    saved = copy.deepcopy(first.state_dict())
     second = ActiveAdamW(resumed.items(), masks, **OPTIONS)
     first.release()
     second.load_state_dict(saved)
     third = ActiveAdamW(straight.items(), masks, **OPTIONS)
-    third.load_state_dict(saved)
+    third.load_state_dict(copy.deepcopy(saved))
     run(resumed, second, 3)
     run(straight, third, 3)
     assert all(torch.equal(straight[n], resumed[n]) for n in straight)

@@ -14,7 +14,9 @@ shares = st.floats(0.0, 1.0)
 @st.composite
 def score_pairs(draw):
     first = draw(values)
-    second = draw(st.lists(st.floats(0, 1e3, width=32), min_size=len(first), max_size=len(first)).filter(lambda v: max(v) > 0))
+    second = draw(
+        st.lists(st.floats(0, 1e3, width=32), min_size=len(first), max_size=len(first)).filter(lambda v: max(v) > 0)
+    )
     half = len(first) // 2
     return tuple({"a": torch.tensor(v[:half]), "b": torch.tensor(v[half:])} for v in (first, second))
 
@@ -86,7 +88,10 @@ def test_random_control_has_equal_counts(pair, theta):
 
 
 def test_saves_and_loads(tmp_path):
-    scores = {"layers.0.q_proj.lora_A.default.weight": torch.rand(3, 5), "layers.1.v_proj.lora_B.default.weight": torch.rand(7, 3)}
+    scores = {
+        "layers.0.q_proj.lora_A.default.weight": torch.rand(3, 5),
+        "layers.1.v_proj.lora_B.default.weight": torch.rand(7, 3),
+    }
     built = build_partition(scores, {k: torch.rand_like(v) for k, v in scores.items()}, theta=0.6, alpha=0.5)
     loaded = Partition.load(built.save(tmp_path / "p"))
     for stage in (1, 2):
@@ -117,7 +122,11 @@ def test_values_out_of_range_are_named(change, message):
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [(torch.zeros(4), "every score is 0"), (torch.tensor([1.0, float("nan"), 0, 0]), "NaN"), (-torch.ones(4), "negative")],
+    [
+        (torch.zeros(4), "every score is 0"),
+        (torch.tensor([1.0, float("nan"), 0, 0]), "NaN"),
+        (-torch.ones(4), "negative"),
+    ],
 )
 def test_unusable_scores_are_named(bad, message):
     with pytest.raises(InputError, match=f"system2: .*{message}"):
