@@ -48,7 +48,7 @@ def stage(settings: Settings, experiment: Path) -> Path:
     shutil.copytree(book / "_static", source / "_static")
     # The package's own MathJax: pages work without a network.
     mathjax = Path(jupyter_server_mathjax.__file__).parent / "static"
-    shutil.copytree(mathjax, source / "_static" / "mathjax", ignore=shutil.ignore_patterns("*.md", "unpacked"))
+    shutil.copytree(mathjax, source / "_vendor" / "mathjax", ignore=shutil.ignore_patterns("*.md", "unpacked"))
     context = page_context(settings, records) | {"figures": {path.stem for path in figures}}
     for page in sorted(book.glob("*.md")):
         (source / page.name).write_text(render(page.read_text(), context, page.name))
@@ -59,7 +59,7 @@ def build(settings: Settings, source: Path) -> int:
     """Run `jupyter-book build -W -n`: any warning fails. Replaces `book/_build/html` only when it succeeds."""
     out = settings.runs / "book_build"
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "jupyter_book.cli.main", "build", "-W", "-n", "--keep-going"]
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", "-W", "-n", "--keep-going"]
     done = subprocess.run([*command, "--path-output", str(out), str(source)])
     if done.returncode:
         return done.returncode
@@ -81,11 +81,15 @@ def render(text: str, context: dict, name: str) -> str:
 
 
 def page_context(settings: Settings, records: dict[str, Record]) -> dict:
-    """What pages may use: `percent(record, metric)`, `table(name)`, `status()`, `settings`, `records`."""
+    """What pages may use: `percent(record, metric)`, `share`, `number`, `table(name)`, `status()`, `settings`, `records`."""
 
     def percent(record: str, metric: str) -> str:
         found = records[record].result["metrics"].get(metric) if record in records else None
         return tables.percent(found)
+
+    def share(record: str, metric: str) -> str:
+        found = records[record].result["metrics"].get(metric) if record in records else None
+        return "not measured" if found is None else f"{100 * found['value']:.1f} %"
 
     def number(record: str, metric: str, digits: int = 2) -> str:
         found = records[record].result["metrics"].get(metric) if record in records else None
@@ -100,6 +104,7 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
         "settings": settings,
         "records": records,
         "percent": percent,
+        "share": share,
         "number": number,
         "table": lambda name: to_markdown(makers[name]()),
         "environment": next(iter(records.values())).environment if records else {},

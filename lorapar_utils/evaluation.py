@@ -49,7 +49,7 @@ def evaluate(
     examples = [row for row in pool if row["split"] == split]
     items = score_greedy(model, tokenizer, examples, settings)
     name = f"{benchmark}-{split}"
-    return new_record(name, settings, metrics=accuracy_metrics(items), items=items, started=started)
+    return new_record(name, settings, metrics=accuracy_metrics(items), items=items, seconds=time.time() - started)
 
 
 def accuracy_metrics(items: Sequence[dict]) -> dict[str, dict]:

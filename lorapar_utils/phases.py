@@ -125,10 +125,9 @@ def experiment(settings: Settings, name: str, seed: int) -> Record:
     inputs = _experiment_inputs(settings, spec)
     if path.is_file() and _is_current(folder, inputs):
         return read_record(path)
-    started = time.time()
     stages = _Stages(settings, spec, folder, inputs)
     outcomes = {stage: stages.run(stage) for stage in (spec.stages or ("base",))}
-    record = _experiment_record(settings, spec, f"{name}-seed{seed}", outcomes, stages.active_metrics(), started)
+    record = _experiment_record(settings, spec, f"{name}-seed{seed}", outcomes, stages.active_metrics())
     write_record(record, path)
     write_atomically(folder / "manifest.json", json.dumps(inputs, indent=1))
     return record
@@ -154,8 +153,9 @@ class _Stages:
             model, tokenizer = self._loaded()
             began = time.time()
             history = [] if stage == "base" else self._train(stage, model, tokenizer)
-            trained = time.time() - began
-            outcome = {"history": history, "train_seconds": round(trained, 1), **self._score(model, tokenizer, name)}
+            trained = time.time()
+            outcome = {"history": history, **self._score(model, tokenizer, name)}
+            outcome |= {"train_seconds": round(trained - began, 1), "score_seconds": round(time.time() - trained, 1)}
             with _completed(home, wanted) as scratch:
                 if stage != "base":
                     model.save_pretrained(scratch / "adapter")
@@ -203,7 +203,7 @@ class _Stages:
         return outcome
 
 
-def _experiment_record(settings, spec, name: str, outcomes: dict, active: dict, started: float) -> Record:
+def _experiment_record(settings, spec, name: str, outcomes: dict, active: dict) -> Record:
     metrics, tables, items = dict(active), {}, []
     for stage, outcome in outcomes.items():
         label = STAGE_NAMES.get(stage, "base")
@@ -226,7 +226,8 @@ def _experiment_record(settings, spec, name: str, outcomes: dict, active: dict, 
         tables=tables,
         items=items,
         parameters={**spec.model_dump(), **settings.partition.model_dump(), "modules": settings.adapter.modules},
-        started=started,
+        notebook=f"experiment.ipynb out.ipynb -p name {name.rsplit('-seed', 1)[0]} -p seed {settings.seed}",
+        seconds=sum(o["train_seconds"] + o["score_seconds"] for o in outcomes.values()),
         hashes=_hashes(settings),
     )
 

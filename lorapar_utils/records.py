@@ -12,7 +12,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -53,7 +52,8 @@ def new_record(
     tables: dict[str, list[dict]] | None = None,
     items: Iterable[dict] = (),
     parameters: dict | None = None,
-    started: float | None = None,
+    notebook: str | None = None,
+    seconds: float | None = None,
     hashes: dict[str, str] | None = None,
 ) -> Record:
     """Assemble a record of what just ran under `settings`.
@@ -65,8 +65,10 @@ def new_record(
         the interval.
     tables
         Name -> rows, for figures and tables.
-    started
-        `time.time()` at the start; gives `run.seconds`.
+    notebook
+        The notebook (with its extra papermill parameters) that makes this record; gives `run.command`.
+    seconds
+        What it took, when it was really made.
     hashes
         What was read, e.g. {"model": …, "data": …}.
     """
@@ -78,9 +80,9 @@ def new_record(
             "publishable": settings.publishable,
             "parameters": parameters or {},
             "seed": settings.seed,
-            "command": " ".join(sys.argv[:1] and [Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": f"papermill notebooks/{notebook} -p profile {settings.profile}" if notebook else None,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.time() - started, 1) if started else None,
+            "seconds": None if seconds is None else round(seconds, 1),
             **git,
             "error": None,
         },

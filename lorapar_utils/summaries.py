@@ -1,7 +1,6 @@
 """Votes and scores condensed into records: what figures, tables and claims are drawn from."""
 
 import itertools
-import time
 from collections.abc import Sequence
 
 import datasets
@@ -25,7 +24,6 @@ def voting_record(voted: datasets.Dataset, settings: Settings) -> Record:
     Metrics: `undecided`, `system1_share`, `kappa` (Fleiss; NaN left out), `accuracy/NAME` and `auc/NAME` per teacher
     and for the majority. Tables: `confusion`, `by_steps`, `disputed`.
     """
-    started = time.time()
     frame = voted.to_pandas()
     truth = frame["steps"].map(construction_system)
     names = [teacher.name for teacher in settings.voting.teachers]
@@ -67,12 +65,10 @@ def voting_record(voted: datasets.Dataset, settings: Settings) -> Record:
         for row in split.itertuples()
     ]
     tables = {"by_steps": by_steps, "confusion": confusion, "disputed": disputed}
-    return new_record("voting", settings, metrics=metrics, tables=tables, started=started)
+    return new_record("voting", settings, metrics=metrics, tables=tables, notebook="01_voting.ipynb out.ipynb")
 
 
-def importance_record(
-    scores: Sequence[dict[str, torch.Tensor]], partition: Partition, settings: Settings, started: float
-) -> Record:
+def importance_record(scores: Sequence[dict[str, torch.Tensor]], partition: Partition, settings: Settings) -> Record:
     """The layer x module map, the regions, concentration curves and a sample of the paper's scatter.
 
     Metrics: `active/…`, `jaccard`, `jaccard_chance` (expected of two random sets of these sizes),
@@ -101,7 +97,7 @@ def importance_record(
         "concentration": _concentration(flat),
         "scatter": _scatter(flat, partition),
     }
-    return new_record("importance", settings, metrics=metrics, tables=tables, started=started)
+    return new_record("importance", settings, metrics=metrics, tables=tables, notebook="02_importance.ipynb out.ipynb")
 
 
 def _concentration(flat: list[torch.Tensor]) -> list[dict]:

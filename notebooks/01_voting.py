@@ -16,10 +16,12 @@
 # %% [markdown]
 # # 1. Voting: which questions need slow thinking?
 #
-# **Question.** Can teachers tell System 1 examples (recall, simple inference) from System 2 examples (several chained steps)?
-# **Paper.** Section 3.1 and Table 1.
-# **Inputs.** The example pool of the profile. **Outputs.** `runs/<profile>/votes/`, record `voting`.
-# **Cost.** One forward pass a teacher and training example.
+# - **Question.** Can teachers tell System 1 examples (recall, simple inference) from System 2 examples (several chained steps)?
+# - **Paper.** Section 3.1 and Table 1.
+# - **Inputs.** The example pool of the profile.
+# - **Outputs.** `runs/<profile>/votes/`, record `voting`.
+#
+# - **Cost.** One forward pass a teacher and training example.
 
 # %% tags=["parameters"]
 profile = "cpu"  # a file of profiles/, or a path
@@ -41,7 +43,7 @@ from lorapar_utils import phases
 # %%
 voted = phases.votes(settings)
 record = summaries.voting_record(voted, settings)
-write_record(record, settings.runs / "records" / "voting.json")
+path = write_record(record, settings.runs / "records" / "voting.json")
 voted.select_columns(["prompt", "answer", "steps", "votes", "system"]).to_pandas().head(8)
 
 # %% [markdown]

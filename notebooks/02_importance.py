@@ -16,10 +16,12 @@
 # %% [markdown]
 # # 2. Importance: where do fast and slow thinking sit?
 #
-# **Question.** Which LoRA elements matter to System 1, to System 2, to both, to neither?
-# **Paper.** Sections 3.2 and 3.3, the importance figure.
-# **Inputs.** Votes. **Outputs.** `runs/<profile>/scores-*/`, `runs/<profile>/partitions/`, record `importance`.
-# **Cost.** About one training pass over the scored examples.
+# - **Question.** Which LoRA elements matter to System 1, to System 2, to both, to neither?
+# - **Paper.** Sections 3.2 and 3.3, the importance figure.
+# - **Inputs.** Votes.
+# - **Outputs.** `runs/<profile>/scores-*/`, `runs/<profile>/partitions/`, record `importance`.
+#
+# - **Cost.** About one training pass over the scored examples.
 
 # %% tags=["parameters"]
 profile = "cpu"  # a file of profiles/, or a path
@@ -30,8 +32,6 @@ beta = None
 modules = None  # QKV, GUD or QKVGUD
 
 # %%
-import time
-
 from lorapar_utils import notebook, plots, summaries
 from lorapar_utils.records import write_record
 
@@ -48,17 +48,16 @@ from lorapar_utils import phases
 # Squares of *per-example* gradients: the square of a batch's gradient is a different number.
 
 # %%
-started = time.time()
 scores = phases.scores(settings)
 partition = phases.partition(settings)
 values = settings.partition
 partition.save(
     settings.runs / "partitions" / f"theta{values.theta}-alpha{values.alpha}-beta{values.beta}-seed{settings.seed}"
 )
-record = summaries.importance_record(scores, partition, settings, started)
+record = summaries.importance_record(scores, partition, settings)
 custom = any(v is not None for v in (seed, theta, alpha, beta, modules))
 target = settings.runs / ("explored" if custom else "records") / "importance.json"
-write_record(record, target)
+path = write_record(record, target)
 
 # %%
 partition.summary().groupby(["module", "matrix"])[

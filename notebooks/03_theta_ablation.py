@@ -16,10 +16,12 @@
 # %% [markdown]
 # # 3. Theta: how few elements are enough?
 #
-# **Question.** How does accuracy depend on theta, and does importance choose better than chance?
-# **Paper.** Table 3.
-# **Inputs.** Experiments that start with SFT on System 1. **Outputs.** The table and figure below.
-# **Cost.** None if the experiments are there; else one SFT run for each.
+# - **Question.** How does accuracy depend on theta, and does importance choose better than chance?
+# - **Paper.** Table 3.
+# - **Inputs.** Experiments that start with SFT on System 1.
+# - **Outputs.** The table and figure below.
+#
+# - **Cost.** None if the experiments are there; else one SFT run for each.
 
 # %% tags=["parameters"]
 profile = "cpu"  # a file of profiles/, or a path

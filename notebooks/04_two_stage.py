@@ -16,10 +16,12 @@
 # %% [markdown]
 # # 4. Two stages: SFT, then GRPO
 #
-# **Question.** Does stage 2 add System 2 skill, and does stage 1's System 1 skill survive it?
-# **Paper.** Section 3.4; Tables 2 and 7 ask for more runs than this profile makes.
-# **Inputs.** The two-stage experiments. **Outputs.** Tables and curves below.
-# **Cost.** None if the experiments are there; else one SFT and one GRPO run for each.
+# - **Question.** Does stage 2 add System 2 skill, and does stage 1's System 1 skill survive it?
+# - **Paper.** Section 3.4; Tables 2 and 7 ask for more runs than this profile makes.
+# - **Inputs.** The two-stage experiments.
+# - **Outputs.** Tables and curves below.
+#
+# - **Cost.** None if the experiments are there; else one SFT and one GRPO run for each.
 
 # %% tags=["parameters"]
 profile = "cpu"  # a file of profiles/, or a path

@@ -16,10 +16,12 @@
 # %% [markdown]
 # # 5. Benchmarks: LoRA-PAR beside its baselines
 #
-# **Question.** Does LoRA-PAR match or beat full LoRA?
-# **Paper.** Table 4. Our pool is not GSM8K and our model is not a 7B model: columns stand side by side, they are not the same measurement.
-# **Inputs.** All experiments. **Outputs.** The table and figure below.
-# **Cost.** None if the experiments are there.
+# - **Question.** Does LoRA-PAR match or beat full LoRA?
+# - **Paper.** Table 4. Our pool is not GSM8K and our model is not a 7B model: columns stand side by side, they are not the same measurement.
+# - **Inputs.** All experiments.
+# - **Outputs.** The table and figure below.
+#
+# - **Cost.** None if the experiments are there.
 
 # %% tags=["parameters"]
 profile = "cpu"  # a file of profiles/, or a path

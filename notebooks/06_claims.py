@@ -16,10 +16,12 @@
 # %% [markdown]
 # # 6. Claims: what replicates, what does not
 #
-# **Question.** Which of the paper's claims hold at this scale?
-# **Paper.** All tables.
-# **Inputs.** Every record, and `book/claims.yaml`: claims, comparisons and margins, written down before the run.
-# **Outputs.** The scoreboard. **Cost.** Seconds.
+# - **Question.** Which of the paper's claims hold at this scale?
+# - **Paper.** All tables.
+# - **Inputs.** Every record, and `book/claims.yaml`: claims, comparisons and margins, written down before the run.
+#
+# - **Outputs.** The scoreboard.
+# - **Cost.** Seconds.
 
 # %% tags=["parameters"]
 profile = "cpu"  # a file of profiles/, or a path

@@ -16,10 +16,12 @@
 # %% [markdown]
 # # Experiment: one training configuration
 #
-# **Question.** What does one configuration learn? Sweeps fan out over this notebook.
-# **Paper.** Section 3.4.
-# **Inputs.** Votes and importance scores. **Outputs.** `runs/<profile>/experiments/<name>-seed<k>/` (adapters), record `<name>-seed<k>`.
-# **Cost.** Minutes on two cores for SFT; GRPO takes most of it.
+# - **Question.** What does one configuration learn? Sweeps fan out over this notebook.
+# - **Paper.** Section 3.4.
+# - **Inputs.** Votes and importance scores.
+# - **Outputs.** `runs/<profile>/experiments/<name>-seed<k>/` (adapters), record `<name>-seed<k>`.
+#
+# - **Cost.** Minutes on two cores for SFT; GRPO takes most of it.
 
 # %% tags=["parameters"]
 profile = "cpu"  # a file of profiles/, or a path
