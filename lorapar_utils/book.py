@@ -81,7 +81,7 @@ def render(text: str, context: dict, name: str) -> str:
 
 
 def page_context(settings: Settings, records: dict[str, Record]) -> dict:
-    """What pages may use: `percent(record, metric)`, `share`, `number`, `table(name)`, `status()`, `settings`, `records`."""
+    """What pages may use: `percent(record, metric)`, `share`, `number`, `table(name)`, `settings`, `records`."""
 
     def percent(record: str, metric: str) -> str:
         found = records[record].result["metrics"].get(metric) if record in records else None

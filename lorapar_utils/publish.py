@@ -1,10 +1,12 @@
-"""`make publish PROFILE=…`: promote a run's records to results/, where figures and README take them from."""
+"""`make publish PROFILE=…`: promote a run's records to results/, where figures and the README's table take them from."""
 
+import re
 import shutil
 import sys
 
+from lorapar_utils import tables
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, read_records
+from lorapar_utils.records import Record, read_records, write_atomically
 from lorapar_utils.settings import load_profile, project_root
 
 
@@ -29,7 +31,33 @@ def publish(profile: str) -> int:
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.glob("*.json*")):
         shutil.copy(path, target / path.name)
+    readme = project_root() / "README.md"
+    if settings.profile == "cpu" and readme.is_file():
+        write_atomically(readme, readme_with_results(readme.read_text(), records))
     return len(records)
+
+
+def readme_with_results(readme: str, records: dict[str, Record]) -> str:
+    """`readme` with the block between its `results` marks filled from `records`."""
+
+    def cell(record: str, metric: str) -> str:
+        found = records[record].result["metrics"].get(metric) if record in records else None
+        return tables.percent(found)
+
+    rows = [
+        ("base model", "base-seed0", "base"),
+        ("LoRA-PAR, after stage 1 (SFT)", "lorapar-seed0", "stage1"),
+        ("LoRA-PAR, after stage 2 (GRPO)", "lorapar-seed0", "stage2"),
+        ("LoRA, all elements, after stage 1", "lora_rl-seed0", "stage1"),
+        ("LoRA, all elements, after stage 2", "lora_rl-seed0", "stage2"),
+    ]
+    lines = ["| test accuracy, 95 % interval | System 1 | System 2 | elements active |", "| --- | --- | --- | --- |"]
+    for title, record, stage in rows:
+        active = records[record].result["metrics"].get(f"active/{stage}") if record in records else None
+        share = "–" if active is None else f"{100 * active['value']:.1f} %"
+        lines.append(f"| {title} | {cell(record, f'{stage}/system1')} | {cell(record, f'{stage}/system2')} | {share} |")
+    block = "<!-- results:begin -->\n" + "\n".join(lines) + "\n<!-- results:end -->"
+    return re.sub(r"<!-- results:begin -->.*<!-- results:end -->", lambda _: block, readme, flags=re.S)
 
 
 def _check(record: Record) -> None:

@@ -20,7 +20,6 @@
 # - **Paper.** Section 3.1 and Table 1.
 # - **Inputs.** The example pool of the profile.
 # - **Outputs.** `runs/<profile>/votes/`, record `voting`.
-#
 # - **Cost.** One forward pass a teacher and training example.
 
 # %% tags=["parameters"]

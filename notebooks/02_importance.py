@@ -20,7 +20,6 @@
 # - **Paper.** Sections 3.2 and 3.3, the importance figure.
 # - **Inputs.** Votes.
 # - **Outputs.** `runs/<profile>/scores-*/`, `runs/<profile>/partitions/`, record `importance`.
-#
 # - **Cost.** About one training pass over the scored examples.
 
 # %% tags=["parameters"]

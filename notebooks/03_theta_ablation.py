@@ -20,7 +20,6 @@
 # - **Paper.** Table 3.
 # - **Inputs.** Experiments that start with SFT on System 1.
 # - **Outputs.** The table and figure below.
-#
 # - **Cost.** None if the experiments are there; else one SFT run for each.
 
 # %% tags=["parameters"]

@@ -20,7 +20,6 @@
 # - **Paper.** Section 3.4; Tables 2 and 7 ask for more runs than this profile makes.
 # - **Inputs.** The two-stage experiments.
 # - **Outputs.** Tables and curves below.
-#
 # - **Cost.** None if the experiments are there; else one SFT and one GRPO run for each.
 
 # %% tags=["parameters"]

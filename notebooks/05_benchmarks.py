@@ -20,7 +20,6 @@
 # - **Paper.** Table 4. Our pool is not GSM8K and our model is not a 7B model: columns stand side by side, they are not the same measurement.
 # - **Inputs.** All experiments.
 # - **Outputs.** The table and figure below.
-#
 # - **Cost.** None if the experiments are there.
 
 # %% tags=["parameters"]

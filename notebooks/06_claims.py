@@ -19,7 +19,6 @@
 # - **Question.** Which of the paper's claims hold at this scale?
 # - **Paper.** All tables.
 # - **Inputs.** Every record, and `book/claims.yaml`: claims, comparisons and margins, written down before the run.
-#
 # - **Outputs.** The scoreboard.
 # - **Cost.** Seconds.
 

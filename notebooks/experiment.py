@@ -20,7 +20,6 @@
 # - **Paper.** Section 3.4.
 # - **Inputs.** Votes and importance scores.
 # - **Outputs.** `runs/<profile>/experiments/<name>-seed<k>/` (adapters), record `<name>-seed<k>`.
-#
 # - **Cost.** Minutes on two cores for SFT; GRPO takes most of it.
 
 # %% tags=["parameters"]

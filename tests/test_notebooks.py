@@ -1,0 +1,104 @@
+import re
+import subprocess
+import sys
+
+import jupytext
+import nbformat
+import pytest
+from conftest import ROOT
+
+PAIRS = sorted((ROOT / "notebooks").glob("*.py"))
+# Prose whose numbers are settings, dates or notes of single runs, each for a reason that its page states.
+EXEMPT = {"lab_log.md"}
+RESULT = re.compile(r"\d+(?:\.\d+)?\s?(?:%|percent\b|points\b)")
+
+
+def typed_results(text: str) -> list[str]:
+    """Percentages and points in prose that no expression, code span or code block holds."""
+    for hidden in (
+        r"```.*?```",
+        r"\{\{.*?\}\}",
+        r"\{%.*?%\}",
+        r"`[^`]*`",
+        r"<!-- results:begin -->.*?<!-- results:end -->",
+    ):
+        text = re.sub(hidden, "", text, flags=re.S)
+    return RESULT.findall(text)
+
+
+def test_all_seven_are_there():
+    expected = [
+        "01_voting",
+        "02_importance",
+        "03_theta_ablation",
+        "04_two_stage",
+        "05_benchmarks",
+        "06_claims",
+        "experiment",
+    ]
+    assert [path.stem for path in PAIRS] == expected
+
+
+@pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
+def test_pair_has_equal_content_and_no_outputs(path):
+    script, notebook = jupytext.read(path), nbformat.read(path.with_suffix(".ipynb"), as_version=4)
+    assert [(c.cell_type, c.source) for c in script.cells] == [(c.cell_type, c.source) for c in notebook.cells]
+    assert [c.metadata.get("tags") for c in script.cells] == [c.metadata.get("tags") for c in notebook.cells]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+
+
+@pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
+def test_opens_with_question_and_one_literal_parameters_cell(path):
+    cells = jupytext.read(path).cells
+    for word in ("Question", "Paper", "Inputs", "Outputs", "Cost"):
+        assert f"**{word}.**" in cells[0].source
+    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1 and all(re.match(r"\w+ = ", line) for line in tagged[0].source.splitlines())
+
+
+def prose() -> dict[str, str]:
+    pages = {p.name: p.read_text() for p in [ROOT / "README.md", *(ROOT / "book").glob("*.md")] if p.name not in EXEMPT}
+    for path in PAIRS:
+        pages[path.name] = "\n".join(c.source for c in jupytext.read(path).cells if c.cell_type == "markdown")
+    return pages
+
+
+@pytest.mark.parametrize("name", sorted(prose()))
+def test_no_hand_typed_result(name):
+    assert not typed_results(prose()[name])
+
+
+def test_a_planted_result_is_found():
+    assert typed_results("LoRA-PAR reaches 41.8 % here.") and typed_results("a gain of 3 points")
+    assert not typed_results("reaches {{ percent('a', 'b') }}, see `40 %`")
+
+
+def papermill(tmp_path, notebook, *parameters):
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "--no-progress-bar",
+        f"notebooks/{notebook}.ipynb",
+        str(tmp_path / "out.ipynb"),
+    ]
+    for name, value in zip(parameters[::2], parameters[1::2], strict=True):
+        command += ["-p", name, value]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("notebook", "parameters", "message"),
+    [
+        (
+            "02_importance",
+            ("profile", "smoke", "thetta", "0.8"),
+            "thetta is no parameter of this notebook; it has alpha",
+        ),
+        ("02_importance", ("profile", "smoke", "theta", "1.5"), "partition.theta = 1.5"),
+        ("06_claims", ("profile", "smokey"), "no 'smokey'; choose one of cpu"),
+    ],
+)
+def test_bad_papermill_parameters_stop_with_one_message(tmp_path, notebook, parameters, message):
+    done = papermill(tmp_path, notebook, *parameters)
+    assert done.returncode != 0 and message in done.stderr

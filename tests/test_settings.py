@@ -1,0 +1,82 @@
+import tomllib
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from lorapar_utils.errors import InputError
+from lorapar_utils.settings import load_profile
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "profiles").glob("*.yaml") if p.stem != "defaults"))
+def test_every_profile_is_valid_and_states_its_command(name):
+    settings = load_profile(name)
+    assert settings.profile == name
+    assert f"make book PROFILE={name}" in (ROOT / "profiles" / f"{name}.yaml").read_text().split("\n\n")[0]
+    assert settings.experiment_runs()
+
+
+def test_short_names_and_sections_override():
+    settings = load_profile("smoke", theta=0.8, alpha=0.5, seed=3, sft={"epochs": 2}, beta=None)
+    assert (settings.partition.theta, settings.partition.alpha, settings.partition.beta) == (0.8, 0.5, 1.0)
+    assert settings.seed == 3 and settings.sft.epochs == 2 and settings.sft.batch_size == 4
+
+
+def test_an_experiment_carries_its_own_theta(project):
+    settings = load_profile("cpu").for_experiment("theta_0.5", seed=7)
+    assert settings.partition.theta == 0.5 and settings.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"thetta": 0.5}, "thetta is not a setting; allowed here: .*partition"),
+        ({"sft": {"epoch": 1}}, "sft.epoch is not a setting; allowed here: epochs, learning_rate"),
+        ({"theta": 0}, "partition.theta = 0: .*greater than 0"),
+        ({"theta": 1.5}, "partition.theta = 1.5"),
+        ({"alpha": 2}, "partition.alpha = 2"),
+        ({"beta": -1}, "partition.beta = -1"),
+        ({"modules": "XYZ"}, "adapter.modules = 'XYZ': .*'QKV'"),
+        ({"grpo": {"micro_batch": 3}}, "micro_batch = 3 does not divide"),
+        ({"voting": {"quorum": 1}}, "quorum = 1 of 3 teachers lets both systems win; use at least 2"),
+    ],
+)
+def test_bad_settings_name_key_value_and_remedy(override, message):
+    with pytest.raises(InputError, match=message):
+        load_profile("smoke", **override)
+
+
+def test_unknown_profile_lists_those_there_are():
+    with pytest.raises(InputError, match="no 'gpu'; choose one of cpu, llama2-7b"):
+        load_profile("gpu")
+
+
+def test_mistyped_key_in_a_file_names_the_file(project):
+    path = project / "mine.yaml"
+    path.write_text("grpo: {step: 3}\n")
+    with pytest.raises(InputError, match=r"mine.yaml: grpo.step is not a setting"):
+        load_profile(path)
+    path.write_text("just words")
+    with pytest.raises(InputError, match="mine.yaml: expected 'key: value' lines"):
+        load_profile(path)
+
+
+def locked() -> dict[str, str]:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    return {name.lower().replace("_", "-"): version for name, version in pins.items()}
+
+
+def test_conda_environment_pins_what_the_lock_pins():
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"][-1]["pip"]
+    assert {n.lower().replace("_", "-"): v for n, v in (d.split("==") for d in listed)}.items() <= locked().items()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+    assert len(listed) == len(wanted)
+
+
+def test_lock_holds_every_direct_dependency_at_its_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for dependency in project["dependencies"] + project["optional-dependencies"]["test"]:
+        name, _, version = dependency.partition("==")
+        assert locked()[name] == version if version else name in locked(), dependency
