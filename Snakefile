@@ -25,6 +25,10 @@ SCORE = code("models", "encoding", "importance", "partition", "summaries", "note
 TRAIN = code("models", "encoding", "importance", "partition", "optim", "answer_head", "training", "rewards", "evaluation")
 
 
+# What every notebook job is told; in `params`, so that a change of one reruns what it concerns.
+COMMON = {"papermill": PAPERMILL, "profile": PROFILE, "runs": RUNS}
+
+
 wildcard_constraints:
     run=r"[\w.]+-seed\d+",
 
@@ -43,12 +47,16 @@ rule voting:
         notebook=f"{RUNS}/notebooks/01_voting.ipynb",
         record=f"{RUNS}/records/voting.json",
         stamp=f"{RUNS}/stamps/votes.json",
+    conda:
+        "environment.yml"
     log:
         f"{RUNS}/logs/01_voting.log",
+    params:
+        common=COMMON,
     threads: SETTINGS.threads
     shell:
-        "OMP_NUM_THREADS={threads} {PAPERMILL} {input.notebook} {output.notebook} -p profile {PROFILE} > {log} 2>&1"
-        " && cp {RUNS}/votes/manifest.json {output.stamp}"
+        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook} {output.notebook} -p profile {params.common[profile]} > {log} 2>&1"
+        " && cp {params.common[runs]}/votes/manifest.json {output.stamp}"
 
 
 rule importance:
@@ -60,13 +68,16 @@ rule importance:
         notebook=f"{RUNS}/notebooks/02_importance.ipynb",
         record=f"{RUNS}/records/importance.json",
         stamp=f"{RUNS}/stamps/scores.json",
+    conda:
+        "environment.yml"
     log:
         f"{RUNS}/logs/02_importance.log",
     params:
+        common=COMMON,
         scores=f"{RUNS}/scores-{SETTINGS.adapter.init}-{SETTINGS.adapter.modules}-seed{SETTINGS.seed}",
     threads: SETTINGS.threads
     shell:
-        "OMP_NUM_THREADS={threads} {PAPERMILL} {input.notebook} {output.notebook} -p profile {PROFILE} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook} {output.notebook} -p profile {params.common[profile]} > {log} 2>&1"
         " && cp {params.scores}/manifest.json {output.stamp}"
 
 
@@ -78,15 +89,18 @@ rule experiment:
     output:
         notebook=f"{RUNS}/notebooks/experiments/{{run}}.ipynb",
         record=f"{RUNS}/records/{{run}}.json",
+    conda:
+        "environment.yml"
     log:
         f"{RUNS}/logs/{{run}}.log",
     params:
+        common=COMMON,
         name=lambda wildcards: wildcards.run.rsplit("-seed", 1)[0],
         seed=lambda wildcards: wildcards.run.rsplit("-seed", 1)[1],
     threads: SETTINGS.threads
     shell:
-        "OMP_NUM_THREADS={threads} {PAPERMILL} {input.notebook} {output.notebook}"
-        " -p profile {PROFILE} -p name {params.name} -p seed {params.seed} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook} {output.notebook}"
+        " -p profile {params.common[profile]} -p name {params.name} -p seed {params.seed} > {log} 2>&1"
 
 
 rule show:
@@ -98,13 +112,17 @@ rule show:
         code=SHOW,
     output:
         notebook=f"{RUNS}/notebooks/{{phase}}.ipynb",
+    conda:
+        "environment.yml"
     log:
         f"{RUNS}/logs/{{phase}}.log",
     wildcard_constraints:
         phase="03_theta_ablation|04_two_stage|05_benchmarks|06_claims",
+    params:
+        common=COMMON,
     threads: 1
     shell:
-        "OMP_NUM_THREADS={threads} {PAPERMILL} {input.notebook} {output.notebook} -p profile {PROFILE} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook} {output.notebook} -p profile {params.common[profile]} > {log} 2>&1"
 
 
 rule book:
@@ -116,8 +134,13 @@ rule book:
         code=code("book", "plots", "tables", "claims"),
     output:
         f"book/_build/{PROFILE}.stamp",
+    conda:
+        "environment.yml"
     log:
         f"{RUNS}/logs/book.log",
+    params:
+        python=sys.executable,
+        profile=PROFILE,
     threads: 1
     shell:
-        "{sys.executable} -m lorapar_utils.book {PROFILE} --experiment {input.experiment} > {log} 2>&1"
+        "{params.python} -m lorapar_utils.book {params.profile} --experiment {input.experiment} > {log} 2>&1"

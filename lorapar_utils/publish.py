@@ -1,4 +1,4 @@
-"""`make publish PROFILE=…`: promote a run's records to results/, where figures and the README's table take them from."""
+"""`make publish PROFILE=…`: promote a run's records to results/, where figures and README take them from."""
 
 import re
 import shutil

@@ -66,7 +66,7 @@ pd.DataFrame(
 ).round(2).fillna("–")
 
 # %% mystnb={"image": {"alt": "Bar chart of the share of examples voted System 2 for each number of reasoning steps."}, "figure": {"caption": "If teachers see the difference, the bars rise with the number of steps.", "name": "fig-votes-by-steps"}}
-plots.votes_by_steps(record)
+figure = plots.votes_by_steps(record)
 # %% [markdown]
 # ## Where they differ
 #

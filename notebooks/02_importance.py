@@ -69,14 +69,14 @@ partition.summary().groupby(["module", "matrix"])[
 # Scores are divided by their mean over all elements, so a value of one is average.
 
 # %% mystnb={"image": {"alt": "Three heat maps of layer against module: System 1 importance, System 2 importance, and their difference."}, "figure": {"caption": "Where importance concentrates; the third panel shows where the systems part.", "name": "fig-importance-map"}}
-plots.importance_map(record)
+figure = plots.importance_map(record)
 # %% [markdown]
 # ## Two systems, four regions
 
 # %% mystnb={"image": {"alt": "Scatter of System 1 against System 2 importance of LoRA elements, coloured by region."}, "figure": {"caption": "Elements near the diagonal serve both systems. Compare the Jaccard index with what chance gives.", "name": "fig-importance-scatter"}}
-plots.importance_scatter(record)
+figure = plots.importance_scatter(record)
 # %% mystnb={"image": {"alt": "Curves of the share of importance held by the most important share of elements, one for each system."}, "figure": {"caption": "The steeper the curve, the fewer elements a given theta needs.", "name": "fig-concentration"}}
-plots.concentration(record)
+figure = plots.concentration(record)
 
 # %% [markdown]
 # ## What would change our mind

@@ -39,7 +39,7 @@ records = [phases.experiment(settings, name, seed) for name, seed in chosen]
 tables.theta_table(records)
 
 # %% mystnb={"image": {"alt": "Test accuracy with error bars against the share of active elements for importance, random and full selection."}, "figure": {"caption": "At equal size, does importance (circles) beat random selection (squares)?", "name": "fig-theta"}}
-plots.theta_curve(records)
+figure = plots.theta_curve(records)
 
 # %% [markdown]
 # ## How to read it

@@ -67,7 +67,7 @@ pd.DataFrame(
 # ## Learning curves
 
 # %% mystnb={"image": {"alt": "Four panels for LoRA-PAR: SFT loss, GRPO reward, completion length, share of groups without advantage."}, "figure": {"caption": "A group whose completions all earn the same reward has no advantage and teaches nothing.", "name": "fig-learning"}}
-plots.learning_curves(records[0])
+figure = plots.learning_curves(records[0])
 # %% [markdown]
 # ## Room to learn
 #

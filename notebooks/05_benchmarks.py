@@ -37,7 +37,7 @@ records = [phases.experiment(settings, name, seed) for name, seed in wanted]
 tables.benchmark_table(records)
 
 # %% mystnb={"image": {"alt": "Dot plot with error bars of System 1 and System 2 accuracy for every method and stage."}, "figure": {"caption": "Overlapping intervals are not a ranking.", "name": "fig-stage-accuracy"}}
-plots.stage_accuracy(records)
+figure = plots.stage_accuracy(records)
 
 # %% [markdown]
 # ## Not run

@@ -53,7 +53,7 @@ tables.stage_table([record])
 # ## Learning curves
 
 # %% mystnb={"image": {"alt": "Four panels: SFT loss, GRPO reward, completion length, share of groups without advantage, by step."}, "figure": {"caption": "Panels of a stage that this experiment does not have stay empty.", "name": "fig-experiment-curves"}}
-plots.learning_curves(record)
+figure = plots.learning_curves(record)
 # %% [markdown]
 # ## The same prompts after each stage
 
