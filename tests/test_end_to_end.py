@@ -53,9 +53,9 @@ def stop_at(folder, path, limit=240):
     deadline = time.monotonic() + limit
     while not (folder / path).exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert process.poll() is None and (folder / path).exists(), process.communicate()[0][-3000:]
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert (folder / path).exists(), process.stdout.read()[-3000:]
 
 
 @pytest.fixture(scope="module")
