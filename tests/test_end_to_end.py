@@ -12,7 +12,7 @@ import browser
 import pytest
 from conftest import ROOT
 
-KEEP = ("Makefile", "Snakefile", "pyproject.toml", "requirements.lock", "README.md")
+KEEP = ("Makefile", "Snakefile", "environment.yml", "pyproject.toml", "requirements.lock", "README.md")
 
 
 @pytest.fixture(scope="module")
