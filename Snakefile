@@ -1,7 +1,8 @@
 # The book's DAG: which notebook makes what, from what. `make book` runs it; `snakemake -n` shows the plan.
 # Every torch job claims `threads` cores and torch uses just those, so jobs never fight over the same core.
-# A phase keeps its artefacts under runs/<profile>/ with a manifest of what they were made from; a stamp here is a
-# copy of that manifest, so a notebook that only redraws a figure leaves its stamp, and all that follows, unchanged.
+# A phase keeps its artefacts under runs/<profile>/ with a manifest of what they were made from, and makes them again
+# only if that changed. Stamps order the phases, and are `ancient`: each rule names every source that can change
+# its result, so a notebook that runs again to redraw a figure does not set off the training that follows it.
 import sys
 
 from lorapar_utils.settings import load_profile
@@ -21,8 +22,8 @@ def code(*modules):
 
 SHOW = code("notebook", "plots", "tables", "statistics")
 VOTE = code("models", "voting", "summaries", "notebook", "plots", "tables")
-SCORE = code("models", "encoding", "importance", "partition", "summaries", "notebook", "plots")
-TRAIN = code("models", "encoding", "importance", "partition", "optim", "answer_head", "training", "rewards", "evaluation")
+SCORE = code("models", "voting", "encoding", "importance", "partition", "summaries", "notebook", "plots")
+TRAIN = code("models", "voting", "encoding", "importance", "partition", "optim", "answer_head", "training", "rewards", "evaluation")
 
 
 # What every notebook job is told; in `params`, so that a change of one reruns what it concerns.
@@ -62,8 +63,9 @@ rule voting:
 rule importance:
     input:
         notebook="notebooks/02_importance.ipynb",
-        votes=f"{RUNS}/stamps/votes.json",
+        votes=ancient(f"{RUNS}/stamps/votes.json"),
         code=SCORE,
+        profile=PROFILE_FILES,
     output:
         notebook=f"{RUNS}/notebooks/02_importance.ipynb",
         record=f"{RUNS}/records/importance.json",
@@ -84,8 +86,9 @@ rule importance:
 rule experiment:
     input:
         notebook="notebooks/experiment.ipynb",
-        scores=f"{RUNS}/stamps/scores.json",
+        scores=ancient(f"{RUNS}/stamps/scores.json"),
         code=TRAIN,
+        profile=PROFILE_FILES,
     output:
         notebook=f"{RUNS}/notebooks/experiments/{{run}}.ipynb",
         record=f"{RUNS}/records/{{run}}.json",
