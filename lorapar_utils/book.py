@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import jinja2
-import jupyter_server_mathjax
 import nbformat
 import pandas as pd
 
@@ -46,9 +45,6 @@ def stage(settings: Settings, experiment: Path) -> Path:
     for name in EXTRAS:
         shutil.copy(book / name, source / name)
     shutil.copytree(book / "_static", source / "_static")
-    # The package's own MathJax: pages work without a network.
-    mathjax = Path(jupyter_server_mathjax.__file__).parent / "static"
-    shutil.copytree(mathjax, source / "_vendor" / "mathjax", ignore=shutil.ignore_patterns("*.md", "unpacked"))
     context = page_context(settings, records) | {"figures": {path.stem for path in figures}}
     for page in sorted(book.glob("*.md")):
         (source / page.name).write_text(render(page.read_text(), context, page.name))

@@ -40,9 +40,9 @@ from lorapar_utils import phases
 # %% [markdown]
 # ## Score
 #
-# With $g_j$ the mean and $F_{jj}$ the mean square of the per-example gradients of element $\phi_j$:
+# With gⱼ the mean and Fⱼⱼ the mean square of the per-example gradients of element φⱼ:
 #
-# $$I(\phi_j) = \left| g_j \phi_j - \tfrac{1}{2} F_{jj} \phi_j^2 \right|$$
+# > **I(φⱼ) = | gⱼ φⱼ − ½ Fⱼⱼ φⱼ² |**
 #
 # Squares of *per-example* gradients: the square of a batch's gradient is a different number.
 
