@@ -19,8 +19,7 @@ def start(*, profile: str, **parameters) -> Settings:
     profile
         Name or path of the profile.
     **parameters
-        Every other name of the notebook's parameters cell; `name` and `seed_run` style extras that are no settings
-        stay with the notebook and are not passed here.
+        Settings that the notebook lets a reader change; None keeps the profile's value.
 
     Raises
     ------
