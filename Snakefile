@@ -4,8 +4,9 @@
 # only if that changed. Stamps order the phases, and are `ancient`: each rule names every source that can change
 # its result, so a notebook that runs again to redraw a figure does not set off the training that follows it.
 import sys
+from glob import glob
 
-from lorapar_utils.settings import load_profile
+from lorapar_utils.settings import load_profile, profile_files, project_root
 
 SETTINGS = load_profile(config.get("profile", "cpu"))
 PROFILE = SETTINGS.profile
@@ -13,17 +14,17 @@ RUNS = f"runs/{PROFILE}"
 PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar -k python3"
 EXPERIMENTS = [f"{name}-seed{seed}" for name, seed in SETTINGS.experiment_runs()]
 PHASES = ["01_voting", "02_importance", "03_theta_ablation", "04_two_stage", "05_benchmarks", "06_claims"]
-PROFILE_FILES = ["profiles/defaults.yaml", f"profiles/{PROFILE}.yaml"]
+PROFILE_FILES = [str(path.relative_to(project_root())) for path in profile_files(PROFILE)]
 
 
 def code(*modules):
-    return [f"lorapar_utils/{module}.py" for module in ("settings", "data", "phases", "records", *modules)]
+    return [f"lorapar_utils/{module}.py" for module in ("settings", "data", "manifests", "splits", "records", *modules)]
 
 
 SHOW = code("notebook", "plots", "tables", "statistics")
-VOTE = code("models", "voting", "summaries", "notebook", "plots", "tables")
-SCORE = code("models", "voting", "encoding", "importance", "partition", "summaries", "notebook", "plots")
-TRAIN = code("models", "voting", "encoding", "importance", "partition", "optim", "answer_head", "training", "rewards", "evaluation")
+VOTE = code("models", "voting", "teachers", "label_scores", "summaries", "notebook", "plots", "tables")
+SCORE = code("phases", "models", "voting", "encoding", "importance", "partition", "summaries", "notebook", "plots")
+TRAIN = code("phases", "models", "voting", "encoding", "importance", "partition", "optim", "answer_head", "training", "rewards", "evaluation")
 
 
 # What every notebook job is told; in `params`, so that a change of one reruns what it concerns.
@@ -44,6 +45,7 @@ rule voting:
         notebook="notebooks/01_voting.ipynb",
         code=VOTE,
         profile=PROFILE_FILES,
+        table1=glob("results/cpu-full/split_*.json"),
     output:
         notebook=f"{RUNS}/notebooks/01_voting.ipynb",
         record=f"{RUNS}/records/voting.json",
@@ -76,7 +78,7 @@ rule importance:
         f"{RUNS}/logs/02_importance.log",
     params:
         common=COMMON,
-        scores=f"{RUNS}/scores-{SETTINGS.adapter.init}-{SETTINGS.adapter.modules}-seed{SETTINGS.seed}",
+        scores=f"{RUNS}/scores-{SETTINGS.adapter.init}-{SETTINGS.adapter.modules}-{SETTINGS.split_name}-seed{SETTINGS.seed}",
     threads: SETTINGS.threads
     shell:
         "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook} {output.notebook} -p profile {params.common[profile]} > {log} 2>&1"

@@ -1,5 +1,6 @@
 """The paper's claims, judged from records by criteria that were written down before the run."""
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -32,18 +33,19 @@ def scoreboard(records: dict[str, Record], claims: list[dict] | None = None) -> 
 def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None]:
     """Verdict, effect in words and n of one claim.
 
-    `greater`: paired over test items, reproduced if the 95 % interval of `first - second` lies above `margin`, not
-    reproduced if below. `within`: reproduced if the metric lies in [low, high].
+    `greater`: paired over test items (each its mean over the seeds there are), reproduced if the 95 % interval of
+    `first - second` lies above `margin`, not reproduced if below. `within`: reproduced if the metric lies in
+    [low, high].
     """
     kind = claim["test"]["kind"]
     if kind == "none":
         return "not run", claim["test"]["why"], None
     names = [claim["test"][key]["record"] for key in ("first", "second") if key in claim["test"]]
-    if any(name not in records for name in names):
+    if not all(_named(records, name) for name in names):
         return "not run", "no record", None
     if kind == "within":
         where = claim["test"]["first"]
-        metric = records[where["record"]].metric(where["metric"])
+        metric = _named(records, where["record"])[0].metric(where["metric"])
         inside = claim["test"]["low"] <= metric["value"] <= claim["test"]["high"]
         return "reproduced" if inside else "not reproduced", f"{metric['value']:.3f}", metric["n"]
     if kind == "greater":
@@ -51,7 +53,7 @@ def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None
         common = sorted(set(first) & set(second))
         if not common:
             return "not run", "no common items", None
-        gap = statistics.paired_difference([second[i] for i in common], [first[i] for i in common])
+        gap = statistics.mean([first[i] - second[i] for i in common])
         effect = f"{100 * gap['value']:+.1f} points [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"
         if gap["n"] < claim["min_n"]:
             return "inconclusive", effect, gap["n"]
@@ -61,8 +63,16 @@ def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None
     raise InputError(f"claims.yaml: claim {claim['claim']!r}: test.kind = {kind!r}; use greater, within or none")
 
 
-def _outcomes(records: dict[str, Record], where: dict) -> dict[str, bool]:
-    items = [item for item in records[where["record"]].items if item["stage"] == where["stage"]]
-    if "system" in where:
-        items = [item for item in items if item["system"] == where["system"]]
-    return {item["id"]: item["correct"] for item in items}
+def _named(records: dict[str, Record], name: str) -> list[Record]:
+    """The record of that name, or an experiment's records at every seed."""
+    return [record for key, record in records.items() if re.fullmatch(rf"{re.escape(name)}(-seed\d+)?", key)]
+
+
+def _outcomes(records: dict[str, Record], where: dict) -> dict[str, float]:
+    """Each test item's share of correct answers over the seeds."""
+    seen: dict[str, list[bool]] = {}
+    for record in _named(records, where["record"]):
+        for item in record.items:
+            if item["stage"] == where["stage"] and item["system"] == where.get("system", item["system"]):
+                seen.setdefault(item["id"], []).append(item["correct"])
+    return {key: sum(outcomes) / len(outcomes) for key, outcomes in seen.items()}

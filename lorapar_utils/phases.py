@@ -1,83 +1,35 @@
-"""The pipeline: votes -> scores -> partition -> experiments, each phase made once and kept.
+"""The pipeline: scores -> partition -> experiments, each phase made once and kept (see `manifests`).
 
-A phase's folder under `runs/<profile>/` holds what it made and a `manifest.json` of what it was made from
-(settings, upstream fingerprints, code). Asked again, a phase whose manifest still matches is read back; otherwise
-it says what changed and is made again. Folders are completed under a temporary name and then renamed.
+The phase before these, votes and the split they make, is `splits`.
 """
 
-import ast
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import datasets
-import diskcache
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from lorapar_utils import data, evaluation, models, statistics, training, voting
+from lorapar_utils import data, evaluation, models, statistics, training
 from lorapar_utils.encoding import encode_examples
-from lorapar_utils.errors import InputError
 from lorapar_utils.importance import score_importance
+from lorapar_utils.manifests import completed, inputs_of, is_current
 from lorapar_utils.partition import Partition, build_partition, full_partition, random_partition
 from lorapar_utils.records import Record, fingerprint, new_record, read_record, write_atomically, write_record
 from lorapar_utils.settings import Settings
+from lorapar_utils.splits import system_examples
 
 Scores = dict[str, torch.Tensor]
 STAGE_NAMES = {"sft": "stage1", "sft_all": "stage1", "grpo": "stage2"}
 
 
-def votes(settings: Settings) -> datasets.Dataset:
-    """The training split with every teacher's vote, its majority and agreement (see `voting.vote`)."""
-    folder = settings.runs / "votes"
-    if not _is_current(folder, _voting_inputs(settings)):
-        model, tokenizer = models.load_base(settings)
-        teachers = [voting.local_teacher(t, model, tokenizer, settings) for t in settings.voting.teachers]
-        with diskcache.Cache(settings.runs / "vote_cache", disk=diskcache.JSONDisk) as cache:
-            voted = voting.vote(
-                data.load_pool(settings).filter(lambda row: row["split"] == "train"),
-                teachers,
-                cache,
-                calibration=settings.voting.calibration,
-                quorum=settings.voting.quorum,
-                batch_size=settings.voting.batch_size,
-            )
-        with _completed(folder, _voting_inputs(settings)) as scratch:
-            voted.to_parquet(scratch / "votes.parquet")
-    return datasets.Dataset.from_parquet(str(folder / "votes.parquet"))
-
-
-def system_examples(settings: Settings, system: int) -> list[dict]:
-    """D1 or D2: the training examples that `voting.split_by` puts into `system`.
-
-    Raises
-    ------
-    InputError
-        The system is empty.
-    """
-    rows = votes(settings)
-    by_votes = settings.voting.split_by == "votes"
-    chosen = [row for row in rows if (row["system"] if by_votes else data.construction_system(row["steps"])) == system]
-    if not chosen:
-        raise InputError(
-            f"voting: no training example belongs to System {system} by {settings.voting.split_by}; "
-            "change voting.calibration, voting.teachers or voting.split_by"
-        )
-    return chosen
-
-
 def scores(settings: Settings) -> tuple[Scores, Scores]:
     """Importance of every LoRA element to System 1 and to System 2, on `importance.examples` of each."""
-    folder = settings.runs / f"scores-{settings.adapter.init}-{settings.adapter.modules}-seed{settings.seed}"
+    adapter = settings.adapter
+    folder = settings.runs / f"scores-{adapter.init}-{adapter.modules}-{settings.split_name}-seed{settings.seed}"
     inputs = _scores_inputs(settings)
-    if not _is_current(folder, inputs):
+    if not is_current(folder, inputs):
         model, tokenizer = models.load_base(settings)
         model = models.attach_adapter(model, settings)
         found = []
@@ -85,7 +37,7 @@ def scores(settings: Settings) -> tuple[Scores, Scores]:
             examples = _sample(system_examples(settings, system), settings.importance.examples, settings.seed)
             encoded = encode_examples(examples, tokenizer, settings)
             found.append(score_importance(model, encoded, batch_size=settings.importance.batch_size))
-        with _completed(folder, inputs) as scratch:
+        with completed(folder, inputs) as scratch:
             for system, values in enumerate(found, start=1):
                 save_file(values, scratch / f"system{system}.safetensors")
     order = None
@@ -123,7 +75,7 @@ def experiment(settings: Settings, name: str, seed: int) -> Record:
     folder = settings.runs / "experiments" / f"{name}-seed{seed}"
     path = settings.runs / "records" / f"{name}-seed{seed}.json"
     inputs = _experiment_inputs(settings, spec)
-    if path.is_file() and _is_current(folder, inputs):
+    if path.is_file() and is_current(folder, inputs):
         return read_record(path)
     stages = _Stages(settings, spec, folder, inputs)
     outcomes = {stage: stages.run(stage) for stage in (spec.stages or ("base",))}
@@ -149,14 +101,14 @@ class _Stages:
         name = STAGE_NAMES.get(stage, "base")
         home = self.folder / name
         wanted = {**self.inputs, "stage": stage}
-        if not _is_current(home, wanted):
+        if not is_current(home, wanted):
             model, tokenizer = self._loaded()
             began = time.time()
             history = [] if stage == "base" else self._train(stage, model, tokenizer)
             trained = time.time()
             outcome = {"history": history, **self._score(model, tokenizer, name)}
             outcome |= {"train_seconds": round(trained - began, 1), "score_seconds": round(time.time() - trained, 1)}
-            with _completed(home, wanted) as scratch:
+            with completed(home, wanted) as scratch:
                 if stage != "base":
                     model.save_pretrained(scratch / "adapter")
                 write_atomically(scratch / "outcome.json", json.dumps(outcome))
@@ -232,20 +184,12 @@ def _experiment_record(settings, spec, name: str, outcomes: dict, active: dict) 
     )
 
 
-# --- manifests ---------------------------------------------------------------------------------------------
-
-
-def _voting_inputs(settings: Settings) -> dict:
-    chosen = settings.voting.model_dump(exclude={"split_by", "batch_size"})
-    return _inputs(settings, ("data", "voting", "models"), pool=settings.pool.model_dump(), voting=chosen)
-
-
 def _scores_inputs(settings: Settings) -> dict:
-    return _inputs(
+    return inputs_of(
         settings,
         ("importance", "encoding", "models"),
-        votes=fingerprint(_voting_inputs(settings)),
-        split_by=settings.voting.split_by,
+        # What the votes came to, not how: asking again with the same outcome trains nothing again.
+        **{f"system{k}": fingerprint(_what_is_learnt(system_examples(settings, k))) for k in (1, 2)},
         adapter=settings.adapter.model_dump(),
         examples=settings.importance.examples,
         max_length=settings.sft.max_length,
@@ -253,11 +197,15 @@ def _scores_inputs(settings: Settings) -> dict:
     )
 
 
+def _what_is_learnt(rows: list[dict]) -> list[list]:
+    return [[row[key] for key in ("id", "prompt", "answer", "solution")] for row in rows]
+
+
 def _experiment_inputs(settings: Settings, spec) -> dict:
     used = {"sft": settings.sft, "grpo": settings.grpo, "evaluation": settings.evaluation}
     if "grpo" not in spec.stages:
         del used["grpo"]
-    return _inputs(
+    return inputs_of(
         settings,
         ("training", "answer_head", "optim", "partition", "rewards", "encoding", "evaluation", "models"),
         scores=fingerprint(_scores_inputs(settings)),
@@ -265,56 +213,6 @@ def _experiment_inputs(settings: Settings, spec) -> dict:
         partition=settings.partition.model_dump(),
         **{key: section.model_dump() for key, section in used.items()},
     )
-
-
-def _inputs(settings: Settings, modules: tuple[str, ...], **more) -> dict:
-    code = {module: _code_hash(module) for module in modules}
-    return json.loads(json.dumps({"model": settings.model.model_dump(), "code": code, **more}, default=str))
-
-
-def _code_hash(module: str) -> str:
-    """Of the syntax tree: comments and layout may change without making anything again."""
-    source = (Path(__file__).parent / f"{module}.py").read_text()
-    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:16]
-
-
-def _is_current(folder: Path, inputs: dict) -> bool:
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        return False
-    try:
-        before = json.loads(manifest.read_text())
-    except json.JSONDecodeError:
-        before = {}
-    changed = [key for key in sorted({*before, *inputs}) if before.get(key) != inputs.get(key)]
-    if changed:
-        print(f"{_shown(folder)}: made again, because {', '.join(changed)} changed")
-    return not changed
-
-
-@contextmanager
-def _completed(folder: Path, inputs: dict) -> Iterator[Path]:
-    """A scratch folder that becomes `folder`, manifest included, when the block ends well."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise InputError(
-            f"runs: {folder.parent} cannot be written ({error}); free space or change its rights"
-        ) from None
-    try:
-        yield scratch
-        write_atomically(scratch / "manifest.json", json.dumps(inputs, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
-        scratch.rename(folder)
-        print(f"wrote {_shown(folder)}")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _shown(path: Path) -> str:
-    return os.path.relpath(path)
 
 
 def _hashes(settings: Settings) -> dict[str, str]:

@@ -14,6 +14,7 @@ from lorapar_utils.errors import InputError
 from lorapar_utils.records import Record, read_records
 
 SYSTEM_COLOURS = {1: "#0072B2", 2: "#D55E00"}
+MARKERS = "osD^vPX*"
 REGION_COLOURS = {
     "system1_only": "#0072B2",
     "system2_only": "#D55E00",
@@ -36,13 +37,55 @@ def use_style() -> None:
 
 
 def votes_by_steps(record: Record) -> Figure:
-    """Share of examples voted into System 2 against the number of reasoning steps they were built with."""
+    """Share of examples voted System 2 against the reasoning steps they were built with, by teacher and majority."""
     rows = pd.DataFrame(record.result["tables"]["by_steps"])
-    figure, axes = plt.subplots(figsize=(6, 3.4))
-    axes.bar(rows["steps"].astype(str), rows["system2_share"], color=SYSTEM_COLOURS[2])
-    for i, row in enumerate(rows.itertuples()):
-        axes.text(i, row.system2_share + 0.02, f"n={row.n}", ha="center", fontsize=9)
-    axes.set(xlabel="reasoning steps of the example", ylabel="share voted System 2", ylim=(0, 1.1))
+    panel = rows[rows["teacher"] == "majority"].set_index("steps")
+    figure, axes = plt.subplots(figsize=(7, 3.8))
+    axes.bar(range(len(panel)), panel["system2_share"], color=SYSTEM_COLOURS[2], alpha=0.45, label="majority")
+    for i, row in enumerate(panel.itertuples()):
+        axes.text(i, 1.03, f"n={row.n}", ha="center", fontsize=9)
+    for i, (name, points) in enumerate(rows[rows["teacher"] != "majority"].groupby("teacher", sort=False)):
+        x = [panel.index.get_loc(steps) for steps in points["steps"]]
+        axes.plot(x, points["system2_share"], marker=MARKERS[i % len(MARKERS)], linewidth=1.2, label=name)
+    axes.set_xticks(range(len(panel)), panel.index)
+    axes.set(xlabel="reasoning steps of the example", ylabel="share voted System 2", ylim=(0, 1.12))
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def split_accuracy(record: Record) -> Figure:
+    """How often each teacher, and each panel of them, agrees with the construction labels; chance is one half."""
+    metrics = record.result["metrics"]
+    singles = {key.removeprefix("accuracy/"): metrics[key] for key in metrics if key.startswith("accuracy/")}
+    singles.pop("majority", None)
+    panels = {
+        f"panel {row['panel']} (n={row['n']})": row["accuracy"]
+        for row in record.result["tables"]["panels"]
+        if row["accuracy"] and row["n"] > 1
+    }
+    figure, axes = plt.subplots(figsize=(7, 0.38 * (len(singles) + len(panels)) + 1.2))
+    for y, (label, metric) in enumerate([*singles.items(), *panels.items()]):
+        errors = [[metric["value"] - metric["low"]], [metric["high"] - metric["value"]]]
+        colour = SYSTEM_COLOURS[1] if label in singles else SYSTEM_COLOURS[2]
+        axes.errorbar(metric["value"], y, xerr=errors, fmt="o" if label in singles else "s", capsize=3, color=colour)
+    axes.set_yticks(range(len(singles) + len(panels)), [*singles, *panels])
+    axes.axvline(0.5, color="#555555", linestyle="--", linewidth=1)
+    axes.invert_yaxis()
+    axes.set(xlabel="agreement with the construction labels (95 % interval)", xlim=(0.3, 1))
+    return figure
+
+
+def reliability(record: Record) -> Figure:
+    """What a teacher's margin says, P(System 2), against how many such examples are System 2; a diagonal is honest."""
+    rows = pd.DataFrame(record.result["tables"]["reliability"])
+    if rows.empty:
+        raise KeyError("voting: margins")
+    figure, axes = plt.subplots(figsize=(6, 4))
+    axes.plot([0, 1], [0, 1], color="#555555", linestyle="--", linewidth=1, label="calibrated")
+    for i, (name, points) in enumerate(rows.groupby("teacher", sort=False)):
+        axes.plot(points["said"], points["share"], marker=MARKERS[i % len(MARKERS)], linewidth=1.2, label=name)
+    axes.set(xlabel="P(System 2) from the calibrated margin", ylabel="share that is System 2", ylim=(0, 1), xlim=(0, 1))
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -191,6 +234,8 @@ def stage1_records(records: dict[str, Record]) -> list[Record]:
 # What `make figures` and the book draw: figure name -> (what it needs, how to draw it).
 FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "votes_by_steps": lambda records: votes_by_steps(records["voting"]),
+    "split_accuracy": lambda records: split_accuracy(records["voting"]),
+    "reliability": lambda records: reliability(records["voting"]),
     "importance_map": lambda records: importance_map(records["importance"]),
     "importance_scatter": lambda records: importance_scatter(records["importance"]),
     "concentration": lambda records: concentration(records["importance"]),

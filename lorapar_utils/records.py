@@ -126,6 +126,11 @@ def read_records(folder: Path) -> dict[str, Record]:
     return {record.name: record for record in map(read_record, sorted(folder.glob("*.json")))}
 
 
+def published_records(profile: str) -> list[Record]:
+    """The committed records of `profile`, in name order; none if nothing of it was published."""
+    return list(read_records(project_root() / "results" / profile).values())
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write to a temporary name, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)

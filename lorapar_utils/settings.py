@@ -13,6 +13,13 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Theta = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0.0)]
+Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+
+API_QUESTION = (
+    "System 1 questions are answered at once: a fact recalled, a one-step inference. System 2 questions need several "
+    "steps of reasoning, each resting on the one before. Which kind is this? End with a line that says only "
+    "System 1 or System 2."
+)
 
 MODULES = {
     "QKV": ("q_proj", "k_proj", "v_proj"),
@@ -27,6 +34,8 @@ SHORT_NAMES = {
     "beta": ("partition", "beta"),
     "modules": ("adapter", "modules"),
     "init": ("adapter", "init"),
+    "panel": ("voting", "panel"),
+    "split_by": ("voting", "split_by"),
 }
 
 
@@ -57,34 +66,95 @@ class PoolSection(Section):
     system2: SplitSizes
 
 
-class TeacherSection(Section):
-    name: str
+class LocalTeacher(Section):
+    """A causal LM that is read by the log-likelihood of its two labels."""
+
     kind: Literal["local"]
+    name: Name
+    role_play: bool
     persona: str
     question: str
-    labels: tuple[str, str]
+    labels: tuple[str, str] = Field(description="System 1's label, System 2's label")
+    source: str | None = None  # another model than the target: a local folder or a hub id
+    gguf_file: str | None = None
+
+
+class ApiTeacher(Section):
+    """A model behind an OpenAI-compatible server, that answers in words."""
+
+    kind: Literal["api"]
+    name: Name
     role_play: bool
+    persona: str = ""
+    question: str = API_QUESTION
+    model: str
+    base_url: str | None = None  # null = OpenAI's own
+    api_key_env: str = "OPENAI_API_KEY"
+    temperature: float | None = 0.0  # null = not sent: some reasoning models refuse it
+    max_tokens: Positive = 2048
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] | None = None  # null = as `limit_field` says
+    concurrency: Positive = 8
+    timeout: Rate = 120.0
+    retries: Annotated[int, Field(ge=0)] = 6
+    price_in: Annotated[float, Field(ge=0.0)] = 0.0  # a million prompt tokens, in your currency
+    price_out: Annotated[float, Field(ge=0.0)] = 0.0  # a million completion tokens
+
+    @property
+    def limit_field(self) -> str:
+        """OpenAI's reasoning models refuse `max_tokens`; many other servers know nothing else."""
+        return self.max_tokens_field or ("max_tokens" if self.base_url else "max_completion_tokens")
+
+
+class RecordedTeacher(Section):
+    """Votes that were cast elsewhere: a CSV or Parquet file with columns `id` and `system` (1, 2, or 0)."""
+
+    kind: Literal["recorded"]
+    name: Name
+    path: str
+
+
+Teacher = Annotated[LocalTeacher | ApiTeacher | RecordedTeacher, Field(discriminator="kind")]
 
 
 class VotingSection(Section):
-    teachers: tuple[TeacherSection, ...]
+    teachers: tuple[Teacher, ...]
+    panels: dict[str, tuple[str, ...]]
+    panel: str | None
+    quorum: Positive | None
+    tie: Literal["undecided", "system1", "system2"] | None
     calibration: Literal["pool", "content-free", "none"]
-    quorum: Positive
     batch_size: Positive
-    split_by: Literal["votes", "construction"]
+    split_by: Literal["votes", "construction", "random"]
+    role_play_template: str
+    plain_template: str
+
+    def members(self, panel: str | None = None) -> tuple[str, ...]:
+        """Names of the teachers whose votes count: `panel`'s, else `voting.panel`'s, else everybody's."""
+        chosen = panel or self.panel
+        return self.panels[chosen] if chosen else tuple(teacher.name for teacher in self.teachers)
 
     @model_validator(mode="after")
-    def _quorum_can_be_reached(self):
+    def _panels_can_decide(self):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) != len(names):
             raise ValueError(f"teacher names must differ, got {names}")
-        if not 2 * self.quorum > len(names):
-            raise ValueError(
-                f"quorum = {self.quorum} of {len(names)} teachers lets both systems win; "
-                f"use at least {len(names) // 2 + 1}"
-            )
-        if self.quorum > len(names):
-            raise ValueError(f"quorum = {self.quorum} exceeds the {len(names)} teachers")
+        for panel, members in self.panels.items():
+            if panel in ("votes", "construction", "random"):
+                raise ValueError(f"panels: {panel!r} is a value of split_by; give the panel another name")
+            if unknown := set(members) - set(names):
+                raise ValueError(f"panels.{panel} names no teacher: {', '.join(sorted(unknown))}")
+        if self.panel is not None and self.panel not in self.panels:
+            raise ValueError(f"panel = {self.panel!r} is not in panels: {', '.join(self.panels) or 'there is none'}")
+        for panel in self.panels or [None]:
+            size = len(self.members(panel))
+            label = f"panel {panel!r}" if panel else "the panel"
+            if self.quorum is not None and self.quorum > size > 0:
+                raise ValueError(f"quorum = {self.quorum} exceeds the {size} teachers of {label}")
+            if size and size % 2 == 0 and self.tie is None:
+                raise ValueError(
+                    f"tie: the {size} teachers of {label} can tie; set tie to undecided, system1 or system2, "
+                    "or ask an odd number"
+                )
         return self
 
 
@@ -155,13 +225,15 @@ class EvaluationSection(Section):
 class ExperimentSection(Section):
     """One training configuration; `None` takes the profile's own value."""
 
-    sweep: Literal["theta", "two_stage", "baseline"]
+    sweep: Literal["theta", "two_stage", "baseline", "voting"]
     method: Literal["lorapar", "lora"]
     stages: tuple[Literal["sft", "sft_all", "grpo"], ...]
     selection: Literal["importance", "random"] = "importance"
     theta: Theta | None = None
     alpha: Share | None = None
     beta: Share | None = None
+    panel: str | None = None
+    split_by: Literal["votes", "construction", "random"] | None = None
     seeds: tuple[int, ...] | None = None
     title: str
 
@@ -191,6 +263,12 @@ class Settings(Section):
     @property
     def target_modules(self) -> tuple[str, ...]:
         return MODULES[self.adapter.modules]
+
+    @property
+    def split_name(self) -> str:
+        """What System 1 and System 2 were told apart by, for folder names."""
+        by_votes = self.voting.panel or "votes"
+        return by_votes if self.voting.split_by == "votes" else self.voting.split_by
 
     def experiment_runs(self) -> list[tuple[str, int]]:
         """Every (experiment name, seed) of this profile, in order."""
@@ -236,14 +314,28 @@ def load_profile(name_or_path: str | os.PathLike = "cpu", **overrides: Any) -> S
     InputError
         An unknown profile, key or value; the message names file, key and what is allowed.
     """
+    layers: dict = {}
+    for path in profile_files(name_or_path):
+        own = _read_yaml(path)
+        own.pop("extends", None)
+        layers = _merge(layers, own)
+    layers["profile"] = path.stem
+    return _validate(_merge(layers, _expand(overrides)), where=str(path))
+
+
+def profile_files(name_or_path: str | os.PathLike) -> list[Path]:
+    """The files that a profile is laid over, itself last: the defaults, then the profile that it `extends`."""
     folder = project_root() / "profiles"
     path = Path(name_or_path) if str(name_or_path).endswith((".yaml", ".yml")) else folder / f"{name_or_path}.yaml"
     if not path.is_file() or path.name == "defaults.yaml":
         known = sorted(p.stem for p in folder.glob("*.yaml") if p.stem != "defaults")
         raise InputError(f"profile: no {str(name_or_path)!r}; choose one of {', '.join(known)} or give a YAML file")
-    layers = _merge(_read_yaml(folder / "defaults.yaml"), _read_yaml(path))
-    layers["profile"] = path.stem
-    return _validate(_merge(layers, _expand(overrides)), where=str(path))
+    files = [folder / "defaults.yaml", path]
+    if (parent := _read_yaml(path).get("extends")) is not None:
+        if not (folder / f"{parent}.yaml").is_file():
+            raise InputError(f"{path}: extends = {parent!r}: there is no profiles/{parent}.yaml")
+        files.insert(1, folder / f"{parent}.yaml")
+    return files
 
 
 def _read_yaml(path: Path) -> dict:
@@ -285,12 +377,24 @@ def _validate(content: dict, where: str) -> Settings:
 def _explain(item: dict, where: str) -> str:
     key = ".".join(str(part) for part in item["loc"]) or "profile"
     if item["type"] == "extra_forbidden":
-        section: Any = Settings
-        for part in item["loc"][:-1]:
-            annotation = getattr(section, "model_fields", {}).get(part)
-            section = getattr(annotation, "annotation", None)
+        section = _section_at(item["loc"][:-1])
         allowed = ", ".join(getattr(section, "model_fields", {})) or "see profiles/defaults.yaml"
         return f"{where}: {key} is not a setting; allowed here: {allowed}"
     if item["type"] == "missing":
         return f"{where}: {key} is missing; give it a value, as profiles/defaults.yaml does"
-    return f"{where}: {key} = {item['input']!r}: {item['msg']}"
+    value = "" if isinstance(item["input"], dict) else f" = {item['input']!r}"
+    return f"{where}: {key}{value}: {item['msg']}"
+
+
+def _section_at(location: tuple) -> Any:
+    """The class that validates the setting at `location`, through teachers' kinds and experiments' names."""
+    kinds = {"local": LocalTeacher, "api": ApiTeacher, "recorded": RecordedTeacher}
+    section: Any = Settings
+    for part in location:
+        if part in getattr(section, "model_fields", {}):
+            section = section.model_fields[part].annotation
+        elif part in kinds:
+            section = kinds[part]
+        elif section == dict[str, ExperimentSection]:
+            section = ExperimentSection
+    return section

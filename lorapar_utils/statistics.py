@@ -1,6 +1,6 @@
 """Intervals and paired comparisons: no score without n, no difference without its uncertainty."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -40,6 +40,17 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict:
     low, high = _interval(b - a)
     p_value = float(mcnemar(table, exact=True).pvalue)
     return {"value": float((b - a).mean()), "n": int(a.size), "low": low, "high": high, "p_value": p_value}
+
+
+def resampled(statistic: Callable[[np.ndarray], float], n: int, *, resamples: int = 1000) -> dict:
+    """A statistic of `n` examples with its 95 % bootstrap interval over examples (percentile, fixed seed).
+
+    `statistic` takes the indices of the examples to use. Resamples on which it is undefined (NaN) are left out.
+    """
+    generator = np.random.default_rng(0)
+    drawn = [statistic(generator.integers(0, n, n)) for _ in range(resamples)]
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return {"value": float(statistic(np.arange(n))), "n": n, "low": float(low), "high": float(high)}
 
 
 def pass_at_k(successes: int, samples: int, k: int) -> float:

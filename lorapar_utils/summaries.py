@@ -4,12 +4,14 @@ import itertools
 from collections.abc import Sequence
 
 import datasets
+import krippendorff
 import numpy as np
 import pandas as pd
 import torch
-from statsmodels.stats.inter_rater import aggregate_raters, fleiss_kappa
+from scipy.stats import rankdata
+from statsmodels.stats.inter_rater import fleiss_kappa
 
-from lorapar_utils import statistics
+from lorapar_utils import statistics, voting
 from lorapar_utils.data import construction_system
 from lorapar_utils.partition import Partition
 from lorapar_utils.records import Record, new_record
@@ -19,53 +21,146 @@ SCATTER_POINTS = 1500
 
 
 def voting_record(voted: datasets.Dataset, settings: Settings) -> Record:
-    """Shares, agreement among teachers, and each teacher against the construction labels.
+    """How the teachers split the pool, how far they agree, and how far they are right.
 
-    Metrics: `undecided`, `system1_share`, `kappa` (Fleiss; NaN left out), `accuracy/NAME` and `auc/NAME` per teacher
-    and for the majority. Tables: `confusion`, `by_steps`, `disputed`.
+    Metrics: `undecided`, `system1_share`, agreement among the panel's teachers (`kappa`, Fleiss', over examples that
+    all of them voted on; `alpha`, Krippendorff's, abstentions left out), `abstained/NAME`, and against the construction
+    labels `accuracy/NAME`, `auc/NAME` (teachers with a margin), `accuracy/majority`. Tables: `panels` (how the split
+    changes with who is asked), `by_steps`, `confusion`, `reliability` (calibration of the margins), `disputed`.
+    What is undefined (one teacher, one system only) is absent.
     """
     frame = voted.to_pandas()
-    truth = frame["steps"].map(construction_system)
+    truth = frame["steps"].map(construction_system).to_numpy()
     names = [teacher.name for teacher in settings.voting.teachers]
-    ballots = np.stack(frame["votes"].to_numpy())
+    ballots = pd.DataFrame(np.stack(frame["votes"].to_numpy()), columns=names)
+    members = list(settings.voting.members())
     metrics = {
         "undecided": statistics.proportion(frame["system"] == 0),
         "system1_share": statistics.proportion(frame["system"] == 1),
+        **_agreement(ballots[members].to_numpy()),
     }
-    if len(names) > 1:
-        kappa = fleiss_kappa(aggregate_raters(ballots, n_cat=None)[0])
-        if np.isfinite(kappa):
-            metrics["kappa"] = {"value": float(kappa), "n": len(frame)}
-    known = truth > 0
-    if known.any():
-        for i, name in enumerate(names):
-            metrics[f"accuracy/{name}"] = statistics.proportion(ballots[known, i] == truth[known])
-            metrics[f"auc/{name}"] = {
-                "value": _auc(frame[f"margin_{name}"][known], truth[known]),
-                "n": int(known.sum()),
-            }
-        decided = known & (frame["system"] > 0)
-        if decided.any():
-            metrics["accuracy/majority"] = statistics.proportion(frame["system"][decided] == truth[decided])
-    by_steps = [
-        {"steps": int(steps), "system2_share": float((rows["system"] == 2).mean()), "n": len(rows)}
-        for steps, rows in frame.groupby("steps")
-    ]
-    confusion = [
-        {
-            "construction": int(row),
-            "votes": int(column),
-            "examples": int(((truth == row) & (frame["system"] == column)).sum()),
-        }
-        for row, column in itertools.product(sorted(truth.unique()), (0, 1, 2))
-    ]
-    split = frame.sort_values("agreement").head(6)
-    disputed = [
-        {"prompt": row.prompt, "answer": row.answer, "votes": " ".join(map(str, row.votes)), "steps": int(row.steps)}
-        for row in split.itertuples()
-    ]
-    tables = {"by_steps": by_steps, "confusion": confusion, "disputed": disputed}
+    for name in names:
+        votes = ballots[name].to_numpy()
+        metrics[f"abstained/{name}"] = statistics.proportion(votes == 0)
+        metrics |= _against(f"accuracy/{name}", votes, truth)
+        margins = frame.get(f"margin_{name}")
+        if margins is not None and {1, 2} <= set(truth):
+            metrics[f"auc/{name}"] = _separation(margins.to_numpy(), truth)
+    metrics |= _against("accuracy/majority", frame["system"].to_numpy(), truth)
+    tables = {
+        "panels": _panels(ballots, frame["system"].to_numpy(), truth, settings),
+        "by_steps": _by_steps(frame, ballots),
+        "confusion": _confusion(frame["system"].to_numpy(), ballots, truth),
+        "reliability": _reliability(frame, names, truth),
+        "disputed": _disputed(frame, members),
+    }
     return new_record("voting", settings, metrics=metrics, tables=tables, notebook="01_voting.ipynb out.ipynb")
+
+
+def _agreement(votes: np.ndarray) -> dict[str, dict]:
+    """Fleiss' kappa and Krippendorff's alpha of examples x teachers, where they are defined."""
+    counts = np.stack([(votes == 1).sum(1), (votes == 2).sum(1)], axis=1)
+    complete = counts[counts.sum(1) == votes.shape[1]]
+    paired = counts[counts.sum(1) >= 2]
+    found = {}
+    if votes.shape[1] > 1 and (complete.sum(0) > 0).all():
+        found["kappa"] = statistics.resampled(lambda i: fleiss_kappa(complete[i]), len(complete))
+    if (paired.sum(0) > 0).all():
+        found["alpha"] = statistics.resampled(lambda i: _alpha(paired[i]), len(paired))
+    return found
+
+
+def _alpha(counts: np.ndarray) -> float:
+    if not (counts.sum(0) > 0).all():
+        return float("nan")  # one system only: nothing to agree about
+    return krippendorff.alpha(value_counts=counts, level_of_measurement="nominal")
+
+
+def _separation(margins: np.ndarray, truth: np.ndarray) -> dict:
+    margins, truth = margins[truth > 0], truth[truth > 0]
+    return statistics.resampled(lambda i: _auc(margins[i], truth[i]), len(truth))
+
+
+def _against(key: str, votes: np.ndarray, truth: np.ndarray) -> dict[str, dict]:
+    decided = (truth > 0) & (votes > 0)
+    return {key: statistics.proportion(votes[decided] == truth[decided])} if decided.any() else {}
+
+
+def _panels(ballots: pd.DataFrame, system: np.ndarray, truth: np.ndarray, settings: Settings) -> list[dict]:
+    """One row a panel: its split, its accuracy against construction, and how much of the profile's split it changes."""
+    voting_settings, rows = settings.voting, []
+    for panel in voting_settings.panels or [None]:
+        members = list(voting_settings.members(panel))
+        its, _ = voting.decide(ballots[members].to_numpy(), quorum=voting_settings.quorum, tie=voting_settings.tie)
+        played = {t.name: t.role_play for t in voting_settings.teachers if t.kind != "recorded"}
+        accuracy = _against("accuracy", its, truth).get("accuracy")
+        rows.append(
+            {
+                "panel": panel or "all",
+                "n": len(members),
+                "role_play": "yes" if all(played.get(m, True) for m in members) else "no",
+                "system1_share": float((its == 1).mean()),
+                "undecided": float((its == 0).mean()),
+                "accuracy": accuracy,
+                "moved": float((its != system).mean()),
+            }
+        )
+    return rows
+
+
+def _by_steps(frame: pd.DataFrame, ballots: pd.DataFrame) -> list[dict]:
+    rows = []
+    for steps, chosen in frame.groupby("steps").groups.items():
+        for name, votes in [("majority", frame["system"]), *ballots.items()]:
+            cast = votes[chosen][votes[chosen] > 0]
+            if len(cast):
+                share = statistics.proportion(cast == 2)
+                rows.append({"steps": int(steps), "teacher": name, "system2_share": share["value"], **_bounds(share)})
+    return rows
+
+
+def _confusion(system: np.ndarray, ballots: pd.DataFrame, truth: np.ndarray) -> list[dict]:
+    return [
+        {
+            "teacher": name,
+            "construction": int(row),
+            "votes": column,
+            "examples": int(((truth == row) & (v == column)).sum()),
+        }
+        for name, v in [("majority", system), *((name, ballots[name].to_numpy()) for name in ballots)]
+        for row, column in itertools.product(sorted(set(truth)), (0, 1, 2))
+    ]
+
+
+def _reliability(frame: pd.DataFrame, names: list[str], truth: np.ndarray, bins: int = 8) -> list[dict]:
+    """Examples in bins of equal count by a teacher's P(System 2): what it said, and how many are System 2."""
+    rows = []
+    for name in names:
+        if f"margin_{name}" not in frame or not (truth > 0).all():
+            continue
+        said = 1 / (1 + np.exp(-frame[f"margin_{name}"]))
+        for _, chosen in said.groupby(pd.qcut(said, bins, duplicates="drop"), observed=True).groups.items():
+            share = statistics.proportion(truth[chosen] == 2)
+            rows.append(
+                {"teacher": name, "said": float(said[chosen].mean()), "share": share["value"], **_bounds(share)}
+            )
+    return rows
+
+
+def _disputed(frame: pd.DataFrame, members: list[str]) -> list[dict]:
+    """The examples that the panel agrees on least, one of a kind first."""
+    split = frame.sort_values("agreement", kind="stable")
+    split = split.assign(turn=split.groupby(["task", "steps"]).cumcount()).sort_values(
+        ["turn", "agreement"], kind="stable"
+    )
+    return [
+        {"prompt": row.prompt, "answer": row.answer, "steps": int(row.steps), "votes": " ".join(map(str, row.votes))}
+        for row in split[split["agreement"] < 1].head(8).itertuples()
+    ]
+
+
+def _bounds(metric: dict) -> dict:
+    return {"low": metric["low"], "high": metric["high"], "n": metric["n"]}
 
 
 def importance_record(scores: Sequence[dict[str, torch.Tensor]], partition: Partition, settings: Settings) -> Record:
@@ -122,10 +217,9 @@ def _scatter(flat: list[torch.Tensor], partition: Partition) -> list[dict]:
     ]
 
 
-def _auc(margins: pd.Series, truth: pd.Series) -> float:
+def _auc(margins: np.ndarray, truth: np.ndarray) -> float:
     """The chance that a System 2 example has the larger margin than a System 1 one."""
-    ranks = margins.rank()
-    twos = truth == 2
+    ranks, twos = rankdata(margins), truth == 2
     n2, n1 = int(twos.sum()), int((~twos).sum())
     if not n1 or not n2:
         return float("nan")

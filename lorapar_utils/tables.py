@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import pandas as pd
 import yaml
 
+from lorapar_utils import statistics
 from lorapar_utils.records import Record
 from lorapar_utils.settings import project_root
 
@@ -22,6 +23,14 @@ def percent(metric: dict | None) -> str:
     if "low" in metric:
         text += f" [{100 * metric['low']:.1f}, {100 * metric['high']:.1f}]"
     return f"{text}, n = {metric['n']:,}"
+
+
+def number(metric: dict | None) -> str:
+    """`0.27 [0.22, 0.32], n = 512`; what is missing reads "not measured"."""
+    if metric is None:
+        return "not measured"
+    interval = f" [{metric['low']:.2f}, {metric['high']:.2f}]" if "low" in metric else ""
+    return f"{metric['value']:.2f}{interval}, n = {metric['n']:,}"
 
 
 def stage_table(records: Iterable[Record]) -> pd.DataFrame:
@@ -92,6 +101,61 @@ def benchmark_table(records: Iterable[Record]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+# Our strategies beside the paper's rows of Table 1; its second single teacher has no counterpart.
+SPLITS = {
+    "split_random": "random partition",
+    "split_one_plain": "QwQ, no role play",
+    "split_one": "QwQ, role play",
+    "split_three": "role play + voting, n=3",
+    "split_five": "role play + voting, n=5",
+    "split_construction": None,
+}
+
+
+def voting_table(records: Iterable[Record]) -> pd.DataFrame:
+    """Table 1 at our scale: stage 1 accuracy by how the examples were split, and the gap to a random split.
+
+    The gap is paired over test items (each its mean over the seeds) with a 95 % bootstrap interval over items.
+    """
+    published = {row["strategy"]: row["accuracy"] for row in paper("table1_data_classification")}
+    runs: dict[str, list[Record]] = {}
+    for record in records:
+        runs.setdefault(record.name.rsplit("-seed", 1)[0], []).append(record)
+    rows = []
+    for name, strategy in SPLITS.items():
+        if name not in runs:
+            continue
+        accuracies = [record.metric("stage1/accuracy")["value"] for record in runs[name]]
+        rows.append(
+            {
+                "split": runs[name][0].run["parameters"]["title"],
+                "seeds": len(runs[name]),
+                "ours, accuracy": f"{100 * sum(accuracies) / len(accuracies):.1f} %",
+                "each seed": ", ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies),
+                "gap to a random split": _gap(runs[name], runs.get("split_random", [])),
+                "paper, GSM8K %": published.get(strategy, "–"),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _gap(runs: list[Record], control: list[Record]) -> str:
+    if not control or runs is control:
+        return "–"
+    first, second = ({k: sum(v) / len(v) for k, v in _by_item(side).items()} for side in (runs, control))
+    gap = statistics.mean([first[key] - second[key] for key in sorted(first.keys() & second.keys())])
+    return f"{100 * gap['value']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}], n = {gap['n']}"
+
+
+def _by_item(runs: list[Record]) -> dict[str, list[bool]]:
+    outcomes: dict[str, list[bool]] = {}
+    for record in runs:
+        for item in record.items:
+            if item["stage"] == "stage1":
+                outcomes.setdefault(item["id"], []).append(item["correct"])
+    return outcomes
 
 
 def _share(metric: dict | None) -> str:

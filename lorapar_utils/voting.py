@@ -1,63 +1,61 @@
-"""Teachers vote every example into System 1 or System 2 (paper, section 3.1).
+"""Teachers vote every example into System 1 or System 2; votes are cached, counted and decided (paper, section 3.1).
 
-Deviation: the paper's teachers are large reasoning models that answer in words. A local teacher here is read by
-the log-likelihood of its two label words, so every vote comes with a margin, and a constant leaning toward one
-label is removed by calibration (`voting.calibration`).
+What kinds of teacher there are, and how each is asked, is in `teachers`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 import datasets
 import diskcache
 import numpy as np
-import torch
+import pandas as pd
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import fingerprint
-from lorapar_utils.settings import Settings, TeacherSection
 
 CONTENT_FREE = {"prompt": "N/A", "answer": "N/A"}
+# A teacher that never answers is stopped before it has been paid for the whole pool.
+PROBATION = 16
+CHARACTERS_PER_TOKEN = 4  # English, by the usual rule of thumb: only the dry run uses it
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """One teacher's answer about one example.
+
+    `system` is 1, 2, or 0 for an abstention, whose `reason` says why. A local teacher leaves `system` open (None)
+    and gives a `margin` > 0 where it leans to System 2, decided once calibrated. `final` is False for a call that
+    failed: it counts as an abstention now and is asked again by the next run.
+    """
+
+    system: int | None = None
+    margin: float | None = None
+    reason: str = ""
+    text: str = ""
+    tokens_in: int = 0
+    tokens_out: int = 0
+    final: bool = True
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A named judge: `margins(examples)` > 0 where it leans to System 2.
+    """A named judge.
 
-    `key` identifies everything that shapes its answers (model, prompt); the cache stores margins under it.
+    `key` identifies all that shapes its answers but the prompt (the cache keeps ballots under key and prompt; None:
+    not worth caching). `ask(examples, answered)` calls `answered(i, ballot)` as each answer comes in, in any order.
     """
 
     name: str
-    key: str
-    margins: Callable[[Sequence[dict]], list[float]]
-
-
-def local_teacher(
-    section: TeacherSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings
-) -> Teacher:
-    """A causal LM that reads the role-play prompt and compares the log-likelihood of its two labels."""
-
-    def margins(examples: Sequence[dict]) -> list[float]:
-        prompts = [teacher_prompt(section, example, tokenizer, settings) for example in examples]
-        return _label_margins(model, tokenizer, prompts, section.labels)
-
-    key = fingerprint([settings.model.model_dump(), section.model_dump()])
-    return Teacher(section.name, key, margins)
-
-
-def teacher_prompt(
-    section: TeacherSection, example: dict, tokenizer: PreTrainedTokenizerBase, settings: Settings
-) -> str:
-    """The chat prompt up to where the label comes: persona, role, the example, the question."""
-    role = f"Act as the language model {settings.model.target_name}. " if section.role_play else ""
-    text = (
-        f"{role}{section.persona}\n\nQuestion: {example['prompt']}\nAnswer: {example['answer']}\n\n{section.question}"
-    )
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-    )
+    key: str | None
+    prompt: Callable[[dict], str]
+    ask: Callable[[Sequence[dict], Callable[[int, Ballot], None]], None]
+    price_in: float = 0.0
+    price_out: float = 0.0
+    max_tokens: int = 0
 
 
 def vote(
@@ -66,8 +64,8 @@ def vote(
     cache: diskcache.Cache,
     *,
     calibration: str = "pool",
-    quorum: int = 2,
-    batch_size: int = 32,
+    quorum: int | None = None,
+    tie: str | None = None,
 ) -> datasets.Dataset:
     """Ask every teacher about every example, once, and count.
 
@@ -78,24 +76,24 @@ def vote(
     teachers
         At least one.
     cache
-        Keeps each margin under teacher key and example content: an interrupted run asks only what is missing.
+        Keeps each ballot as it comes in: an interrupted run asks only what is missing.
     calibration
-        What to subtract from a teacher's margins: `pool`, their mean over the pool; `content-free`, the margin
+        What to subtract from a local teacher's margins: `pool`, their mean over the pool; `content-free`, the margin
         on an empty example; `none`, nothing.
-    quorum
-        Votes that one system needs. An example that reaches it for neither gets system 0 and is left out of
-        both sets.
+    quorum, tie
+        See `decide`.
 
     Returns
     -------
     datasets.Dataset
-        The pool's columns, `margin_NAME` per teacher, `votes` (list of 1 | 2), `system` (1 | 2 | 0), `agreement`
-        (share of votes for the more frequent system).
+        The pool's columns and, per example: `votes` (list of 1 | 2, 0 = abstained), `reasons` (of abstentions, else
+        ""), `margin_NAME` of each local teacher (calibrated; log-odds of System 2), `system` (1 | 2 | 0 = undecided),
+        `agreement` (share of the votes cast that went to the more frequent system).
 
     Raises
     ------
     InputError
-        No teacher, duplicate ids, or a teacher that answers NaN.
+        No teacher, duplicate ids, a margin that is not finite, a teacher that only ever abstains.
     """
     if not teachers:
         raise InputError("voting.teachers: the list is empty; name at least one")
@@ -103,60 +101,143 @@ def vote(
         raise InputError("pool: example ids repeat; give every example its own id")
     examples = list(pool)
     columns: dict[str, list] = {}
-    votes = []
+    votes, reasons = [], []
     for teacher in teachers:
-        margins = np.asarray(_cached_margins(teacher, examples, cache, batch_size))
-        if not np.isfinite(margins).all():
-            raise InputError(f"teacher {teacher.name!r}: a margin is NaN or infinite; check its model's dtype")
-        offset = {
-            "pool": lambda teacher, margins: margins.mean(),
-            "content-free": lambda teacher, margins: _cached_margins(teacher, [CONTENT_FREE], cache, 1)[0],
-            "none": lambda teacher, margins: 0.0,
-        }[calibration](teacher, margins)
-        columns[f"margin_{teacher.name}"] = (margins - offset).tolist()
-        votes.append(np.where(margins - offset > 0, 2, 1))
+        ballots = _ballots(teacher, examples, cache)
+        if ballots[0].margin is not None:
+            margins = _calibrated(teacher, ballots, cache, calibration)
+            columns[f"margin_{teacher.name}"] = margins.tolist()
+            votes.append(np.where(margins > 0, 2, 1))
+        else:
+            votes.append(np.array([ballot.system for ballot in ballots]))
+        reasons.append([ballot.reason for ballot in ballots])
     table = np.stack(votes, axis=1)
-    twos = (table == 2).sum(1)
-    ones = table.shape[1] - twos
-    columns["votes"] = table.tolist()
-    columns["system"] = np.select([ones >= quorum, twos >= quorum], [1, 2], 0).tolist()
-    columns["agreement"] = (np.maximum(ones, twos) / table.shape[1]).tolist()
+    system, agreement = decide(table, quorum=quorum, tie=tie)
+    columns |= {"votes": table.tolist(), "reasons": [list(row) for row in zip(*reasons, strict=True)]}
+    columns |= {"system": system.tolist(), "agreement": agreement.tolist()}
     return datasets.Dataset.from_list(
         [example | {key: values[i] for key, values in columns.items()} for i, example in enumerate(examples)]
     )
 
 
-def _cached_margins(teacher: Teacher, examples: Sequence[dict], cache: diskcache.Cache, batch_size: int) -> list[float]:
-    keys = [f"{teacher.key}-{fingerprint([e['prompt'], e['answer']])}" for e in examples]
-    missing = [i for i, key in enumerate(keys) if key not in cache]
-    # By length, so that a batch is padded little.
-    missing.sort(key=lambda i: len(examples[i]["prompt"]))
-    batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-    for batch in tqdm(batches, desc=f"teacher {teacher.name}", leave=False, disable=not batches):
-        for i, margin in zip(batch, teacher.margins([examples[i] for i in batch]), strict=True):
-            cache[keys[i]] = margin
-    return [cache[key] for key in keys]
+def decide(votes: np.ndarray, *, quorum: int | None = None, tie: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Each example's system, and how far the teachers agree on it.
+
+    Parameters
+    ----------
+    votes
+        Examples x teachers, of 1, 2, or 0 for an abstention.
+    quorum
+        Votes that the larger side needs; None: more than half of the teachers.
+    tie
+        As many votes for 1 as for 2, and at least one of each: `system1`, `system2`, or `undecided` (also None).
+
+    Returns
+    -------
+    (systems, agreement)
+        1 | 2 | 0 (undecided: a tie, or no quorum), and the larger side's share of the votes cast (0 without any).
+    """
+    ones, twos = (votes == 1).sum(1), (votes == 2).sum(1)
+    larger = np.maximum(ones, twos)
+    reached = larger >= (votes.shape[1] // 2 + 1 if quorum is None else quorum)
+    system = np.select([(ones > twos) & reached, (twos > ones) & reached], [1, 2], 0)
+    if tie in ("system1", "system2"):
+        system[(ones == twos) & (ones > 0)] = int(tie[-1])
+    return system, larger / np.maximum(ones + twos, 1)
 
 
-@torch.inference_mode()
-def _label_margins(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], labels: tuple[str, str]
-) -> list[float]:
-    """log p(second label) - log p(first label) after each prompt, summed over a label's tokens."""
-    ids = [tokenizer(label, add_special_tokens=False).input_ids for label in labels]
-    tokenizer.padding_side = "left"
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-    if all(len(tokens) == 1 for tokens in ids):
-        logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-        return (logits[:, ids[1][0]] - logits[:, ids[0][0]]).tolist()
-    totals = []
-    for tokens in ids:
-        label = torch.tensor(tokens, device=model.device).expand(len(prompts), -1)
-        logits = model(
-            input_ids=torch.cat([batch["input_ids"], label], 1),
-            attention_mask=torch.cat([batch["attention_mask"], torch.ones_like(label)], 1),
-            use_cache=False,
-            logits_to_keep=len(tokens) + 1,
-        ).logits[:, :-1]
-        totals.append(logits.float().log_softmax(-1).gather(2, label.unsqueeze(2)).sum((1, 2)))
-    return (totals[1] - totals[0]).tolist()
+def plan(pool: datasets.Dataset, teachers: Sequence[Teacher], cache: diskcache.Cache) -> pd.DataFrame:
+    """What `vote` would ask: one row a teacher, with calls, tokens and cost at most. Asks nothing.
+
+    Prompt tokens are estimated from characters; completion tokens are bounded by `max_tokens`, and estimated from
+    this teacher's cached answers where there are any.
+    """
+    rows = []
+    for teacher in teachers:
+        keys = _keys(teacher, list(pool))
+        texts = [teacher.prompt(e) for e, key in zip(pool, keys, strict=True) if key is None or key not in cache]
+        answered = [Ballot(**cache[key]) for key in keys if key is not None and key in cache]
+        prompts = round(sum(map(len, texts)) / CHARACTERS_PER_TOKEN)
+        bound = len(texts) * teacher.max_tokens
+        mean = np.mean([ballot.tokens_out for ballot in answered]) if answered else teacher.max_tokens
+        rows.append(
+            {
+                "teacher": teacher.name,
+                "examples": len(keys),
+                "already answered": len(answered),
+                "calls": len(texts) if teacher.max_tokens else 0,
+                "prompt tokens, about": prompts if teacher.max_tokens else 0,
+                "completion tokens, at most": bound,
+                "completion tokens, likely": round(len(texts) * float(mean)),
+                "cost, at most": round((prompts * teacher.price_in + bound * teacher.price_out) / 1e6, 4),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _ballots(teacher: Teacher, examples: Sequence[dict], cache: diskcache.Cache) -> list[Ballot]:
+    """The teacher's ballot on every example, from the cache where it is there."""
+    keys = _keys(teacher, examples)
+    known = {i: Ballot(**cache[key]) for i, key in enumerate(keys) if key is not None and key in cache}
+    missing = [i for i in range(len(examples)) if i not in known]
+    if missing:
+        fresh: list[Ballot] = []
+        with _progress(teacher, len(missing)) as update:
+
+            def answered(position: int, ballot: Ballot) -> None:
+                index = missing[position]
+                known[index] = ballot
+                if keys[index] is not None and ballot.final:
+                    cache[keys[index]] = asdict(ballot)
+                fresh.append(ballot)
+                update(ballot)
+                if len(fresh) == len(known) == PROBATION:
+                    _refuse_silence(teacher, fresh)
+
+            teacher.ask([examples[i] for i in missing], answered)
+    ballots = [known[i] for i in range(len(examples))]
+    _refuse_silence(teacher, ballots)
+    return ballots
+
+
+def _keys(teacher: Teacher, examples: Sequence[dict]) -> list[str | None]:
+    if teacher.key is None:
+        return [None] * len(examples)
+    return [fingerprint([teacher.key, teacher.prompt(example)]) for example in examples]
+
+
+def _refuse_silence(teacher: Teacher, ballots: Sequence[Ballot]) -> None:
+    if any(ballot.system != 0 for ballot in ballots):
+        return
+    (reason, count), *_ = Counter(ballot.reason for ballot in ballots).most_common(1)
+    said = next((f"; for example it said {b.text[-200:]!r}" for b in ballots if b.text), "")
+    raise InputError(
+        f"teacher {teacher.name!r} abstained on all of its {len(ballots)} examples ({count} times: {reason}){said}; "
+        "change its question, its max_tokens, or leave it out"
+    )
+
+
+@contextlib.contextmanager
+def _progress(teacher: Teacher, total: int) -> Iterator[Callable[[Ballot], None]]:
+    """A bar with count, time left and, for a teacher with a price, tokens and cost so far."""
+    spent = [0, 0]
+    with tqdm(total=total, desc=f"teacher {teacher.name}", leave=False) as bar:
+
+        def update(ballot: Ballot) -> None:
+            spent[0] += ballot.tokens_in
+            spent[1] += ballot.tokens_out
+            if teacher.max_tokens:
+                cost = (spent[0] * teacher.price_in + spent[1] * teacher.price_out) / 1e6
+                bar.set_postfix({"tokens": f"{sum(spent):,}", "cost": f"{cost:.4f}"}, refresh=False)
+            bar.update(1)
+
+        yield update
+
+
+def _calibrated(teacher: Teacher, ballots: Sequence[Ballot], cache: diskcache.Cache, calibration: str) -> np.ndarray:
+    margins = np.array([ballot.margin for ballot in ballots])
+    if not np.isfinite(margins).all():
+        raise InputError(f"teacher {teacher.name!r}: a margin is NaN or infinite; check its model's dtype")
+    if calibration == "content-free":
+        return margins - _ballots(teacher, [CONTENT_FREE], cache)[0].margin
+    return margins - (margins.mean() if calibration == "pool" else 0.0)

@@ -16,67 +16,129 @@
 # %% [markdown]
 # # 1. Voting: which questions need slow thinking?
 #
-# - **Question.** Can teachers tell System 1 examples (recall, simple inference) from System 2 examples (several chained steps)?
+# - **Question.** Can teachers tell System 1 examples (recall, simple inference) from System 2 examples (several chained steps), and do
+#   role play and voting help them?
 # - **Paper.** Section 3.1 and Table 1.
-# - **Inputs.** The example pool of the profile.
-# - **Outputs.** `runs/<profile>/votes/`, record `voting`.
-# - **Cost.** One forward pass a teacher and training example.
+# - **Inputs.** The training split of the profile's pool; its teachers: local models, OpenAI-compatible servers, or recorded votes.
+# - **Outputs.** `runs/<profile>/votes/`, record `voting`; every answer is kept in `runs/vote_cache`.
+# - **Cost.** One forward pass a local teacher and example; one call a server's. The first cell below says how many before any is made.
 
 # %% tags=["parameters"]
 profile = "cpu"  # a file of profiles/, or a path
 
 # %%
+import pandas as pd
 
-from lorapar_utils import notebook, plots, summaries, tables
-from lorapar_utils.records import write_record
+from lorapar_utils import notebook, plots, splits, summaries, tables
+from lorapar_utils.records import published_records, write_record
 
 settings = notebook.start(profile=profile)
-from lorapar_utils import phases
+
+# %% [markdown]
+# ## What will be asked
+#
+# Nothing is asked twice: an answer is kept under teacher, prompt and example, as soon as it comes in.
+
+# %%
+splits.voting_plan(settings)
 
 # %% [markdown]
 # ## Ask
 #
-# Every teacher plays the role of the target model, reads question and answer, and leans to one of two labels. Its leaning is the
-# difference of the labels' log-likelihoods, less the teacher's mean over the pool. Answers are cached: a second run asks nothing twice.
+# Every teacher reads question and answer; with role play it is told which model it stands in for. A server's teacher answers in words, and
+# only a last line that says *System 1* or *System 2* counts; anything else is an abstention. A local teacher is read by the log-likelihood
+# of its two labels, less its mean over the pool. The larger side wins if it reaches the quorum; the rest is undecided and left out.
 
 # %%
-voted = phases.votes(settings)
+voted = splits.votes(settings)
 record = summaries.voting_record(voted, settings)
 path = write_record(record, settings.runs / "records" / "voting.json")
 voted.select_columns(["prompt", "answer", "steps", "votes", "system"]).to_pandas().head(8)
 
 # %% [markdown]
-# ## Do the teachers agree, and are they right?
+# ## Do the teachers agree?
+#
+# Kappa and alpha are 0 for votes cast at random and 1 for unanimity. Intervals are bootstrapped over examples.
+
+# %%
+metrics = record.result["metrics"]
+pd.DataFrame(
+    [
+        {"": label, "value": tables.number(metrics.get(key))}
+        for label, key in {
+            "share voted System 1": "system1_share",
+            "undecided": "undecided",
+            "Fleiss' kappa": "kappa",
+            "Krippendorff's alpha": "alpha",
+        }.items()
+    ]
+).set_index("")
+
+# %% [markdown]
+# ## Are they right?
 #
 # The pool is made by generators, so the number of reasoning steps of each example is known. An area under the curve (AUC) of one half
 # means that a teacher's leaning carries no information about the steps.
 
 # %%
-import pandas as pd
-
 pd.DataFrame(
     [
         {
             "teacher": name,
-            "agrees with construction": tables.percent(record.result["metrics"].get(f"accuracy/{name}")),
-            "AUC": record.result["metrics"].get(f"auc/{name}", {}).get("value"),
+            "agrees with construction": tables.percent(metrics.get(f"accuracy/{name}")),
+            "AUC": tables.number(metrics.get(f"auc/{name}")),
+            "abstained": tables.percent(metrics.get(f"abstained/{name}")),
         }
         for name in [*(teacher.name for teacher in settings.voting.teachers), "majority"]
     ]
-).round(2).fillna("–")
+).replace("not measured", "–").set_index("teacher")
 
-# %% mystnb={"image": {"alt": "Bar chart of the share of examples voted System 2 for each number of reasoning steps."}, "figure": {"caption": "If teachers see the difference, the bars rise with the number of steps.", "name": "fig-votes-by-steps"}}
+# %% mystnb={"image": {"alt": "Line and bar chart of the share of examples voted System 2 for each number of reasoning steps, by teacher and for the majority."}, "figure": {"caption": "A teacher that sees the steps rises from left to right. Bars: the majority of the panel.", "name": "fig-votes-by-steps"}}
 figure = plots.votes_by_steps(record)
+
+# %% [markdown]
+# ## How far can a margin be trusted?
+#
+# A calibrated margin should mean what it says: of the examples that a teacher gives P(System 2) = 0.8, eight in ten should be System 2.
+
+# %% mystnb={"image": {"alt": "Reliability curves: share of System 2 examples against the probability that each teacher's margin states."}, "figure": {"caption": "Above the diagonal a teacher is too cautious about System 2, below it too eager; a flat line carries no information.", "name": "fig-reliability"}}
+if record.result["tables"]["reliability"]:
+    figure = plots.reliability(record)
+
+# %% [markdown]
+# ## Who is asked, and how
+#
+# `moved` is the share of examples whose system differs from the profile's own split.
+
+# %% mystnb={"image": {"alt": "Dot plot of agreement with the construction labels, one row a teacher and a panel, with intervals."}, "figure": {"caption": "Single teachers (circles) and panels (squares) against the construction labels. Voting helps where the teachers are right more often than not, and err on different examples.", "name": "fig-split-accuracy"}}
+figure = plots.split_accuracy(record)
+
+# %%
+panels = pd.DataFrame(record.result["tables"]["panels"])
+panels["accuracy"] = panels["accuracy"].map(tables.percent)
+panels.round(2).set_index("panel")
+
 # %% [markdown]
 # ## Where they differ
 #
-# A row counts examples by construction and by vote; System 0 is undecided and left out of both sets.
+# A row counts the majority's votes by construction; System 0 is undecided and left out of both sets.
 
 # %%
-pd.DataFrame(record.result["tables"]["confusion"]).pivot(index="construction", columns="votes", values="examples")
+confusion = pd.DataFrame(record.result["tables"]["confusion"]).query("teacher == 'majority'")
+confusion.pivot(index="construction", columns="votes", values="examples")
 
 # %%
 pd.DataFrame(record.result["tables"]["disputed"])
+
+# %% [markdown]
+# ## Table 1: does a better split train a better model?
+#
+# Each split is partitioned at the profile's theta and trained by stage 1 alone, on three seeds. These are the published records of the
+# `cpu-full` profile; the paper's column is LLaMA-2-7B on GSM8K, so compare the order, not the height.
+
+# %%
+table1 = tables.voting_table(published_records("cpu-full"))
+table1.set_index("split") if len(table1) else print("No record of cpu-full is published yet.")
 
 # %% [markdown]
 # ## What would change our mind
@@ -84,8 +146,9 @@ pd.DataFrame(record.result["tables"]["disputed"])
 # A stronger teacher. The paper votes with reasoning models that are thousands of times larger. Where a small teacher's AUC stays near one
 # half, its split is close to a random one, and everything downstream inherits that.
 #
-# **Try it yourself**
+# **Try it yourself**: what a profile's teachers would cost, and voting alone.
 #
 # ```bash
+# python -m lorapar_utils.splits cpu --dry-run
 # papermill notebooks/01_voting.ipynb out.ipynb -p profile smoke
 # ```

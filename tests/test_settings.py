@@ -22,6 +22,15 @@ def test_short_names_and_sections_override():
     assert settings.seed == 3 and settings.sft.epochs == 2 and settings.sft.batch_size == 4
 
 
+def test_a_profile_can_extend_another(project):
+    full, cpu = load_profile("cpu-full"), load_profile("cpu")
+    assert full.voting == cpu.voting and full.seeds == (0, 1, 2) and full.experiments.keys() != cpu.experiments.keys()
+    path = project / "profiles" / "mine.yaml"
+    path.write_text("extends: nothing\n")
+    with pytest.raises(InputError, match="mine.yaml: extends = 'nothing': there is no profiles/nothing.yaml"):
+        load_profile("mine")
+
+
 def test_an_experiment_carries_its_own_theta(project):
     settings = load_profile("cpu").for_experiment("theta_0.5", seed=7)
     assert settings.partition.theta == 0.5 and settings.seed == 7
@@ -38,7 +47,12 @@ def test_an_experiment_carries_its_own_theta(project):
         ({"beta": -1}, "partition.beta = -1"),
         ({"modules": "XYZ"}, "adapter.modules = 'XYZ': .*'QKV'"),
         ({"grpo": {"micro_batch": 3}}, "micro_batch = 3 does not divide"),
-        ({"voting": {"quorum": 1}}, "quorum = 1 of 3 teachers lets both systems win; use at least 2"),
+        ({"voting": {"quorum": 4}}, "quorum = 4 exceeds the 3 teachers"),
+        ({"voting": {"panels": {"x": ["nobody"]}}}, "panels.x names no teacher: nobody"),
+        ({"voting": {"panels": {"x": ["tutor", "examiner"]}}}, "tie: the 2 teachers of panel 'x' can tie; set tie to"),
+        ({"voting": {"panel": "five"}}, "panel = 'five' is not in panels"),
+        ({"voting": {"teachers": [{"name": "a", "kind": "oracle"}]}}, r"voting.teachers.0.*'local', 'api', 'recorded'"),
+        ({"voting": {"teachers": [{"name": "a", "kind": "api", "modle": "x"}]}}, "modle is not a setting; .*base_url"),
     ],
 )
 def test_bad_settings_name_key_value_and_remedy(override, message):
@@ -47,7 +61,7 @@ def test_bad_settings_name_key_value_and_remedy(override, message):
 
 
 def test_unknown_profile_lists_those_there_are():
-    with pytest.raises(InputError, match="no 'gpu'; choose one of cpu, llama2-7b"):
+    with pytest.raises(InputError, match="no 'gpu'; choose one of cpu, cpu-full, llama2-7b"):
         load_profile("gpu")
 
 

@@ -1,0 +1,113 @@
+"""The voting phase: which training examples are System 1 (D1), which System 2 (D2) (paper, section 3.1).
+
+`python -m lorapar_utils.splits PROFILE --dry-run` prints what the profile's teachers would be asked and at what cost;
+without `--dry-run` it asks them.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+import diskcache
+import numpy as np
+import pandas as pd
+
+from lorapar_utils import data, teachers, voting
+from lorapar_utils.errors import InputError
+from lorapar_utils.manifests import completed, inputs_of, is_current
+from lorapar_utils.settings import Settings, load_profile, project_root
+
+
+def votes(settings: Settings) -> datasets.Dataset:
+    """The training split with every teacher's vote (see `voting.vote`), decided by the panel `voting.panel`."""
+    folder = settings.runs / "votes"
+    inputs = _voting_inputs(settings)
+    if not is_current(folder, inputs):
+        with _vote_cache() as cache:
+            pool, teachers = _electorate(settings)
+            voted = voting.vote(pool, teachers, cache, calibration=settings.voting.calibration)
+        with completed(folder, inputs) as scratch:
+            voted.to_parquet(scratch / "votes.parquet")
+    return decided(datasets.Dataset.from_parquet(str(folder / "votes.parquet")), settings)
+
+
+def voting_plan(settings: Settings) -> pd.DataFrame:
+    """What `votes` would ask each teacher; see `voting.plan`."""
+    with _vote_cache() as cache:
+        return voting.plan(*_electorate(settings), cache)
+
+
+def decided(voted: datasets.Dataset, settings: Settings, panel: str | None = None) -> datasets.Dataset:
+    """`voted` with `system` and `agreement` as the members of `panel` (None: `voting.panel`) decide."""
+    names = [teacher.name for teacher in settings.voting.teachers]
+    chosen = [names.index(name) for name in settings.voting.members(panel)]
+    table = np.array(voted["votes"])[:, chosen]
+    system, agreement = voting.decide(table, quorum=settings.voting.quorum, tie=settings.voting.tie)
+    fresh = {"system": system.tolist(), "agreement": agreement.tolist()}
+    return datasets.Dataset.from_dict(voted.to_dict() | fresh)
+
+
+def system_examples(settings: Settings, system: int) -> list[dict]:
+    """D1 or D2: the training examples that `voting.split_by` puts into `system`.
+
+    Raises
+    ------
+    InputError
+        The system is empty.
+    """
+    rows = list(votes(settings))
+    by = settings.voting.split_by
+    systems = [data.construction_system(row["steps"]) if by == "construction" else row["system"] for row in rows]
+    if by == "random":
+        random.Random(settings.seed).shuffle(systems)
+    chosen = [row for row, its in zip(rows, systems, strict=True) if its == system]
+    if not chosen:
+        raise InputError(
+            f"voting: no training example belongs to System {system} by {settings.split_name}; "
+            "change voting.calibration, voting.teachers or voting.split_by"
+        )
+    return chosen
+
+
+@contextmanager
+def _vote_cache() -> Iterator[diskcache.Cache]:
+    """One for all profiles of a clone: a paid answer is asked for once."""
+    with diskcache.Cache(project_root() / "runs" / "vote_cache", disk=diskcache.JSONDisk, eviction_policy="none") as c:
+        yield c
+
+
+def _electorate(settings: Settings) -> tuple[datasets.Dataset, list[voting.Teacher]]:
+    pool = data.load_pool(settings).filter(lambda row: row["split"] == "train")
+    return pool, teachers.build_teachers(settings, list(pool))
+
+
+def _voting_inputs(settings: Settings) -> dict:
+    asked = settings.voting.model_dump(include={"calibration", "role_play_template", "plain_template"})
+    asked["teachers"] = [teachers.identity(section, settings) for section in settings.voting.teachers]
+    modules = ("data", "voting", "teachers", "label_scores", "models")
+    return inputs_of(settings, modules, pool=settings.pool.model_dump(), voting=asked)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lorapar_utils.splits", description="Ask a profile's teachers.")
+    parser.add_argument("profile")
+    parser.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost; ask nothing")
+    chosen = parser.parse_args(arguments)
+    try:
+        settings = load_profile(chosen.profile)
+        if chosen.dry_run:
+            print(voting_plan(settings).to_string(index=False))
+        else:
+            counts = pd.Series(votes(settings)["system"]).value_counts()
+            print(", ".join(f"System {system or 'undecided'}: {count}" for system, count in counts.items()))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
