@@ -24,6 +24,7 @@ figures: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(PY) benchmarks/scoring.py
+	$(PY) benchmarks/partition.py
 	$(PY) benchmarks/voting.py
 
 publish: $(VENV)/.installed

@@ -7,11 +7,15 @@ For an element phi_j, with g_j the mean and F_jj the mean square of the per-exam
 Deviation from the paper's script: dropout is off, and examples are scored in batches. The per-example gradients
 are exact all the same: a LoRA matrix multiplies W x, so example i's gradient is the sum over its tokens of
 (gradient of the output) x (input), which one batched product gives for the whole batch.
+
+Under `accelerate launch` each process scores its share of the examples, and all return the sum's scores.
 """
 
 from collections.abc import Sequence
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
@@ -20,11 +24,19 @@ from lorapar_utils.encoding import IGNORED
 from lorapar_utils.errors import InputError
 from lorapar_utils.models import lora_parameters
 
+# What else an element could be chosen by, for the ablation: g, F and phi as above.
+SCORES = {
+    "second_order": lambda g, f, phi: (g * phi - 0.5 * f * phi.square()).abs(),
+    "first_order": lambda g, f, phi: (g * phi).abs(),
+    "fisher": lambda g, f, phi: f,
+    "magnitude": lambda g, f, phi: phi.abs(),
+}
+
 
 def score_importance(
-    model: PeftModel, examples: Sequence[dict[str, list[int]]], *, batch_size: int
+    model: PeftModel, examples: Sequence[dict[str, list[int]]], *, batch_size: int, score: str = "second_order"
 ) -> dict[str, torch.Tensor]:
-    """Second-order importance of each LoRA element, exact per example whatever the batch size.
+    """Importance of each LoRA element of the active adapters, exact per example whatever the batch size.
 
     Parameters
     ----------
@@ -35,6 +47,8 @@ def score_importance(
         over its answer tokens.
     batch_size
         Examples a pass; changes speed and memory, not the result.
+    score
+        `second_order`, the paper's; for the ablation `first_order` |g phi|, `fisher` F, `magnitude` |phi|.
 
     Returns
     -------
@@ -44,13 +58,19 @@ def score_importance(
     Raises
     ------
     InputError
-        No example, an example without answer tokens, a model without LoRA, scores that are NaN or infinite, or
-        all zero (B = 0: the gradient of A and phi in B vanish; use `adapter.init: normal`, `pissa` or `olora`).
+        No example, an example without answer tokens or longer than the model's context, an unknown score, a model
+        without LoRA, scores that are NaN or infinite, or all zero (B = 0: the gradient of A and phi in B vanish; use
+        `adapter.init: normal`, `pissa` or `olora`).
     """
-    _check_examples(examples)
-    parameters = lora_parameters(model)
+    if score not in SCORES:
+        raise InputError(f"score = {score!r}: use one of {', '.join(SCORES)}")
+    _check_examples(examples, getattr(model.config, "max_position_embeddings", None))
+    active = set(model.active_adapters)
+    parameters = {name: p for name, p in lora_parameters(model).items() if name.split(".")[-2] in active}
     if not parameters:
         raise InputError("model: it has no LoRA matrices; attach an adapter first")
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    share = sorted(examples, key=lambda e: len(e["input_ids"]))[processes.process_index :: processes.num_processes]
     gradient = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     fisher = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
 
@@ -70,7 +90,7 @@ def score_importance(
     try:
         for p in model.parameters():
             p.requires_grad_(False)
-        for batch in tqdm(_batches(examples, batch_size), desc="importance", leave=False):
+        for batch in tqdm(_batches(share, batch_size), desc="importance", leave=False):
             _backward(model, batch)
     finally:
         for hook in hooks:
@@ -81,8 +101,8 @@ def score_importance(
     n = len(examples)
     scores = {}
     for name, phi in parameters.items():
-        weight = phi.detach().float()
-        scores[name] = (gradient[name] / n * weight - 0.5 * fisher[name] / n * weight.square()).abs().cpu()
+        g, f = (reduce(total, "sum") / n for total in (gradient[name], fisher[name]))
+        scores[name] = SCORES[score](g, f, phi.detach().float()).cpu()
     _check_scores(scores)
     return scores
 
@@ -138,12 +158,17 @@ def _batches(examples: Sequence[dict], size: int) -> list[list[dict]]:
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
-def _check_examples(examples: Sequence[dict]) -> None:
+def _check_examples(examples: Sequence[dict], context: int | None) -> None:
     if not examples:
         raise InputError("examples: none to score; is this system empty? Check the votes, or lower voting.quorum")
     for number, example in enumerate(examples):
         if len(example["input_ids"]) != len(example["labels"]):
             raise InputError(f"examples[{number}]: input_ids and labels differ in length")
+        if context is not None and len(example["input_ids"]) > context:
+            raise InputError(
+                f"examples[{number}]: {len(example['input_ids'])} tokens exceed the model's context of {context}; "
+                "lower sft.max_length or leave it out"
+            )
         # The first token is predicted from nothing, so its label can never carry a loss.
         if all(label == IGNORED for label in example["labels"][1:]):
             raise InputError(f"examples[{number}]: no answer token has a label; was the answer truncated away?")

@@ -118,7 +118,7 @@ class _Stages:
     def active_metrics(self) -> dict[str, dict]:
         if self.partition is None:
             return {}
-        total = self.partition.active1.numel()
+        total = self.partition.active[0].numel()
         shares = {f"active/{key}": {"value": v, "n": total} for key, v in self.partition.active_share.items()}
         return shares | {"jaccard": {"value": self.partition.jaccard, "n": total}}
 

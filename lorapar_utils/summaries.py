@@ -172,7 +172,7 @@ def importance_record(scores: Sequence[dict[str, torch.Tensor]], partition: Part
     """
     flat = [torch.cat([values.flatten() for values in one.values()]).double() for one in scores]
     total = flat[0].numel()
-    share1, share2 = (float(mask.double().mean()) for mask in (partition.selected1, partition.selected2))
+    share1, share2 = (float(mask.double().mean()) for mask in partition.selected)
     expected = share1 * share2 / (share1 + share2 - share1 * share2)
     metrics = {f"active/{key}": {"value": v, "n": total} for key, v in partition.active_share.items()}
     metrics |= {

@@ -13,9 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def tiny_model():
-    """Two layers, fp32, A and B non-zero."""
+def make_tiny_model():
+    """Two layers, fp32, A and B large enough that the second-order term shows in every matrix."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -31,12 +30,11 @@ def tiny_model():
     model = get_peft_model(base, lora)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
 
-@pytest.fixture
-def tiny_examples():
+def make_tiny_examples():
     """Nine examples of different lengths."""
     generator = torch.Generator().manual_seed(1)
     examples = []
@@ -45,6 +43,16 @@ def tiny_examples():
         answer = 2 + i % 3
         examples.append({"input_ids": ids, "labels": [-100] * (len(ids) - answer) + ids[-answer:]})
     return examples
+
+
+@pytest.fixture
+def tiny_model():
+    return make_tiny_model()
+
+
+@pytest.fixture
+def tiny_examples():
+    return make_tiny_examples()
 
 
 @pytest.fixture

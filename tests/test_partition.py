@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorapar_utils.errors import InputError
-from lorapar_utils.partition import REGIONS, Partition, build_partition, random_partition
+from lorapar_utils.partition import Partition, build_partition, random_partition
 
 values = st.lists(st.floats(0, 1e3, width=32), min_size=2, max_size=40).filter(lambda v: max(v) > 0)
 thetas = st.floats(0.01, 1.0)
@@ -42,7 +42,7 @@ def by_rows(scores, theta):
 @settings(max_examples=200, deadline=None)
 def test_selection_equals_the_row_loop(pair, theta):
     built = build_partition(*pair, theta=theta)
-    for scores, selected in zip(pair, (built.selected1, built.selected2), strict=True):
+    for scores, selected in zip(pair, built.selected, strict=True):
         flat = torch.cat(list(scores.values())).double().tolist()
         assert set(selected.nonzero().squeeze(1).tolist()) == by_rows(flat, theta)
 
@@ -52,19 +52,19 @@ def test_selection_equals_the_row_loop(pair, theta):
 def test_regions_are_disjoint_and_complete_and_counts_exact(pair, theta, alpha, beta):
     built = build_partition(*pair, theta=theta, alpha=alpha, beta=beta)
     regions = built.regions()
-    assert tuple(regions) == REGIONS
+    assert tuple(regions) == ("system1_only", "system2_only", "shared", "inactive")
     assert torch.stack(list(regions.values())).int().sum(0).eq(1).all()
     shared = int(regions["shared"].sum())
-    assert int(built.active1.sum()) == int(regions["system1_only"].sum()) + round(alpha * shared)
-    assert int(built.active2.sum()) == int(regions["system2_only"].sum()) + round(beta * shared)
-    assert not (built.active1 & ~built.selected1).any() and not (built.active2 & ~built.selected2).any()
+    assert int(built.active[0].sum()) == int(regions["system1_only"].sum()) + round(alpha * shared)
+    assert int(built.active[1].sum()) == int(regions["system2_only"].sum()) + round(beta * shared)
+    assert not (built.active[0] & ~built.selected[0]).any() and not (built.active[1] & ~built.selected[1]).any()
 
 
 @given(score_pairs(), thetas, thetas)
 @settings(max_examples=100, deadline=None)
 def test_nested_in_theta(pair, theta, other):
     small, large = (build_partition(*pair, theta=t) for t in sorted((theta, other)))
-    assert not (small.selected1 & ~large.selected1).any()
+    assert not (small.selected[0] & ~large.selected[0]).any()
 
 
 @given(score_pairs(), thetas, st.sampled_from([0.25, 2.0, 1024.0]))
@@ -75,7 +75,7 @@ def test_invariant_to_scale(pair, theta, factor):
         return
     scaled = {name: values * factor for name, values in pair[0].items()}
     before, after = build_partition(*pair, theta=theta), build_partition(scaled, pair[1], theta=theta)
-    assert torch.equal(before.selected1, after.selected1)
+    assert torch.equal(before.selected[0], after.selected[0])
 
 
 @given(score_pairs(), thetas)
@@ -83,8 +83,43 @@ def test_invariant_to_scale(pair, theta, factor):
 def test_random_control_has_equal_counts(pair, theta):
     built = build_partition(*pair, theta=theta)
     control = random_partition(built, seed=3)
-    assert control.active1.sum() == built.active1.sum() and control.active2.sum() == built.active2.sum()
+    assert control.active[0].sum() == built.active[0].sum() and control.active[1].sum() == built.active[1].sum()
     assert control.jaccard == built.jaccard
+
+
+@given(st.data(), thetas)
+@settings(max_examples=100, deadline=None)
+def test_more_than_two_systems(data, theta):
+    size = data.draw(st.integers(2, 12))
+    one = st.lists(st.floats(0, 1e3, width=32), min_size=size, max_size=size).filter(lambda v: max(v) > 0)
+    systems = [{"a": torch.tensor(data.draw(one))} for _ in range(data.draw(st.integers(3, 5)))]
+    built = build_partition(*systems, theta=theta)
+    regions = built.regions()
+    assert torch.stack(list(regions.values())).int().sum(0).eq(1).all()
+    for k, scores in enumerate(systems, start=1):
+        assert set(built.selected[k - 1].nonzero().squeeze(1).tolist()) == by_rows(scores["a"].double().tolist(), theta)
+        assert torch.equal(built.stage_mask(k)["a"], built.selected[k - 1])
+    pair = build_partition(*systems[:2], theta=theta)
+    assert all(torch.equal(a, b) for a, b in zip(pair.selected, built.selected, strict=False))
+
+
+@pytest.mark.parametrize("theta", [0.1, 0.5, 0.9, 0.999])
+def test_selection_over_many_magnitudes_equals_sorting(theta):
+    """Scores like real ones: a million, over twelve orders of magnitude, a third of them equal."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.exp(6 * torch.randn(1_000_000, generator=generator)) * 1e-9
+    scores[::3] = scores[3]
+    scores[1::7] = 0
+    built = build_partition({"a": scores}, {"a": scores.flip(0)}, theta=theta, alpha=0.3)
+    order = torch.argsort(scores, descending=True, stable=True)
+    reached = scores[order].double().cumsum(0)
+    count = int((reached < theta * reached[-1]).sum()) + 1
+    expected = torch.zeros(len(scores), dtype=torch.bool)
+    expected[order[:count]] = True
+    assert torch.equal(built.selected[0], expected)
+    shared = built.regions()["shared"]
+    by_score = order[shared[order]][: round(0.3 * int(shared.sum()))]
+    assert set(by_score.tolist()) == set((built.active[0] & shared).nonzero().squeeze(1).tolist())
 
 
 def test_saves_and_loads(tmp_path):
@@ -98,6 +133,10 @@ def test_saves_and_loads(tmp_path):
         for name, mask in built.stage_mask(stage).items():
             assert mask.shape == scores[name].shape and torch.equal(loaded.stage_mask(stage)[name], mask)
     assert loaded.parameters == built.parameters
+    ranks = built.by_rank()
+    assert ranks[["matrix", "rank"]].values.tolist() == [[m, r] for m in "AB" for r in range(3)]
+    a = built.stage_mask(1)["layers.0.q_proj.lora_A.default.weight"]
+    assert ranks["stage1"][1] == pytest.approx(float(a[1].float().mean()))
     summary = built.summary()
     assert summary["layer"].tolist() == [0, 1] and summary["matrix"].tolist() == ["A", "B"]
     (tmp_path / "p" / "masks.safetensors").write_bytes(b"damaged")
