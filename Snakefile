@@ -78,7 +78,7 @@ rule importance:
         f"{RUNS}/logs/02_importance.log",
     params:
         common=COMMON,
-        scores=f"{RUNS}/scores-{SETTINGS.adapter.init}-{SETTINGS.adapter.modules}-{SETTINGS.split_name}-seed{SETTINGS.seed}",
+        scores=SETTINGS.scores_folder.relative_to(project_root()),
     threads: SETTINGS.threads
     shell:
         "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook} {output.notebook} -p profile {params.common[profile]} > {log} 2>&1"

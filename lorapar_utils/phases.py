@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
+from transformers import PreTrainedTokenizerBase
 
 from lorapar_utils import data, evaluation, models, statistics, training
 from lorapar_utils.encoding import encode_examples
@@ -26,17 +28,11 @@ STAGE_NAMES = {"sft": "stage1", "sft_all": "stage1", "grpo": "stage2"}
 
 def scores(settings: Settings) -> tuple[Scores, Scores]:
     """Importance of every LoRA element to System 1 and to System 2, on `importance.examples` of each."""
-    adapter = settings.adapter
-    folder = settings.runs / f"scores-{adapter.init}-{adapter.modules}-{settings.split_name}-seed{settings.seed}"
+    folder = settings.scores_folder
     inputs = _scores_inputs(settings)
     if not is_current(folder, inputs):
-        model, tokenizer = models.load_base(settings)
-        model = models.attach_adapter(model, settings)
-        found = []
-        for system in (1, 2):
-            examples = _sample(system_examples(settings, system), settings.importance.examples, settings.seed)
-            encoded = encode_examples(examples, tokenizer, settings)
-            found.append(score_importance(model, encoded, batch_size=settings.importance.batch_size))
+        count = settings.importance.examples
+        found = _score(settings, [_shuffled(system_examples(settings, k), settings)[:count] for k in (1, 2)])
         with completed(folder, inputs) as scratch:
             for system, values in enumerate(found, start=1):
                 save_file(values, scratch / f"system{system}.safetensors")
@@ -47,6 +43,37 @@ def scores(settings: Settings) -> tuple[Scores, Scores]:
         order = order or _model_order(values)
         loaded.append({name: values[name] for name in order})
     return loaded[0], loaded[1]
+
+
+def stability(settings: Settings) -> list[dict]:
+    """How far two disjoint samples of `n` examples agree on a system's importance, for n in `importance.stability`.
+
+    Returns
+    -------
+    list of dict
+        `system`, `n`, `rank_correlation` (Spearman, over all elements), `jaccard` of the sets selected at the
+        profile's theta. Sizes that leave no second sample are left out.
+    """
+    folder = settings.runs / "stability" / settings.scores_folder.name
+    inputs = _scores_inputs(settings) | {"sizes": settings.importance.stability, "theta": settings.partition.theta}
+    inputs = json.loads(json.dumps(inputs))
+    if not is_current(folder, inputs):
+        model = None
+        rows = []
+        for system in (1, 2):
+            examples = _shuffled(system_examples(settings, system), settings)
+            for n in settings.importance.stability:
+                if 2 * n > len(examples):
+                    continue
+                model = model or _fresh_adapter(settings)
+                first, second = _score(settings, [examples[:n], examples[n : 2 * n]], model)
+                pair = build_partition(first, second, theta=settings.partition.theta)
+                flat = [torch.cat([v.flatten() for v in values.values()]).numpy() for values in (first, second)]
+                rank_correlation = float(spearmanr(*flat).statistic)
+                rows.append({"system": system, "n": n, "rank_correlation": rank_correlation, "jaccard": pair.jaccard})
+        with completed(folder, inputs) as scratch:
+            write_atomically(scratch / "stability.json", json.dumps(rows))
+    return json.loads((folder / "stability.json").read_text())
 
 
 def partition(settings: Settings, selection: str = "importance") -> Partition:
@@ -177,7 +204,9 @@ def _experiment_record(settings, spec, name: str, outcomes: dict, active: dict) 
         metrics=metrics,
         tables=tables,
         items=items,
-        parameters={**spec.model_dump(), **settings.partition.model_dump(), "modules": settings.adapter.modules},
+        parameters=spec.model_dump()
+        | settings.partition.model_dump()
+        | {"modules": settings.adapter.modules, "score": settings.importance.score},
         notebook=f"experiment.ipynb out.ipynb -p name {name.rsplit('-seed', 1)[0]} -p seed {settings.seed}",
         seconds=sum(o["train_seconds"] + o["score_seconds"] for o in outcomes.values()),
         hashes=_hashes(settings),
@@ -192,6 +221,7 @@ def _scores_inputs(settings: Settings) -> dict:
         **{f"system{k}": fingerprint(_what_is_learnt(system_examples(settings, k))) for k in (1, 2)},
         adapter=settings.adapter.model_dump(),
         examples=settings.importance.examples,
+        score=settings.importance.score,
         max_length=settings.sft.max_length,
         seed=settings.seed,
     )
@@ -222,10 +252,25 @@ def _hashes(settings: Settings) -> dict[str, str]:
     }
 
 
-def _sample(rows: list[dict], count: int, seed: int) -> list[dict]:
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(rows), generator=generator)[:count].tolist()
-    return [rows[i] for i in order]
+def _shuffled(rows: list[dict], settings: Settings) -> list[dict]:
+    generator = torch.Generator().manual_seed(settings.seed)
+    return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+
+
+def _fresh_adapter(settings: Settings) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    base, tokenizer = models.load_base(settings)
+    return models.attach_adapter(base, settings), tokenizer
+
+
+def _score(settings: Settings, sets: list[list[dict]], loaded: tuple | None = None) -> list[Scores]:
+    model, tokenizer = loaded or _fresh_adapter(settings)
+    chosen = settings.importance
+    return [
+        score_importance(
+            model, encode_examples(rows, tokenizer, settings), batch_size=chosen.batch_size, score=chosen.score
+        )
+        for rows in sets
+    ]
 
 
 def _model_order(values: Scores) -> list[str]:

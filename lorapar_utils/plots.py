@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from lorapar_utils import tables
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import Record, read_records
 
@@ -112,6 +113,67 @@ def importance_map(record: Record) -> Figure:
     return figure
 
 
+def importance_by_matrix(record: Record) -> Figure:
+    """Mean importance of A and of B by module, for each system; one is the average element."""
+    rows = pd.DataFrame(record.result["tables"]["map"])
+    order = list(dict.fromkeys(rows["module"]))
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for axes, matrix in zip(panels, "AB", strict=True):
+        means = rows[rows["matrix"] == matrix].groupby("module")[["system1", "system2"]].mean().loc[order]
+        for system, offset in ((1, -0.2), (2, 0.2)):
+            x = [i + offset for i in range(len(order))]
+            axes.bar(x, means[f"system{system}"], 0.38, color=SYSTEM_COLOURS[system], label=f"System {system}")
+        axes.set_xticks(range(len(order)), [module.removesuffix("_proj") for module in order])
+        axes.axhline(1, color="#555555", linestyle="--", linewidth=1)
+        axes.set(title=f"matrix {matrix}", ylabel="importance / mean" if matrix == "A" else "")
+    panels[1].legend()
+    figure.tight_layout()
+    return figure
+
+
+def importance_by_rank(record: Record) -> Figure:
+    """Mean importance of each rank of A and of B, for each system; one is the average element."""
+    rows = pd.DataFrame(record.result["tables"]["by_rank"])
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
+    for axes, matrix in zip(panels, "AB", strict=True):
+        its = rows[rows["matrix"] == matrix]
+        for system in (1, 2):
+            axes.plot(
+                its["rank"] + 1,
+                its[f"system{system}"],
+                marker="os"[system - 1],
+                color=SYSTEM_COLOURS[system],
+                label=f"System {system}",
+            )
+        axes.axhline(1, color="#555555", linestyle="--", linewidth=1)
+        axes.set(title=f"matrix {matrix}", xlabel="rank", ylabel="importance / mean" if matrix == "A" else "")
+    axes.set_ylim(bottom=0)
+    panels[1].legend()
+    figure.tight_layout()
+    return figure
+
+
+def stability(record: Record) -> Figure:
+    """Agreement of two disjoint samples of n examples: rank correlation of scores, Jaccard of the selected sets."""
+    rows = pd.DataFrame(record.result["tables"]["stability"])
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    for axes, (key, title) in zip(
+        panels, (("rank_correlation", "rank correlation"), ("jaccard", "Jaccard of selected sets")), strict=True
+    ):
+        for system, points in rows.groupby("system"):
+            axes.plot(
+                points["n"],
+                points[key],
+                marker="os"[system - 1],
+                color=SYSTEM_COLOURS[system],
+                label=f"System {system}",
+            )
+        axes.set(title=title, xlabel="examples scored, each sample", ylim=(0, 1))
+    panels[0].legend()
+    figure.tight_layout()
+    return figure
+
+
 def importance_scatter(record: Record) -> Figure:
     """Each point a LoRA element: System 1 against System 2 importance, coloured by region (the paper's figure)."""
     rows = pd.DataFrame(record.result["tables"]["scatter"])
@@ -148,29 +210,35 @@ def concentration(record: Record) -> Figure:
 
 
 def theta_curve(records: list[Record]) -> Figure:
-    """Stage 1 test accuracy against the share of active elements, importance against random selection."""
-    figure, axes = plt.subplots(figsize=(6.5, 4))
-    styles = {"importance": ("o", SYSTEM_COLOURS[1]), "random": ("s", SYSTEM_COLOURS[2]), "all": ("D", "#555555")}
-    seen = set()
-    for record in records:
-        metrics, parameters = record.result["metrics"], record.run["parameters"]
-        if "stage1/accuracy" not in metrics:
-            continue
-        kind = "all" if parameters["method"] == "lora" else parameters["selection"]
-        marker, colour = styles[kind]
-        x, y = metrics["active/stage1"]["value"], metrics["stage1/accuracy"]
-        axes.errorbar(
-            x,
-            y["value"],
-            yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]],
-            marker=marker,
-            color=colour,
-            capsize=3,
-            label=None if kind in seen else {"all": "all elements (plain LoRA)"}.get(kind, f"{kind} selection"),
-        )
-        seen.add(kind)
-    axes.set(xlabel="share of elements active in stage 1", ylabel="test accuracy", ylim=(0, 1), xlim=(0, 1.05))
-    axes.legend(fontsize=9)
+    """Stage 1 test accuracy against the share of active elements, one line a way to select, one panel a set of modules.
+
+    A point is the mean over the seeds; the interval is over test items.
+    """
+    rows = pd.DataFrame(tables.theta_points(records))
+    modules = list(dict.fromkeys(rows["modules"]))
+    figure, panels = plt.subplots(
+        1, len(modules), figsize=(max(6.5, 4.2 * len(modules)), 4), sharey=True, squeeze=False
+    )
+    kinds = list(dict.fromkeys(rows["selection"]))
+    for axes, which in zip(panels[0], modules, strict=True):
+        for selection, points in rows[rows["modules"] == which].groupby("selection", sort=False):
+            i = kinds.index(selection)
+            points = points.sort_values("active")
+            errors = [points["value"] - points["low"], points["high"] - points["value"]]
+            axes.errorbar(
+                points["active"],
+                points["value"],
+                yerr=errors,
+                marker=MARKERS[i],
+                linestyle="-" if len(points) > 1 else "none",
+                linewidth=1,
+                capsize=3,
+                label=selection,
+            )
+        axes.set(title=which, xlabel="share of elements active in stage 1", ylim=(0, 1), xlim=(0, 1.05))
+    panels[0][0].set_ylabel("test accuracy")
+    panels[0][-1].legend(fontsize=9)
+    figure.tight_layout()
     return figure
 
 
@@ -227,8 +295,9 @@ def two_stage_records(records: dict[str, Record]) -> list[Record]:
 
 
 def stage1_records(records: dict[str, Record]) -> list[Record]:
-    """Every experiment whose first stage is SFT on System 1 examples."""
-    return [r for r in two_stage_records(records) if r.run["parameters"]["stages"][:1] == ["sft"]]
+    """Every experiment whose first stage is SFT on the profile's own System 1 examples."""
+    found = [r for r in two_stage_records(records) if r.run["parameters"]["stages"][:1] == ["sft"]]
+    return [r for r in found if r.run["parameters"]["sweep"] != "voting"]
 
 
 # What `make figures` and the book draw: figure name -> (what it needs, how to draw it).
@@ -237,6 +306,8 @@ FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "split_accuracy": lambda records: split_accuracy(records["voting"]),
     "reliability": lambda records: reliability(records["voting"]),
     "importance_map": lambda records: importance_map(records["importance"]),
+    "importance_by_matrix": lambda records: importance_by_matrix(records["importance"]),
+    "importance_by_rank": lambda records: importance_by_rank(records["importance"]),
     "importance_scatter": lambda records: importance_scatter(records["importance"]),
     "concentration": lambda records: concentration(records["importance"]),
     "theta_curve": lambda records: theta_curve(stage1_records(records)),

@@ -13,6 +13,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Theta = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0.0)]
+Score = Literal["second_order", "first_order", "fisher", "magnitude"]
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
 API_QUESTION = (
@@ -34,6 +35,7 @@ SHORT_NAMES = {
     "beta": ("partition", "beta"),
     "modules": ("adapter", "modules"),
     "init": ("adapter", "init"),
+    "score": ("importance", "score"),
     "panel": ("voting", "panel"),
     "split_by": ("voting", "split_by"),
 }
@@ -169,6 +171,8 @@ class AdapterSection(Section):
 class ImportanceSection(Section):
     examples: Positive
     batch_size: Positive
+    score: Score
+    stability: tuple[Positive, ...]
 
 
 class PartitionSection(Section):
@@ -229,6 +233,8 @@ class ExperimentSection(Section):
     method: Literal["lorapar", "lora"]
     stages: tuple[Literal["sft", "sft_all", "grpo"], ...]
     selection: Literal["importance", "random"] = "importance"
+    score: Score | None = None
+    modules: Literal["QKV", "GUD", "QKVGUD"] | None = None
     theta: Theta | None = None
     alpha: Share | None = None
     beta: Share | None = None
@@ -263,6 +269,12 @@ class Settings(Section):
     @property
     def target_modules(self) -> tuple[str, ...]:
         return MODULES[self.adapter.modules]
+
+    @property
+    def scores_folder(self) -> Path:
+        """Where these settings' importance scores are kept."""
+        parts = (self.importance.score, self.adapter.init, self.adapter.modules, self.split_name, f"seed{self.seed}")
+        return self.runs / "scores" / "-".join(parts)
 
     @property
     def split_name(self) -> str:

@@ -163,12 +163,14 @@ def _bounds(metric: dict) -> dict:
     return {"low": metric["low"], "high": metric["high"], "n": metric["n"]}
 
 
-def importance_record(scores: Sequence[dict[str, torch.Tensor]], partition: Partition, settings: Settings) -> Record:
+def importance_record(
+    scores: Sequence[dict[str, torch.Tensor]], partition: Partition, settings: Settings, stability: Sequence[dict] = ()
+) -> Record:
     """The layer x module map, the regions, concentration curves and a sample of the paper's scatter.
 
     Metrics: `active/…`, `jaccard`, `jaccard_chance` (expected of two random sets of these sizes),
     `region/…`. Tables: `map` (mean score of layer, module and matrix, scaled to mean 1 a system, and region
-    shares), `concentration`, `scatter`.
+    shares), `by_rank` (the same for ranks), `concentration`, `scatter`, `stability` (see `phases.stability`).
     """
     flat = [torch.cat([values.flatten() for values in one.values()]).double() for one in scores]
     total = flat[0].numel()
@@ -189,10 +191,26 @@ def importance_record(scores: Sequence[dict[str, torch.Tensor]], partition: Part
         table[f"system{system}"] = [float(v.double().mean() / everything.mean()) for v in one.values()]
     tables = {
         "map": table.round(6).to_dict("records"),
+        "by_rank": _by_rank(scores, flat, partition),
         "concentration": _concentration(flat),
         "scatter": _scatter(flat, partition),
+        "stability": list(stability),
     }
     return new_record("importance", settings, metrics=metrics, tables=tables, notebook="02_importance.ipynb out.ipynb")
+
+
+def _by_rank(scores: Sequence[dict[str, torch.Tensor]], flat: list[torch.Tensor], partition: Partition) -> list[dict]:
+    """Shares of `Partition.by_rank` beside the mean score of each rank, scaled to mean 1 a system."""
+    table = partition.by_rank()
+    for system, (one, everything) in enumerate(zip(scores, flat, strict=True), start=1):
+        means: dict[str, list[torch.Tensor]] = {"A": [], "B": []}
+        for name, values in one.items():
+            matrix = "A" if ".lora_A." in name else "B"
+            # A is rank x in, B is out x rank.
+            means[matrix].append(values.double().mean(1 if matrix == "A" else 0))
+        averages = {matrix: torch.stack(found).mean(0) / everything.mean() for matrix, found in means.items()}
+        table[f"system{system}"] = [float(averages[row.matrix][row.rank]) for row in table.itertuples()]
+    return table.round(6).to_dict("records")
 
 
 def _concentration(flat: list[torch.Tensor]) -> list[dict]:

@@ -54,28 +54,52 @@ def stage_table(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def theta_table(records: Iterable[Record]) -> pd.DataFrame:
-    """Table 3 at our scale: stage 1 accuracy by theta and selection, the paper's QKVGUD column beside it."""
-    published = {row[0]: row for row in paper("table3_theta")["QKVGUD"]}
-    full = paper("table3_theta")["full_lora_accuracy"]["QKVGUD"]
+    """Table 3 at our scale: stage 1 accuracy by modules, theta and selection, the paper's numbers beside it."""
+    published = paper("table3_theta")
     rows = []
-    for record in sorted(records, key=_by_theta):
-        metrics, parameters = record.result["metrics"], record.run["parameters"]
-        every = parameters["method"] == "lora"
-        theta = 1.0 if every else parameters["theta"]
-        row = published.get(theta)
-        column = 3 if parameters["selection"] == "random" else 2
+    for point in theta_points(records):
+        cells = {row[0]: row for row in published[point["modules"]]}.get(point["theta"], [None] * 4)
+        every = point["selection"] == "all elements"
+        full = published["full_lora_accuracy"][point["modules"]]
+        random = point["selection"] == "random"
         rows.append(
             {
-                "theta": theta,
-                "selection": "all elements" if every else parameters["selection"],
-                "active (stage 1)": _share(metrics.get("active/stage1")),
-                "ours, accuracy": percent(metrics.get("stage1/accuracy")),
-                "paper, active %": 100.0 if every else (row[1] if row else None),
-                "paper, accuracy %": full if every else (row[column] if row else None),
-                "seed": record.run["seed"],
+                "modules": point["modules"],
+                "theta": point["theta"],
+                "selection": point["selection"],
+                "active (stage 1)": f"{100 * point['active']:.1f} %",
+                "ours, accuracy": percent(point),
+                "each seed": ", ".join(f"{100 * value:.1f}" for value in point["seeds"]),
+                "paper, active %": 100.0 if every else cells[1],
+                "paper, accuracy %": full if every else cells[3 if random else 2],
             }
         )
     return pd.DataFrame(rows).astype({"paper, active %": "object", "paper, accuracy %": "object"}).fillna("–")
+
+
+def theta_points(records: Iterable[Record]) -> list[dict]:
+    """One point for each modules, theta and selection: mean accuracy over the seeds, its interval over test items."""
+    groups: dict[tuple, list[Record]] = {}
+    for record in records:
+        parameters = record.run["parameters"]
+        if "stage1/accuracy" not in record.result["metrics"]:
+            continue
+        chosen_by = "importance" if parameters.get("score") in (None, "second_order") else parameters["score"]
+        chosen_by = "random" if parameters["selection"] == "random" else chosen_by
+        every = parameters["method"] == "lora"
+        key = (parameters["modules"], 1.0 if every else parameters["theta"], "all elements" if every else chosen_by)
+        groups.setdefault(key, []).append(record)
+    return [
+        {
+            "modules": modules,
+            "theta": theta,
+            "selection": selection,
+            "active": runs[0].metric("active/stage1")["value"],
+            "seeds": [run.metric("stage1/accuracy")["value"] for run in runs],
+            **statistics.mean([sum(v) / len(v) for v in _by_item(runs).values()]),
+        }
+        for (modules, theta, selection), runs in sorted(groups.items())
+    ]
 
 
 def benchmark_table(records: Iterable[Record]) -> pd.DataFrame:
@@ -160,9 +184,3 @@ def _by_item(runs: list[Record]) -> dict[str, list[bool]]:
 
 def _share(metric: dict | None) -> str:
     return "–" if metric is None else f"{100 * metric['value']:.1f} %"
-
-
-def _by_theta(record: Record) -> tuple:
-    parameters = record.run["parameters"]
-    theta = 1.0 if parameters["method"] == "lora" else parameters["theta"]
-    return theta, parameters["selection"], record.run["seed"]

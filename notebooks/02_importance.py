@@ -32,7 +32,7 @@ modules = None  # QKV, GUD or QKVGUD
 
 # %%
 from lorapar_utils import notebook, plots, summaries
-from lorapar_utils.records import write_record
+from lorapar_utils.records import published_records, write_record
 
 settings = notebook.start(profile=profile, seed=seed, theta=theta, alpha=alpha, beta=beta, modules=modules)
 from lorapar_utils import phases
@@ -53,7 +53,7 @@ values = settings.partition
 partition.save(
     settings.runs / "partitions" / f"theta{values.theta}-alpha{values.alpha}-beta{values.beta}-seed{settings.seed}"
 )
-record = summaries.importance_record(scores, partition, settings)
+record = summaries.importance_record(scores, partition, settings, phases.stability(settings))
 custom = any(v is not None for v in (seed, theta, alpha, beta, modules))
 target = settings.runs / ("explored" if custom else "records") / "importance.json"
 path = write_record(record, target)
@@ -70,6 +70,13 @@ partition.summary().groupby(["module", "matrix"])[
 
 # %% mystnb={"image": {"alt": "Three heat maps of layer against module: System 1 importance, System 2 importance, and their difference."}, "figure": {"caption": "Where importance concentrates; the third panel shows where the systems part.", "name": "fig-importance-map"}}
 figure = plots.importance_map(record)
+
+# %% mystnb={"image": {"alt": "Bars of mean importance by module for matrix A and matrix B, System 1 beside System 2."}, "figure": {"caption": "A above B or B above A: which of a layer's two factors the importance sits in. The dashed line is the average element.", "name": "fig-importance-matrix"}}
+figure = plots.importance_by_matrix(record)
+
+# %% mystnb={"image": {"alt": "Lines of mean importance against rank for matrices A and B, one line a system."}, "figure": {"caption": "Under a random initialisation the ranks are exchangeable, so the lines should be flat; olora and pissa order them.", "name": "fig-importance-rank"}}
+figure = plots.importance_by_rank(record)
+
 # %% [markdown]
 # ## Two systems, four regions
 
@@ -77,6 +84,20 @@ figure = plots.importance_map(record)
 figure = plots.importance_scatter(record)
 # %% mystnb={"image": {"alt": "Curves of the share of importance held by the most important share of elements, one for each system."}, "figure": {"caption": "The steeper the curve, the fewer elements a given theta needs.", "name": "fig-concentration"}}
 figure = plots.concentration(record)
+
+# %% [markdown]
+# ## How many examples are enough?
+#
+# Two disjoint samples of n examples are scored under the same adapter. If they disagree, the selected elements are a matter of which
+# examples were drawn. Run by the `cpu-full` profile; its published record is shown where this run has none of its own.
+
+# %% mystnb={"image": {"alt": "Rank correlation and Jaccard index of two disjoint samples against the number of scored examples, by system."}, "figure": {"caption": "The curves level off where more examples stop changing the selection.", "name": "fig-stability"}}
+steady = [
+    r
+    for r in [record, *published_records("cpu-full")]
+    if r.name == "importance" and r.result["tables"].get("stability")
+]
+figure = plots.stability(steady[0]) if steady else print("No stability record yet.")
 
 # %% [markdown]
 # ## What would change our mind

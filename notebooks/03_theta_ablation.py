@@ -33,13 +33,15 @@ from lorapar_utils import phases
 
 # %%
 chosen = [
-    (name, seed) for name, seed in settings.experiment_runs() if settings.experiments[name].stages[:1] == ("sft",)
+    (name, seed)
+    for name, seed in settings.experiment_runs()
+    if settings.experiments[name].stages[:1] == ("sft",) and settings.experiments[name].sweep != "voting"
 ]
 records = [phases.experiment(settings, name, seed) for name, seed in chosen]
-tables.theta_table(records)
+tables.theta_table(records) if records else print("This profile has no experiment on theta.")
 
-# %% mystnb={"image": {"alt": "Test accuracy with error bars against the share of active elements for importance, random and full selection."}, "figure": {"caption": "At equal size, does importance (circles) beat random selection (squares)?", "name": "fig-theta"}}
-figure = plots.theta_curve(records)
+# %% mystnb={"image": {"alt": "Test accuracy with error bars against the share of active elements, one line for each way of selecting."}, "figure": {"caption": "At equal size (the same place from left to right), does importance beat the other ways of selecting?", "name": "fig-theta"}}
+figure = plots.theta_curve(records) if records else None
 
 # %% [markdown]
 # ## How to read it
