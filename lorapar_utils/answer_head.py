@@ -25,10 +25,10 @@ def use_answer_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
     """
     trl_forward = model.forward
 
-    def forward(self, *args, fused_lm_head=False, labels=None, **kwargs):
+    def forward(self, *args, fused_lm_head=False, labels=None, num_items_in_batch=None, **kwargs):
         if not fused_lm_head:
-            return trl_forward(*args, **kwargs, **({} if labels is None else {"labels": labels}))
-        kwargs.pop("num_items_in_batch", None)
+            given = {"labels": labels, "num_items_in_batch": num_items_in_batch}
+            return trl_forward(*args, **kwargs, **{key: value for key, value in given.items() if value is not None})
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         mask = targets != IGNORED
@@ -44,7 +44,8 @@ def use_answer_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
 
         scored = placed(chosen)
         return FusedCausalLMOutput(
-            loss=-scored.sum() / mask.sum().clamp(min=1),
+            # Over all micro-batches of a step where the trainer says how many tokens they hold.
+            loss=-scored.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch),
             log_probs=scored,
             entropy=placed(entropy),
             is_top1=placed(is_top1),
