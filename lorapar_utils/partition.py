@@ -182,15 +182,15 @@ def build_partition(
     shapes = {name: tuple(scores.shape) for name, scores in system1.items()}
     if any(shapes != {name: tuple(scores.shape) for name, scores in other.items()} for other in systems[1:]):
         raise InputError("system1, system2: scores must cover the same matrices in the same order and shapes")
-    flat = [_flatten(f"system{k}", scores) for k, scores in enumerate(systems, start=1)]
-    selected = tuple(_select(scores, theta) for scores in flat)
-    partition = Partition(
-        shapes, selected, (), {"theta": theta, "alpha": alpha, "beta": beta, "selection": "importance"}
-    )
-    shared = partition.regions()["shared"]
+    named = [(f"system{k}", scores) for k, scores in enumerate(systems, start=1)]
+    # One flat vector at a time: at 143 million elements every copy counts.
+    selected = tuple(_select(_flatten(*system), theta) for system in named)
+    parameters = {"theta": theta, "alpha": alpha, "beta": beta, "selection": "importance"}
+    partition = Partition(shapes, selected, (), parameters)
+    shared = partition._times() > 1
     active = tuple(
-        (its & ~shared) | _top_shared(scores, shared & its, share)
-        for its, scores, share in zip(selected, flat, (alpha, beta, *(1.0 for _ in more)), strict=True)
+        its if share == 1.0 else (its & ~shared) | _top_shared(_flatten(*system), shared & its, share)
+        for its, system, share in zip(selected, named, (alpha, beta, *(1.0 for _ in more)), strict=True)
     )
     return replace(partition, active=active)
 
@@ -240,8 +240,6 @@ def _select(scores: torch.Tensor, theta: float) -> torch.Tensor:
 
 def _top_shared(scores: torch.Tensor, shared: torch.Tensor, share: float) -> torch.Tensor:
     """The `share` of shared elements with the highest scores, rounded to the nearest element."""
-    if share == 1.0:
-        return shared
     positions = shared.nonzero().squeeze(1)
     count = round(share * positions.numel())
     chosen = torch.zeros_like(shared)
