@@ -72,7 +72,7 @@ def split_accuracy(record: Record) -> Figure:
     axes.set_yticks(range(len(singles) + len(panels)), [*singles, *panels])
     axes.axvline(0.5, color="#555555", linestyle="--", linewidth=1)
     axes.invert_yaxis()
-    axes.set(xlabel="agreement with the construction labels (95 % interval)", xlim=(0.3, 1))
+    axes.set(xlabel="agreement with the construction labels (95 % interval)", xlim=(0.2, 1))
     return figure
 
 
