@@ -8,7 +8,7 @@ import yaml
 
 from lorapar_utils import statistics
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record
+from lorapar_utils.records import Record, mean_outcomes
 from lorapar_utils.settings import project_root
 
 VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not run")
@@ -49,7 +49,8 @@ def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None
         inside = claim["test"]["low"] <= metric["value"] <= claim["test"]["high"]
         return "reproduced" if inside else "not reproduced", f"{metric['value']:.3f}", metric["n"]
     if kind == "greater":
-        first, second = (_outcomes(records, claim["test"][key]) for key in ("first", "second"))
+        sides = (claim["test"]["first"], claim["test"]["second"])
+        first, second = (mean_outcomes(_named(records, s["record"]), s["stage"], s.get("system")) for s in sides)
         common = sorted(set(first) & set(second))
         if not common:
             return "not run", "no common items", None
@@ -66,13 +67,3 @@ def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None
 def _named(records: dict[str, Record], name: str) -> list[Record]:
     """The record of that name, or an experiment's records at every seed."""
     return [record for key, record in records.items() if re.fullmatch(rf"{re.escape(name)}(-seed\d+)?", key)]
-
-
-def _outcomes(records: dict[str, Record], where: dict) -> dict[str, float]:
-    """Each test item's share of correct answers over the seeds."""
-    seen: dict[str, list[bool]] = {}
-    for record in _named(records, where["record"]):
-        for item in record.items:
-            if item["stage"] == where["stage"] and item["system"] == where.get("system", item["system"]):
-                seen.setdefault(item["id"], []).append(item["correct"])
-    return {key: sum(outcomes) / len(outcomes) for key, outcomes in seen.items()}

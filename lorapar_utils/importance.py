@@ -70,7 +70,7 @@ def score_importance(
     if not parameters:
         raise InputError("model: it has no LoRA matrices; attach an adapter first")
     processes = PartialState(cpu=not torch.cuda.is_available())
-    share = sorted(examples, key=lambda e: len(e["input_ids"]))[processes.process_index :: processes.num_processes]
+    share = _batches(examples, batch_size)[processes.process_index :: processes.num_processes]
     gradient = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     fisher = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
 
@@ -90,7 +90,7 @@ def score_importance(
     try:
         for p in model.parameters():
             p.requires_grad_(False)
-        for batch in tqdm(_batches(share, batch_size), desc="importance", leave=False):
+        for batch in tqdm(share, desc="importance", leave=False):
             _backward(model, batch)
     finally:
         for hook in hooks:

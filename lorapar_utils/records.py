@@ -131,6 +131,16 @@ def published_records(profile: str) -> list[Record]:
     return list(read_records(project_root() / "results" / profile).values())
 
 
+def mean_outcomes(records: Iterable[Record], stage: str, system: int | None = None) -> dict[str, float]:
+    """Each test item's share of correct answers after `stage` over the records (an experiment's seeds)."""
+    seen: dict[str, list[bool]] = {}
+    for record in records:
+        for item in record.items:
+            if item["stage"] == stage and system in (None, item["system"]):
+                seen.setdefault(item["id"], []).append(item["correct"])
+    return {key: sum(outcomes) / len(outcomes) for key, outcomes in seen.items()}
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write to a temporary name, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)

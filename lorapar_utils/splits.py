@@ -21,17 +21,24 @@ from lorapar_utils.manifests import completed, inputs_of, is_current
 from lorapar_utils.settings import Settings, load_profile, project_root
 
 
-def votes(settings: Settings) -> datasets.Dataset:
-    """The training split with every teacher's vote (see `voting.vote`), decided by the panel `voting.panel`."""
+def votes(settings: Settings, *, retry: bool = False) -> datasets.Dataset:
+    """The training split with every teacher's vote (see `voting.vote`), decided by the panel `voting.panel`.
+
+    With `retry`, calls that failed last time are made again; without, they stay abstentions, so that the phases after
+    this one all see the same split.
+    """
     folder = settings.runs / "votes"
     inputs = _voting_inputs(settings)
-    if not is_current(folder, inputs):
+    kept = folder / "votes.parquet"
+    if not is_current(folder, inputs) or (retry and any(datasets.Dataset.from_parquet(str(kept))["failed"])):
         with _vote_cache() as cache:
             pool, teachers = _electorate(settings)
             voted = voting.vote(pool, teachers, cache, calibration=settings.voting.calibration)
         with completed(folder, inputs) as scratch:
             voted.to_parquet(scratch / "votes.parquet")
-    return decided(datasets.Dataset.from_parquet(str(folder / "votes.parquet")), settings)
+        if failed := sum(voted["failed"]):
+            print(f"{failed} calls failed and count as abstentions; run this phase again to repeat them")
+    return _decided(datasets.Dataset.from_parquet(str(kept)), settings)
 
 
 def voting_plan(settings: Settings) -> pd.DataFrame:
@@ -40,10 +47,10 @@ def voting_plan(settings: Settings) -> pd.DataFrame:
         return voting.plan(*_electorate(settings), cache)
 
 
-def decided(voted: datasets.Dataset, settings: Settings, panel: str | None = None) -> datasets.Dataset:
-    """`voted` with `system` and `agreement` as the members of `panel` (None: `voting.panel`) decide."""
+def _decided(voted: datasets.Dataset, settings: Settings) -> datasets.Dataset:
+    """`voted` with `system` and `agreement` as the members of `voting.panel` decide."""
     names = [teacher.name for teacher in settings.voting.teachers]
-    chosen = [names.index(name) for name in settings.voting.members(panel)]
+    chosen = [names.index(name) for name in settings.voting.members()]
     table = np.array(voted["votes"])[:, chosen]
     system, agreement = voting.decide(table, quorum=settings.voting.quorum, tie=settings.voting.tie)
     fresh = {"system": system.tolist(), "agreement": agreement.tolist()}
@@ -101,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.dry_run:
             print(voting_plan(settings).to_string(index=False))
         else:
-            counts = pd.Series(votes(settings)["system"]).value_counts()
+            counts = pd.Series(votes(settings, retry=True)["system"]).value_counts()
             print(", ".join(f"System {system or 'undecided'}: {count}" for system, count in counts.items()))
     except InputError as error:
         print(error, file=sys.stderr)

@@ -6,7 +6,7 @@ import pandas as pd
 import yaml
 
 from lorapar_utils import statistics
-from lorapar_utils.records import Record
+from lorapar_utils.records import Record, mean_outcomes
 from lorapar_utils.settings import project_root
 
 
@@ -96,7 +96,7 @@ def theta_points(records: Iterable[Record]) -> list[dict]:
             "selection": selection,
             "active": runs[0].metric("active/stage1")["value"],
             "seeds": [run.metric("stage1/accuracy")["value"] for run in runs],
-            **statistics.mean([sum(v) / len(v) for v in _by_item(runs).values()]),
+            **statistics.mean(list(mean_outcomes(runs, "stage1").values())),
         }
         for (modules, theta, selection), runs in sorted(groups.items())
     ]
@@ -168,18 +168,9 @@ def voting_table(records: Iterable[Record]) -> pd.DataFrame:
 def _gap(runs: list[Record], control: list[Record]) -> str:
     if not control or runs is control:
         return "–"
-    first, second = ({k: sum(v) / len(v) for k, v in _by_item(side).items()} for side in (runs, control))
+    first, second = (mean_outcomes(side, "stage1") for side in (runs, control))
     gap = statistics.mean([first[key] - second[key] for key in sorted(first.keys() & second.keys())])
     return f"{100 * gap['value']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}], n = {gap['n']}"
-
-
-def _by_item(runs: list[Record]) -> dict[str, list[bool]]:
-    outcomes: dict[str, list[bool]] = {}
-    for record in runs:
-        for item in record.items:
-            if item["stage"] == "stage1":
-                outcomes.setdefault(item["id"], []).append(item["correct"])
-    return outcomes
 
 
 def _share(metric: dict | None) -> str:

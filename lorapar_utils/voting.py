@@ -87,8 +87,9 @@ def vote(
     -------
     datasets.Dataset
         The pool's columns and, per example: `votes` (list of 1 | 2, 0 = abstained), `reasons` (of abstentions, else
-        ""), `margin_NAME` of each local teacher (calibrated; log-odds of System 2), `system` (1 | 2 | 0 = undecided),
-        `agreement` (share of the votes cast that went to the more frequent system).
+        ""), `failed` (calls that got no answer), `margin_NAME` of each local teacher (calibrated; log-odds of
+        System 2), `system` (1 | 2 | 0 = undecided), `agreement` (share of the votes cast that went to the more
+        frequent system).
 
     Raises
     ------
@@ -101,7 +102,7 @@ def vote(
         raise InputError("pool: example ids repeat; give every example its own id")
     examples = list(pool)
     columns: dict[str, list] = {}
-    votes, reasons = [], []
+    votes, reasons, failed = [], [], []
     for teacher in teachers:
         ballots = _ballots(teacher, examples, cache)
         if ballots[0].margin is not None:
@@ -111,9 +112,11 @@ def vote(
         else:
             votes.append(np.array([ballot.system for ballot in ballots]))
         reasons.append([ballot.reason for ballot in ballots])
+        failed.append([not ballot.final for ballot in ballots])
     table = np.stack(votes, axis=1)
     system, agreement = decide(table, quorum=quorum, tie=tie)
     columns |= {"votes": table.tolist(), "reasons": [list(row) for row in zip(*reasons, strict=True)]}
+    columns |= {"failed": np.sum(failed, axis=0).tolist()}
     columns |= {"system": system.tolist(), "agreement": agreement.tolist()}
     return datasets.Dataset.from_list(
         [example | {key: values[i] for key, values in columns.items()} for i, example in enumerate(examples)]

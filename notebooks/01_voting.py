@@ -50,7 +50,7 @@ splits.voting_plan(settings)
 # of its two labels, less its mean over the pool. The larger side wins if it reaches the quorum; the rest is undecided and left out.
 
 # %%
-voted = splits.votes(settings)
+voted = splits.votes(settings, retry=True)
 record = summaries.voting_record(voted, settings)
 path = write_record(record, settings.runs / "records" / "voting.json")
 voted.select_columns(["prompt", "answer", "steps", "votes", "system"]).to_pandas().head(8)

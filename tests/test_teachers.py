@@ -124,6 +124,19 @@ def test_a_call_that_keeps_failing_is_an_abstention_that_the_next_run_asks_again
         assert len(server.asked) == before + 1
 
 
+def test_the_voting_phase_repeats_failed_calls_only_when_asked_to(project):
+    from lorapar_utils import splits
+
+    # Of one try each, the seventh call fails, once.
+    with Server(lambda q: "System 2", fault=lambda number: "crash" if number == 6 else None).running() as server:
+        settings = settings_for(api(server.address, retries=0, concurrency=1))
+        assert sum(splits.votes(settings)["failed"]) == 1
+        before = len(server.asked)
+        assert sum(splits.votes(settings)["failed"]) == 1 and len(server.asked) == before
+        again = splits.votes(settings, retry=True)
+        assert not any(again["failed"]) and set(again["system"]) == {2} and len(server.asked) == before + 1
+
+
 def test_an_answer_cut_at_max_tokens_is_an_abstention(cache):
     with (
         Server(finish_reason="length").running() as server,
