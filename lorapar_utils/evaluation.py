@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorapar_utils import data, statistics
 from lorapar_utils.encoding import prompt_text
 from lorapar_utils.errors import InputError
+from lorapar_utils.generation import complete
 from lorapar_utils.records import Record, new_record
 from lorapar_utils.rewards import answers_match, extract_answer, mentions
 from lorapar_utils.settings import Settings
@@ -118,7 +119,6 @@ def is_correct(completion: str, reference: str) -> bool:
     return answer is not None and answers_match(answer, reference)
 
 
-@torch.inference_mode()
 def generate(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -133,36 +133,25 @@ def generate(
     -------
     list of list of (text, truncated)
         `truncated` where the completion reached `evaluation.max_new_tokens` without ending.
-
-    Notes
-    -----
-    Prompts are batched by length, so little is padded; left padding keeps every answer at the end.
     """
     model.eval()
     texts = [prompt_text(prompt, tokenizer, settings) for prompt in prompts]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    encoded = tokenizer(texts, add_special_tokens=False).input_ids
+    # By length, so little is padded.
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     size = max(1, settings.evaluation.batch_size // max(1, samples))
-    sampling = (
-        dict(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, num_return_sequences=samples)
-        if samples
-        else dict(do_sample=False)
-    )
-    tokenizer.padding_side = "left"
     results: list[list[tuple[str, bool]]] = [[] for _ in texts]
     for start in tqdm(range(0, len(order), size), desc="generating", leave=False):
         chosen = order[start : start + size]
-        batch = tokenizer([texts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False).to(
-            model.device
-        )
-        output = model.generate(
-            **batch,
-            **sampling,
+        completions = complete(
+            model,
+            [encoded[i] for i in chosen],
+            ends=[tokenizer.eos_token_id],
             max_new_tokens=settings.evaluation.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )[:, batch["input_ids"].shape[1] :]
-        for row, tokens in enumerate(output):
-            ended = bool((tokens == tokenizer.eos_token_id).any())
+            samples=max(1, samples),
+            temperature=1.0 if samples else None,
+        )
+        for row, tokens in enumerate(completions):
             text = tokenizer.decode(tokens, skip_special_tokens=True)
-            results[chosen[row // max(1, samples)]].append((text, not ended))
+            results[chosen[row // max(1, samples)]].append((text, tokens[-1] != tokenizer.eos_token_id))
     return results

@@ -4,6 +4,7 @@ The phase before these, votes and the split they make, is `splits`.
 """
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -89,7 +90,8 @@ def partition(settings: Settings, selection: str = "importance") -> Partition:
 def experiment(settings: Settings, name: str, seed: int) -> Record:
     """Train and score one configuration of `experiments`; read it back if nothing it rests on changed.
 
-    A stage that was finished before an interruption is not trained again.
+    A stage that was finished before an interruption is not trained again; one that was begun goes on from its last
+    checkpoint, to the same end.
 
     Returns
     -------
@@ -131,7 +133,8 @@ class _Stages:
         if not is_current(home, wanted):
             model, tokenizer = self._loaded()
             began = time.time()
-            history = [] if stage == "base" else self._train(stage, model, tokenizer)
+            checkpoints = self.folder / f".{name}-{fingerprint(wanted)}"
+            history = [] if stage == "base" else self._train(stage, model, tokenizer, checkpoints)
             trained = time.time()
             outcome = {"history": history, **self._score(model, tokenizer, name)}
             outcome |= {"train_seconds": round(trained - began, 1), "score_seconds": round(time.time() - trained, 1)}
@@ -139,6 +142,8 @@ class _Stages:
                 if stage != "base":
                     model.save_pretrained(scratch / "adapter")
                 write_atomically(scratch / "outcome.json", json.dumps(outcome))
+            for unneeded in self.folder.glob(f".{name}-*"):
+                shutil.rmtree(unneeded)
         self._previous = home / "adapter"
         return json.loads((home / "outcome.json").read_text())
 
@@ -160,14 +165,15 @@ class _Stages:
                 self._model = models.attach_adapter(base, self.settings)
         return self._model, self._tokenizer
 
-    def _train(self, stage: str, model: PeftModel, tokenizer) -> list[dict]:
+    def _train(self, stage: str, model: PeftModel, tokenizer, checkpoints: Path) -> list[dict]:
         masks = self.partition.stage_mask(2 if stage == "grpo" else 1)
         if stage == "grpo":
-            return training.run_grpo(model, tokenizer, system_examples(self.settings, 2), masks, self.settings)
+            prompts = system_examples(self.settings, 2)
+            return training.run_grpo(model, tokenizer, prompts, masks, self.settings, checkpoints)
         examples = system_examples(self.settings, 1)
         if stage == "sft_all":
             examples = examples + system_examples(self.settings, 2)
-        return training.run_sft(model, tokenizer, examples, masks, self.settings)
+        return training.run_sft(model, tokenizer, examples, masks, self.settings, checkpoints)
 
     def _score(self, model, tokenizer, name: str) -> dict:
         rows = list(data.load_pool(self.settings))
@@ -237,7 +243,18 @@ def _experiment_inputs(settings: Settings, spec) -> dict:
         del used["grpo"]
     return inputs_of(
         settings,
-        ("training", "answer_head", "optim", "partition", "rewards", "encoding", "evaluation", "models"),
+        (
+            "training",
+            "answer_head",
+            "bundles",
+            "generation",
+            "optim",
+            "partition",
+            "rewards",
+            "encoding",
+            "evaluation",
+            "models",
+        ),
         scores=fingerprint(_scores_inputs(settings)),
         experiment=spec.model_dump(exclude={"title", "seeds", "sweep"}),
         partition=settings.partition.model_dump(),

@@ -250,6 +250,7 @@ class Settings(Section):
     seed: int
     seeds: tuple[int, ...]
     threads: Positive
+    checkpoint_every: Positive
     model: ModelSection
     pool: PoolSection
     voting: VotingSection

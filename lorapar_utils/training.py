@@ -4,22 +4,28 @@ Deviation: everything outside a stage's mask is frozen to the bit (see `optim`),
 system's examples, and the KL term is off (`beta=0` in TRL's sense; the paper's beta is a partition setting).
 """
 
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import datasets
 import torch
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl.models import unwrap_model_for_generation
 
 from lorapar_utils import rewards
 from lorapar_utils.answer_head import drop_trl_head, use_answer_head
 from lorapar_utils.data import chat_messages
 from lorapar_utils.encoding import encode_examples
 from lorapar_utils.errors import InputError
+from lorapar_utils.generation import complete
 from lorapar_utils.optim import ActiveAdamW
 from lorapar_utils.settings import Settings
 
@@ -30,6 +36,7 @@ def run_sft(
     examples: Sequence[dict],
     masks: dict[str, torch.Tensor],
     settings: Settings,
+    checkpoints: Path | None = None,
 ) -> list[dict]:
     """Stage 1: supervised fine-tuning of the active elements on worked solutions.
 
@@ -42,7 +49,10 @@ def run_sft(
     masks
         Parameter name -> BoolTensor, True = trained.
     settings
-        Section `sft`.
+        Section `sft`; `checkpoint_every`.
+    checkpoints
+        A folder for checkpoints: a run that finds some there goes on from the last, to the same end, bit for bit.
+        None keeps none.
 
     Returns
     -------
@@ -51,9 +61,8 @@ def run_sft(
     """
     sft = settings.sft
     encoded = encode_examples(examples, tokenizer, settings)
-    with tempfile.TemporaryDirectory() as scratch:
+    with _checkpointing(checkpoints, settings) as saving:
         config = SFTConfig(
-            output_dir=scratch,
             num_train_epochs=sft.epochs,
             learning_rate=sft.learning_rate,
             per_device_train_batch_size=sft.batch_size,
@@ -67,6 +76,7 @@ def run_sft(
             pad_to_multiple_of=None,
             loss_type="nll",
             **_common(settings, model),
+            **saving,
         )
         optimizer = _optimizer(model, masks, config)
         trainer = SFTTrainer(
@@ -86,6 +96,7 @@ def run_grpo(
     examples: Sequence[dict],
     masks: dict[str, torch.Tensor],
     settings: Settings,
+    checkpoints: Path | None = None,
 ) -> list[dict]:
     """Stage 2: GRPO of the active elements, from the model's present weights, on verifiable rewards.
 
@@ -94,7 +105,9 @@ def run_grpo(
     examples
         Rows of the pool (`prompt`, `answer`, `solution`); a row without a usable reference is an error.
     settings
-        Section `grpo`.
+        Section `grpo`; `checkpoint_every`.
+    model, tokenizer, masks, checkpoints
+        As in `run_sft`.
 
     Returns
     -------
@@ -113,9 +126,8 @@ def run_grpo(
     ]
     if not rows:
         raise InputError("examples: System 2 is empty, so GRPO has no prompt; lower voting.quorum or add teachers")
-    with tempfile.TemporaryDirectory() as scratch:
+    with _checkpointing(checkpoints, settings) as saving:
         config = GRPOConfig(
-            output_dir=scratch,
             max_steps=grpo.steps,
             learning_rate=grpo.learning_rate,
             per_device_train_batch_size=grpo.micro_batch,
@@ -145,9 +157,10 @@ def run_grpo(
             pad_to_multiple_of=None,
             use_vllm=False,
             **_common(settings, model),
+            **saving,
         )
         optimizer = _optimizer(model, masks, config)
-        trainer = GRPOTrainer(
+        trainer = LeanGRPOTrainer(
             model=model,
             reward_funcs=[correct, layout, steps],
             args=config,
@@ -157,6 +170,64 @@ def run_grpo(
             callbacks=[_Progress("stage 2, GRPO", "reward")],
         )
         return _train(trainer, optimizer)
+
+
+class LeanGRPOTrainer(GRPOTrainer):
+    """TRL's trainer with the same result for less work.
+
+    A prompt is read once for all its completions, which leave the batch as they end; a completion without an
+    advantage, whose gradient is zero, is scored (for the entropy) but not differentiated. The policy is sampled in
+    the arithmetic that it is trained in.
+    """
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        if self.use_vllm:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        prompts = list(dict.fromkeys(map(tuple, prompt_ids)))
+        samples = len(prompt_ids) // len(prompts)
+        if [prompt for prompt in prompts for _ in range(samples)] != list(map(tuple, prompt_ids)):
+            prompts, samples = prompt_ids, 1
+        with unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            generation_kwargs=self.generation_kwargs,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        ) as model:
+            completions = complete(
+                model,
+                prompts,
+                ends=self.eos_token_ids,
+                max_new_tokens=self.max_completion_length,
+                samples=samples,
+                temperature=self.temperature,
+            )
+        return completions, None
+
+    def _compute_loss(self, model, inputs):
+        self._teaches = inputs["advantages"] != 0
+        # A loss needs something to differentiate, even a zero.
+        self._teaches[0] |= not self._teaches.any()
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs):
+        if not torch.is_grad_enabled() or self._teaches.all():
+            return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
+
+        def scored(rows):
+            found = super(LeanGRPOTrainer, self)._get_per_token_logps_and_entropies(
+                model, input_ids[rows], attention_mask[rows], *args, **kwargs
+            )
+            return found[:2]
+
+        # In this order: autocast keeps the first cast of each weight, and one made without gradients has none.
+        taught = scored(self._teaches)
+        with torch.no_grad():
+            idle = scored(~self._teaches)
+        place = torch.cat([self._teaches.nonzero(), (~self._teaches).nonzero()]).squeeze(1).argsort()
+        return *(torch.cat(pair)[place] for pair in zip(taught, idle, strict=True)), None
 
 
 # TRL names each logged reward after its function and calls it with the columns of the batch.
@@ -187,12 +258,38 @@ def _common(settings: Settings, model: PeftModel) -> dict:
         use_cpu=not torch.cuda.is_available(),
         bf16=next(model.parameters()).dtype == torch.bfloat16,
         logging_steps=1,
-        save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         dataloader_num_workers=0,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+@contextmanager
+def _checkpointing(folder: Path | None, settings: Settings) -> Iterator[dict]:
+    """The trainer's settings for checkpoints in `folder`; without one it still wants a place of its own."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield {"output_dir": scratch, "save_strategy": "no"}
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in set(folder.glob("checkpoint-*")) - set(_finished(folder)):
+        shutil.rmtree(unfinished)
+    # Two: the trainer deletes the older one before it has called the newer one finished.
+    every = {"save_strategy": "steps", "save_steps": settings.checkpoint_every, "save_total_limit": 2}
+    yield {"output_dir": str(folder), **every}
+
+
+def _finished(folder: Path) -> list[Path]:
+    """Checkpoints that were written to their end, oldest first."""
+    return sorted((mark.parent for mark in folder.glob("checkpoint-*/finished")), key=lambda p: int(p.name[11:]))
+
+
+class _MarkFinished(TrainerCallback):
+    """The trainer writes a checkpoint file by file: a killed one leaves some of them."""
+
+    def on_save(self, args, state, control, **kwargs):
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "finished").touch()
 
 
 def _optimizer(model: PeftModel, masks: dict[str, torch.Tensor], config: SFTConfig | GRPOConfig) -> ActiveAdamW:
@@ -214,8 +311,12 @@ def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[di
         use_answer_head(base, getattr(trainer.args, "temperature", 1.0))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_MarkFinished)
+    finished = _finished(Path(trainer.args.output_dir))
     try:
-        trainer.train()
+        # Autocast multiplies adapters in bf16 anyway; PEFT's casts of their inputs to fp32 and back cost time only.
+        with disable_input_dtype_casting(trainer.model, active=trainer.args.bf16):
+            trainer.train(resume_from_checkpoint=str(finished[-1]) if finished else None)
     finally:
         optimizer.release()
         drop_trl_head(base)
@@ -234,7 +335,7 @@ class _Progress(TrainerCallback):
         self.title, self.figure = title, figure
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, desc=self.title)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.figure in (logs or {}):

@@ -1,0 +1,203 @@
+"""Both stages on a tiny LLaMA with TRL's real trainers: what is frozen, what resumes, and what TRL itself computes."""
+
+import hashlib
+import io
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import threading
+import time
+
+import datasets
+import pytest
+import torch
+from conftest import make_tiny_policy, make_tiny_tokenizer
+from trl import GRPOConfig, GRPOTrainer
+
+from lorapar_utils import training
+from lorapar_utils.answer_head import use_answer_head
+from lorapar_utils.settings import load_profile
+
+STEPS = {"sft": 12, "grpo": 6}
+
+
+def settings():
+    return load_profile(
+        "smoke",
+        checkpoint_every=2,
+        model={"dtype": "float32", "system_prompt": "system"},
+        sft={"epochs": 3, "batch_size": 3, "accumulation": 2, "weight_decay": 0.1, "max_grad_norm": 0.5},
+        grpo={
+            "steps": 6,
+            "prompts_per_step": 2,
+            "completions": 4,
+            "micro_batch": 4,
+            "max_completion_length": 8,
+            "learning_rate": 5e-3,
+        },
+    )
+
+
+def examples():
+    rows = []
+    for i in range(24):
+        a, b = 1 + i % 3, 1 + i // 3 % 3
+        rows.append({"id": f"e{i}", "prompt": f"{a} + {b}", "answer": str(a), "solution": f"{a} + {b} \n #### {a}"})
+    return rows
+
+
+def sparse_masks(model):
+    """Half of the elements, and one matrix of each kind with none at all."""
+    generator = torch.Generator().manual_seed(5)
+    masks = {
+        name: torch.rand(p.shape, generator=generator) < 0.5 for name, p in model.named_parameters() if "lora_" in name
+    }
+    for name in list(masks)[:2]:
+        masks[name] = torch.zeros_like(masks[name])
+    return masks
+
+
+def train(stage, folder=None):
+    model = make_tiny_policy()
+    masks = sparse_masks(model)
+    run = {"sft": training.run_sft, "grpo": training.run_grpo}[stage]
+    history = run(model, make_tiny_tokenizer(), examples(), masks, settings(), folder)
+    return model, masks, history
+
+
+def weights_hash(model):
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_stage_changes_active_elements_and_leaves_every_bit_of_the_others(stage):
+    before = {name: p.detach().clone() for name, p in make_tiny_policy().named_parameters()}
+    model, masks, history = train(stage)
+    assert len(history) == STEPS[stage]
+    for name, after in model.named_parameters():
+        mask = masks.get(name, torch.zeros(after.shape, dtype=torch.bool))
+        assert torch.equal(after[~mask], before[name][~mask]), name
+        if mask.any():
+            assert not torch.equal(after[mask], before[name][mask]), name
+    if stage == "grpo":
+        assert any(entry["reward_std"] > 0 for entry in history)
+
+
+def run_until_killed(stage, folder, delay, results):
+    """Train; die by SIGKILL after `delay` seconds, wherever that is, or put the end's hash into `results`."""
+    torch.set_num_threads(1)
+    sys.stderr = io.StringIO()
+    if delay is not None:
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    model, _, history = train(stage, folder)
+    results.put((weights_hash(model), len(history)))
+    results.close()
+    results.join_thread()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_stage_killed_at_random_moments_ends_as_if_it_had_not_been(stage, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lorapar_utils.training", "conftest"])
+
+    def run(folder, delay=None):
+        results = context.Queue()
+        process = context.Process(target=run_until_killed, args=(stage, folder, delay, results))
+        process.start()
+        began = time.perf_counter()
+        process.join(120)
+        lasted = time.perf_counter() - began
+        return process.exitcode, (results.get(timeout=5) if process.exitcode == 0 else None), lasted
+
+    code, straight, _ = run(tmp_path / "straight")
+    assert code == 0 and straight[1] == STEPS[stage]
+    code, again, lasts = run(tmp_path / "again")
+    assert again == straight
+    moments = random.Random(0)
+    killed = resumed = 0
+    for trial in range(10):
+        folder = tmp_path / f"trial{trial}"
+        code, found, _ = run(folder, delay=moments.uniform(0.2, 0.9) * lasts)
+        killed += code == -signal.SIGKILL
+        if code != 0:
+            resumed += bool(training._finished(folder))
+            code, found, _ = run(folder)
+        assert code == 0 and found == straight
+    assert killed >= 5 and resumed >= 3, (
+        "too few runs were killed between two checkpoints: this machine's speed varies too much"
+    )
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path):
+    model, _, _ = train("sft", tmp_path)
+    for mark in tmp_path.glob("checkpoint-*/finished"):
+        mark.unlink()
+    again, _, history = train("sft", tmp_path)
+    assert weights_hash(again) == weights_hash(model) and len(history) == STEPS["sft"]
+
+
+def grpo_trainer(kind, folder):
+    model = make_tiny_policy()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    config = GRPOConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        beta=0.0,
+        report_to="none",
+        per_device_train_batch_size=8,
+        num_generations=4,
+        temperature=1.2,
+        max_completion_length=6,
+        gradient_accumulation_steps=1,
+    )
+    rows = datasets.Dataset.from_list([{"prompt": "1 + 2 assistant"}] * 8)
+    trainer = kind(model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
+                   train_dataset=rows, processing_class=make_tiny_tokenizer())  # fmt: skip
+    return trainer, model
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+@pytest.mark.parametrize("idle", [(0, 2, 3), (), range(8)], ids=["some", "none", "all"])
+def test_grpo_loss_gradients_and_metrics_equal_those_of_trl(tmp_path, loss_type, idle):
+    generator = torch.Generator().manual_seed(2)
+    advantages = torch.randn(8, generator=generator)
+    advantages[list(idle)] = 0.0
+    completion = torch.randint(1, 11, (8, 6), generator=generator)
+    lengths = torch.randint(1, 7, (8, 1), generator=generator)
+    inputs = {
+        "prompt_ids": torch.tensor([[0, 8, 4, 7, 5], [8, 6, 7, 6, 9]]).repeat_interleave(4, 0),
+        "prompt_mask": torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]).repeat_interleave(4, 0),
+        "completion_ids": completion,
+        "completion_mask": (torch.arange(6) < lengths).int(),
+        "advantages": advantages,
+        "num_items_in_batch": lengths.sum(),
+    }
+    outcomes = []
+    for kind in (GRPOTrainer, training.LeanGRPOTrainer):
+        trainer, model = grpo_trainer(kind, tmp_path)
+        trainer.loss_type = loss_type
+        trainer.current_gradient_accumulation_steps = 1
+        if kind is not GRPOTrainer:
+            use_answer_head(model.get_base_model(), 1.2)
+        model.train()
+        loss = trainer._compute_loss(model, dict(inputs))
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        outcomes.append((loss.detach(), gradients, dict(trainer._metrics["train"])))
+    (loss, gradients, metrics), (ours, found, measured) = outcomes
+    torch.testing.assert_close(ours, loss)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+    assert measured.keys() == metrics.keys()
+    for name, values in metrics.items():
+        assert measured[name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
