@@ -33,9 +33,10 @@ def use_answer_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
         targets = labels[:, 1:]
         mask = targets != IGNORED
         kwargs.pop("use_cache", None)
-        if kwargs.get("inputs_embeds") is None:
+        virtual = kwargs.get("inputs_embeds") is not None or kwargs.get("past_key_values") is not None
+        if not virtual:
             hidden = hidden_before(self.base_model, *args, scored=mask, **kwargs)
-        else:  # virtual tokens of a prompt-learning method
+        else:  # of a prompt-learning method
             hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state[:, :-1][mask]
         logits = self.get_output_embeddings()(hidden).float() / temperature
         log_probs = logits.log_softmax(-1)

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
+from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from transformers import DynamicCache, PreTrainedModel
 
@@ -41,9 +42,9 @@ def complete(
         `samples` completions of the first prompt, then of the second, …; the end token included, so one without it
         was cut at `max_new_tokens`.
     """
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[ends[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return _generate(model, prompts, ends, max_new_tokens, samples, temperature)
+    ids, mask = _left_padded(prompts, ends[0], model.device)
     ends = torch.tensor(ends, device=model.device)
     cache = DynamicCache(config=model.config)
     completions: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
@@ -76,6 +77,28 @@ def adapters_in_base_dtype(model: PreTrainedModel):
     stack.enter_context(torch.autocast(model.device.type, dtype=model.dtype, enabled=low))
     stack.enter_context(disable_input_dtype_casting(model, active=low))
     return stack
+
+
+def _left_padded(prompts, filler: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    ids = [[filler] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _generate(model: PeftModel, prompts, ends, limit, samples, temperature) -> list[list[int]]:
+    """`complete` for virtual tokens, which only PEFT's own `generate` puts in front of each prompt."""
+    ids, mask = _left_padded(prompts, ends[0], model.device)
+    draw = (
+        {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature, "top_p": 1.0}
+    )
+    options = {"num_return_sequences": samples, "max_new_tokens": limit, "top_k": 0, "pad_token_id": ends[0]}
+    rows = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=list(ends), **draw, **options)
+    completions = []
+    for tokens in rows[:, ids.shape[1] :].tolist():
+        stops = [i for i, token in enumerate(tokens) if token in ends]
+        completions.append(tokens[: stops[0] + 1] if stops else tokens)
+    return completions
 
 
 def _next(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """One loader for the base model (packaged GGUF, local folder or hub id) and one for its adapter."""
 
+import copy
 import hashlib
 import os
 import shutil
@@ -12,7 +13,19 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from huggingface_hub.errors import HFValidationError
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    ShiraConfig,
+    get_peft_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from platformdirs import user_cache_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +82,7 @@ def compute_dtype(settings: Settings) -> torch.dtype:
 
 
 def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
-    """Wrap the base in a fresh LoRA adapter (fp32) under `adapter.init`.
+    """Wrap the base in a fresh adapter, kept in fp32.
 
     Deviation from PEFT's default: `init: normal` draws A and B from N(0, 0.01^2), as the paper's script does.
     With B = 0 (`lora`, `gaussian`) every importance score is 0 and no partition exists.
@@ -77,27 +90,70 @@ def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
     Parameters
     ----------
     settings
-        `adapter`: init, r, lora_alpha, dropout, modules; `seed` fixes the draw.
+        `adapter`: kind, init, r, lora_alpha, dropout, modules, virtual_tokens; `seed` fixes the draw.
     """
-    adapter = settings.adapter
     torch.manual_seed(settings.seed)
-    inits = {"normal": True, "lora": True}
-    config = LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=list(settings.target_modules),
-        init_lora_weights=inits.get(adapter.init, adapter.init),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
-    if adapter.init == "normal":
+    wrapped = get_peft_model(model, _adapter_config(settings), autocast_adapter_dtype=True)
+    if settings.adapter.kind == "lora" and settings.adapter.init == "normal":
         for module in wrapped.modules():
             if isinstance(module, LoraLayer):
                 for part in (*module.lora_A.values(), *module.lora_B.values()):
                     torch.nn.init.normal_(part.weight, std=0.01)
     return wrapped
+
+
+def _adapter_config(settings: Settings) -> PeftConfig:
+    adapter = settings.adapter
+    task = {"task_type": "CAUSAL_LM"}
+    modules = list(settings.target_modules)
+    virtual = {"num_virtual_tokens": adapter.virtual_tokens, **task}
+    if adapter.kind == "prompt_tuning":
+        return PromptTuningConfig(prompt_tuning_init="RANDOM", **virtual)
+    if adapter.kind == "p_tuning":
+        return PromptEncoderConfig(encoder_hidden_size=128, **virtual)
+    if adapter.kind == "prefix_tuning":
+        return PrefixTuningConfig(prefix_projection=False, **virtual)
+    if adapter.kind == "ia3":
+        return IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **task)
+    if adapter.kind == "shira":
+        return ShiraConfig(r=adapter.r, target_modules=modules, random_seed=settings.seed, **task)
+    return LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=modules,
+        init_lora_weights={"normal": True, "lora": True}.get(adapter.init, adapter.init),
+        use_dora=adapter.kind == "dora",
+        bias="none",
+        **task,
+    )
+
+
+def save_adapter(model: PeftModel, folder: Path, initial: Path | None = None) -> None:
+    """Write `folder/adapter`, which `PeftModel.from_pretrained` puts onto the original base.
+
+    Parameters
+    ----------
+    initial
+        For PiSSA and OLoRA, which change the base: the adapter as it was before training (`save_pretrained`).
+        `adapter` then holds what training added, as a LoRA of twice the rank, and `trainable` the adapter itself.
+    """
+    if initial is None:
+        model.save_pretrained(folder / "adapter")
+        return
+    model.save_pretrained(folder / "trainable")
+    # PEFT keeps its note of the conversion in the initial adapter's folder and in the model's configuration.
+    config = copy.deepcopy(model.peft_config["default"])
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copytree(initial, scratch, dirs_exist_ok=True)
+        model.save_pretrained(folder / "adapter", path_initial_model_for_weight_conversion=scratch)
+    model.peft_config["default"] = config
+
+
+def restore_adapter(model: PeftModel, folder: Path) -> None:
+    """Put the weights that `save_adapter` wrote into a freshly attached adapter of the same settings."""
+    trainable = folder / "trainable"
+    set_peft_model_state_dict(model, load_peft_weights(str(trainable if trainable.is_dir() else folder / "adapter")))
 
 
 def lora_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:

@@ -210,12 +210,6 @@ def random_partition(like: Partition, seed: int) -> Partition:
     )
 
 
-def full_partition(shapes: Shapes) -> Partition:
-    """Every element active in both stages: plain LoRA."""
-    every = torch.ones(sum(int(np.prod(shape)) for shape in shapes.values()), dtype=torch.bool)
-    return Partition(shapes, (every, every.clone()), (every.clone(), every.clone()), {"selection": "all"})
-
-
 def _flatten(field: str, scores: dict[str, torch.Tensor]) -> torch.Tensor:
     if not scores:
         raise InputError(f"{field}: holds no scores")

@@ -6,6 +6,8 @@ The phase before these, votes and the split they make, is `splits`.
 import json
 import shutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,13 +20,12 @@ from lorapar_utils import data, evaluation, models, statistics, training
 from lorapar_utils.encoding import encode_examples
 from lorapar_utils.importance import score_importance
 from lorapar_utils.manifests import completed, inputs_of, is_current
-from lorapar_utils.partition import Partition, build_partition, full_partition, random_partition
+from lorapar_utils.partition import Partition, build_partition, random_partition
 from lorapar_utils.records import Record, fingerprint, new_record, read_record, write_atomically, write_record
 from lorapar_utils.settings import Settings
 from lorapar_utils.splits import system_examples
 
 Scores = dict[str, torch.Tensor]
-STAGE_NAMES = {"sft": "stage1", "sft_all": "stage1", "grpo": "stage2"}
 
 
 def scores(settings: Settings) -> tuple[Scores, Scores]:
@@ -78,10 +79,8 @@ def stability(settings: Settings) -> list[dict]:
 
 
 def partition(settings: Settings, selection: str = "importance") -> Partition:
-    """The profile's partition, its random control of equal size, or all elements (plain LoRA)."""
+    """The profile's partition, or its random control of equal size."""
     system1, system2 = scores(settings)
-    if selection == "all":
-        return full_partition({name: tuple(values.shape) for name, values in system1.items()})
     values = settings.partition
     built = build_partition(system1, system2, theta=values.theta, alpha=values.alpha, beta=values.beta)
     return random_partition(built, settings.seed) if selection == "random" else built
@@ -107,8 +106,8 @@ def experiment(settings: Settings, name: str, seed: int) -> Record:
     if path.is_file() and is_current(folder, inputs):
         return read_record(path)
     stages = _Stages(settings, spec, folder, inputs)
-    outcomes = {stage: stages.run(stage) for stage in (spec.stages or ("base",))}
-    record = _experiment_record(settings, spec, f"{name}-seed{seed}", outcomes, stages.active_metrics())
+    outcomes = {"base": stages.score_base()} if not spec.stages else stages.run()
+    record = _experiment_record(settings, spec, f"{name}-seed{seed}", outcomes, stages.jaccard())
     write_record(record, path)
     write_atomically(folder / "manifest.json", json.dumps(inputs, indent=1))
     return record
@@ -120,53 +119,73 @@ class _Stages:
     def __init__(self, settings: Settings, spec, folder: Path, inputs: dict):
         self.settings, self.spec, self.folder, self.inputs = settings, spec, folder, inputs
         self._model = self._tokenizer = None
-        self._previous: Path | None = None
-        self.partition = None
-        if spec.stages:
-            self.partition = partition(settings, "all" if spec.method == "lora" else spec.selection)
+        self.partition = partition(settings, spec.selection) if spec.method == "lorapar" else None
+        self._converts = settings.adapter.init in ("olora", "pissa") and bool(spec.stages)
 
-    def run(self, stage: str) -> dict:
-        """Train `stage` from the one before and score it, or read back what was finished."""
-        name = STAGE_NAMES.get(stage, "base")
-        home = self.folder / name
-        wanted = {**self.inputs, "stage": stage}
-        if not is_current(home, wanted):
-            model, tokenizer = self._loaded()
-            began = time.time()
-            checkpoints = self.folder / f".{name}-{fingerprint(wanted)}"
-            history = [] if stage == "base" else self._train(stage, model, tokenizer, checkpoints)
-            trained = time.time()
-            outcome = {"history": history, **self._score(model, tokenizer, name)}
-            outcome |= {"train_seconds": round(trained - began, 1), "score_seconds": round(time.time() - trained, 1)}
-            with completed(home, wanted) as scratch:
-                if stage != "base":
-                    model.save_pretrained(scratch / "adapter")
-                write_atomically(scratch / "outcome.json", json.dumps(outcome))
-            for unneeded in self.folder.glob(f".{name}-*"):
-                shutil.rmtree(unneeded)
-        self._previous = home / "adapter"
-        return json.loads((home / "outcome.json").read_text())
+    def score_base(self) -> dict:
+        """Score the model without an adapter, or read back what was found."""
+        return self._finished("base", {}, lambda _: {"history": [], **self._score(*models.load_base(self.settings))})
 
-    def active_metrics(self) -> dict[str, dict]:
+    def run(self) -> dict[str, dict]:
+        """Train and score each stage from the one before, or read back what was finished."""
+        outcomes, previous = {}, None
+        for number, stage in enumerate(self.spec.stages, start=1):
+            name = f"stage{number}"
+            outcomes[name] = self._finished(
+                name, {"stage": stage}, partial(self._train_and_score, name, stage, previous)
+            )
+            previous = self.folder / name
+        return outcomes
+
+    def jaccard(self) -> dict[str, dict]:
         if self.partition is None:
             return {}
-        total = self.partition.active[0].numel()
-        shares = {f"active/{key}": {"value": v, "n": total} for key, v in self.partition.active_share.items()}
-        return shares | {"jaccard": {"value": self.partition.jaccard, "n": total}}
+        return {"jaccard": {"value": self.partition.jaccard, "n": self.partition.active[0].numel()}}
 
-    def _loaded(self):
+    def _finished(self, name: str, about: dict, make: Callable[[Path], dict]) -> dict:
+        home = self.folder / name
+        wanted = {**self.inputs, **about}
+        if not is_current(home, wanted):
+            with completed(home, wanted) as scratch:
+                write_atomically(scratch / "outcome.json", json.dumps(make(scratch)))
+            for unneeded in self.folder.glob(f".{name}-steps-*"):
+                shutil.rmtree(unneeded)
+        return json.loads((home / "outcome.json").read_text())
+
+    def _train_and_score(self, name: str, stage: str, previous: Path | None, scratch: Path) -> dict:
+        model, tokenizer = self._loaded(previous)
+        masks = self._masks(model, stage)
+        began = time.time()
+        # Named by what the stage rests on: a checkpoint of other settings is never gone on from.
+        checkpoints = self.folder / f".{name}-steps-{fingerprint({**self.inputs, 'stage': stage})}"
+        history = self._train(stage, model, tokenizer, masks, checkpoints)
+        trained = time.time()
+        models.save_adapter(model, scratch, self.folder / ".initial" if self._converts else None)
+        active = sum(int(mask.sum()) for mask in masks.values())
+        return {
+            "history": history,
+            "active": active / sum(mask.numel() for mask in masks.values()),
+            "elements": sum(mask.numel() for mask in masks.values()),
+            "train_seconds": round(trained - began, 1),
+            **self._score(model, tokenizer),
+        }
+
+    def _loaded(self, previous: Path | None):
         if self._model is None:
             base, self._tokenizer = models.load_base(self.settings)
-            if not self.spec.stages:
-                self._model = base
-            elif self._previous is not None:
-                self._model = PeftModel.from_pretrained(base, self._previous, is_trainable=True)
-            else:
-                self._model = models.attach_adapter(base, self.settings)
+            self._model = models.attach_adapter(base, self.settings)
+            if self._converts:
+                self._model.save_pretrained(self.folder / ".initial")
+            if previous is not None:
+                models.restore_adapter(self._model, previous)
         return self._model, self._tokenizer
 
-    def _train(self, stage: str, model: PeftModel, tokenizer, checkpoints: Path) -> list[dict]:
-        masks = self.partition.stage_mask(2 if stage == "grpo" else 1)
+    def _masks(self, model: PeftModel, stage: str) -> dict[str, torch.Tensor]:
+        if self.partition is not None:
+            return self.partition.stage_mask(2 if stage == "grpo" else 1)
+        return {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters() if p.requires_grad}
+
+    def _train(self, stage: str, model: PeftModel, tokenizer, masks: dict, checkpoints: Path) -> list[dict]:
         if stage == "grpo":
             prompts = system_examples(self.settings, 2)
             return training.run_grpo(model, tokenizer, prompts, masks, self.settings, checkpoints)
@@ -175,7 +194,8 @@ class _Stages:
             examples = examples + system_examples(self.settings, 2)
         return training.run_sft(model, tokenizer, examples, masks, self.settings, checkpoints)
 
-    def _score(self, model, tokenizer, name: str) -> dict:
+    def _score(self, model, tokenizer) -> dict:
+        began = time.time()
         rows = list(data.load_pool(self.settings))
         test = [row for row in rows if row["split"] == "test"]
         validation = [
@@ -185,23 +205,24 @@ class _Stages:
         if "grpo" in self.spec.stages and validation:
             chosen = validation[: self.settings.evaluation.pass_k_prompts]
             outcome["pass"] = evaluation.pass_at(model, tokenizer, chosen, self.settings)
-        return outcome
+        return outcome | {"score_seconds": round(time.time() - began, 1)}
 
 
-def _experiment_record(settings, spec, name: str, outcomes: dict, active: dict) -> Record:
-    metrics, tables, items = dict(active), {}, []
-    for stage, outcome in outcomes.items():
-        label = STAGE_NAMES.get(stage, "base")
+def _experiment_record(settings, spec, name: str, outcomes: dict[str, dict], jaccard: dict) -> Record:
+    metrics, tables, items = dict(jaccard), {}, []
+    for label, outcome in outcomes.items():
         metrics |= {f"{label}/{key}": value for key, value in evaluation.accuracy_metrics(outcome["items"]).items()}
         metrics |= {f"{label}/{key}": value for key, value in outcome["pass"].items()}
-        metrics[f"{label}/train_seconds"] = {"value": outcome["train_seconds"], "n": 1}
+        if label != "base":
+            metrics[f"active/{label}"] = {"value": outcome["active"], "n": outcome["elements"]}
+            metrics[f"{label}/train_seconds"] = {"value": outcome["train_seconds"], "n": 1}
         tables[f"history_{label}"] = outcome["history"]
         items += [{"stage": label, **item} for item in outcome["items"]]
-    if {"sft", "grpo"} <= set(outcomes):
+    if len(outcomes) == 2:
         for system in (1, 2):
             before, after = (
-                [item["correct"] for item in outcomes[stage]["items"] if item["system"] == system]
-                for stage in ("sft", "grpo")
+                [item["correct"] for item in outcome["items"] if item["system"] == system]
+                for outcome in outcomes.values()
             )
             metrics[f"gain/system{system}"] = statistics.paired_difference(before, after)
     return new_record(
@@ -212,9 +233,9 @@ def _experiment_record(settings, spec, name: str, outcomes: dict, active: dict) 
         items=items,
         parameters=spec.model_dump()
         | settings.partition.model_dump()
-        | {"modules": settings.adapter.modules, "score": settings.importance.score},
+        | {"modules": settings.adapter.modules, "init": settings.adapter.init, "score": settings.importance.score},
         notebook=f"experiment.ipynb out.ipynb -p name {name.rsplit('-seed', 1)[0]} -p seed {settings.seed}",
-        seconds=sum(o["train_seconds"] + o["score_seconds"] for o in outcomes.values()),
+        seconds=sum(o.get("train_seconds", 0.0) + o["score_seconds"] for o in outcomes.values()),
         hashes=_hashes(settings),
     )
 
@@ -238,26 +259,32 @@ def _what_is_learnt(rows: list[dict]) -> list[list]:
 
 
 def _experiment_inputs(settings: Settings, spec) -> dict:
-    used = {"sft": settings.sft, "grpo": settings.grpo, "evaluation": settings.evaluation}
-    if "grpo" not in spec.stages:
-        del used["grpo"]
+    used = {"pool": settings.pool, "evaluation": settings.evaluation}
+    if set(spec.stages) & {"sft", "sft_all"}:
+        used["sft"] = settings.sft
+    if "grpo" in spec.stages:
+        used["grpo"] = settings.grpo
+    if spec.method == "lorapar":
+        learnt = {"scores": fingerprint(_scores_inputs(settings)), "partition": settings.partition.model_dump()}
+    else:
+        systems = [_what_is_learnt(system_examples(settings, k)) for k in (1, 2)] if spec.stages else []
+        learnt = {"systems": fingerprint(systems), "adapter": settings.adapter.model_dump(), "seed": settings.seed}
+    code = [
+        "training",
+        "answer_head",
+        "bundles",
+        "generation",
+        "optim",
+        "partition",
+        "rewards",
+        "encoding",
+        "evaluation",
+    ]
     return inputs_of(
         settings,
-        (
-            "training",
-            "answer_head",
-            "bundles",
-            "generation",
-            "optim",
-            "partition",
-            "rewards",
-            "encoding",
-            "evaluation",
-            "models",
-        ),
-        scores=fingerprint(_scores_inputs(settings)),
+        (*code, "models"),
         experiment=spec.model_dump(exclude={"title", "seeds", "sweep"}),
-        partition=settings.partition.model_dump(),
+        **learnt,
         **{key: section.model_dump() for key, section in used.items()},
     )
 

@@ -28,7 +28,7 @@ REGION_LABELS = {
     "shared": "shared",
     "inactive": "inactive",
 }
-STAGES = {"base": "base model", "stage1": "after stage 1 (SFT)", "stage2": "after stage 2 (GRPO)"}
+STAGES = {"base": "base model", "stage1": "after stage 1", "stage2": "after stage 2"}
 
 
 def use_style() -> None:
@@ -243,17 +243,18 @@ def theta_curve(records: list[Record]) -> Figure:
 
 
 def learning_curves(record: Record) -> Figure:
-    """Stage 1 loss, then stage 2 reward, completion length and groups without advantage, step by step."""
-    tables = record.result["tables"]
-    panels = [("history_stage1", "loss", "SFT loss"), ("history_stage2", "reward", "GRPO reward")]
-    panels += [
-        ("history_stage2", "completions/mean_length", "completion length (tokens)"),
-        ("history_stage2", "frac_reward_zero_std", "groups without advantage"),
-    ]
-    figure, grid = plt.subplots(1, len(panels), figsize=(12, 3))
-    for axes, (table, key, title) in zip(grid, panels, strict=True):
-        points = [(row["step"], float(row[key])) for row in tables.get(table, []) if key in row]
-        axes.plot(*zip(*points, strict=True), color=SYSTEM_COLOURS[1 if "stage1" in table else 2]) if points else None
+    """SFT's loss, then GRPO's reward, entropy, completion length and groups without advantage, step by step."""
+    histories = {key: rows for key, rows in record.result["tables"].items() if key.startswith("history_") and rows}
+    sft = [rows for rows in histories.values() if "mean_token_accuracy" in rows[0]]
+    grpo = [rows for rows in histories.values() if "reward" in rows[0]]
+    panels = [(sft, "loss", "SFT loss"), (grpo, "reward", "GRPO reward"), (grpo, "entropy", "GRPO entropy (nats)")]
+    panels += [(grpo, "completions/mean_length", "completion length (tokens)")]
+    panels += [(grpo, "frac_reward_zero_std", "groups without advantage")]
+    figure, grid = plt.subplots(1, len(panels), figsize=(14, 3))
+    for axes, (stages, key, title) in zip(grid, panels, strict=True):
+        for rows in stages:
+            points = [(row["step"], float(row[key])) for row in rows if key in row]
+            axes.plot(*zip(*points, strict=True), color=SYSTEM_COLOURS[1 if stages is sft else 2])
         axes.set(title=title, xlabel="step")
     figure.tight_layout()
     return figure

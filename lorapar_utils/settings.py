@@ -28,6 +28,21 @@ MODULES = {
     "QKVGUD": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
 }
 
+# What an experiment's method changes about the adapter. All of them train every element, LoRA-PAR a part; `lora` and
+# `lorapar` start from the profile's own `adapter.init`, so that one differs from the other in the partition only.
+METHODS = {
+    "lorapar": {},
+    "lora": {},
+    "olora": {"init": "olora"},
+    "pissa": {"init": "pissa"},
+    "dora": {"kind": "dora"},
+    "prompt_tuning": {"kind": "prompt_tuning"},
+    "p_tuning": {"kind": "p_tuning"},
+    "prefix_tuning": {"kind": "prefix_tuning"},
+    "ia3": {"kind": "ia3"},
+    "shira": {"kind": "shira"},
+}
+
 # What a notebook parameter or keyword changes: the paper's symbols have one short name each.
 SHORT_NAMES = {
     "theta": ("partition", "theta"),
@@ -161,11 +176,13 @@ class VotingSection(Section):
 
 
 class AdapterSection(Section):
+    kind: Literal["lora", "dora", "prompt_tuning", "p_tuning", "prefix_tuning", "ia3", "shira"]
     init: Literal["normal", "lora", "gaussian", "olora", "pissa"]
     r: Positive
     lora_alpha: Positive
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
     modules: Literal["QKV", "GUD", "QKVGUD"]
+    virtual_tokens: Positive
 
 
 class ImportanceSection(Section):
@@ -229,8 +246,9 @@ class EvaluationSection(Section):
 class ExperimentSection(Section):
     """One training configuration; `None` takes the profile's own value."""
 
-    sweep: Literal["theta", "two_stage", "baseline", "voting"]
-    method: Literal["lorapar", "lora"]
+    sweep: Literal["theta", "two_stage", "baseline", "voting", "alpha_beta", "order"]
+    method: Literal[tuple(METHODS)]
+    init: Literal["normal", "olora", "pissa"] | None = None
     stages: tuple[Literal["sft", "sft_all", "grpo"], ...]
     selection: Literal["importance", "random"] = "importance"
     score: Score | None = None
@@ -295,7 +313,7 @@ class Settings(Section):
             )
         spec = self.experiments[name]
         chosen = {key: value for key in SHORT_NAMES if (value := getattr(spec, key, None)) is not None}
-        return self.changed(seed=seed, **chosen)
+        return self.changed(seed=seed, adapter=METHODS[spec.method], **chosen)
 
     def changed(self, **overrides: Any) -> "Settings":
         """A validated copy with `overrides` (see `load_profile`) in place."""

@@ -86,7 +86,7 @@ def theta_points(records: Iterable[Record]) -> list[dict]:
             continue
         chosen_by = "importance" if parameters.get("score") in (None, "second_order") else parameters["score"]
         chosen_by = "random" if parameters["selection"] == "random" else chosen_by
-        every = parameters["method"] == "lora"
+        every = parameters["method"] != "lorapar"
         key = (parameters["modules"], 1.0 if every else parameters["theta"], "all elements" if every else chosen_by)
         groups.setdefault(key, []).append(record)
     return [
@@ -102,26 +102,87 @@ def theta_points(records: Iterable[Record]) -> list[dict]:
     ]
 
 
+# The paper's row for (our method, our adapter's init, trained by GRPO too), in its Table 6.
+PUBLISHED = {
+    ("lora", "normal", False): "LoRA",
+    ("olora", "olora", False): "OLoRA",
+    ("pissa", "pissa", False): "PiSSA",
+    ("pissa", "pissa", True): "PiSSA + RL",
+    ("prompt_tuning", "normal", False): "Prompt Tuning",
+    ("p_tuning", "normal", False): "P-Tuning",
+    ("prefix_tuning", "normal", False): "Prefix-Tuning",
+    ("ia3", "normal", False): "IA3",
+    ("lorapar", "normal", True): "LoRA-PAR, LoRA, theta=0.9",
+    ("lorapar", "pissa", True): "LoRA-PAR, PiSSA, theta=0.9",
+}
+
+
 def benchmark_table(records: Iterable[Record]) -> pd.DataFrame:
-    """Table 4's question at our scale: each method after its first and its second stage, beside the paper's GSM8K."""
-    published = {row[0]: row for row in paper("table4_benchmarks")["rows"]}
-    names = {"base": "LLaMA-2-7B", "lora": "LoRA", "lorapar": "LoRA-PAR, LoRA, theta=0.9"}
+    """Tables 4 and 6 at our scale: each method after its first and its second stage, beside the paper's GSM8K.
+
+    The paper's columns are epochs: two of SFT, or one of SFT and one of GRPO.
+    """
+    published = {row[0]: row for row in paper("table6_broader_peft")["rows"]}
     rows = []
     for record in records:
         metrics, parameters = record.result["metrics"], record.run["parameters"]
-        match = names.get(parameters["method"] if parameters["stages"] else "base")
-        if parameters["method"] == "lora" and "grpo" in parameters["stages"]:
-            match = None
-        row = published.get(match, [None] * 3)
-        first = metrics.get("stage1/accuracy") or metrics.get("base/accuracy")
+        key = (parameters["method"], parameters.get("init", "normal"), "grpo" in parameters["stages"])
+        row = published.get(PUBLISHED.get(key) if parameters["stages"] else None, [None, "–", "–"])
         rows.append(
             {
                 "method": parameters["title"],
-                "ours, first stage": percent(first),
+                "ours, first stage": percent(metrics.get("stage1/accuracy") or metrics.get("base/accuracy")),
                 "ours, second stage": percent(metrics.get("stage2/accuracy")),
-                "paper, GSM8K e1 %": "–" if row[1] is None else row[1],
-                "paper, GSM8K e2 %": "–" if row[2] is None else row[2],
+                "paper, GSM8K e1 %": row[1],
+                "paper, GSM8K e2 %": row[2],
                 "seed": record.run["seed"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
+    """Table 2 at our scale: accuracy after each stage by alpha and beta, over the seeds, the paper's beside it."""
+    published = {tuple(row[:2]): row for row in paper("table2_alpha_beta")["rows"]}
+    runs: dict[tuple[float, float], list[Record]] = {}
+    for record in records:
+        parameters = record.run["parameters"]
+        runs.setdefault((parameters["alpha"], parameters["beta"]), []).append(record)
+    return pd.DataFrame(
+        [
+            {
+                "alpha": alpha,
+                "beta": beta,
+                "seeds": len(group),
+                "active (stage 1)": _share(group[0].metric("active/stage1")),
+                "active (stage 2)": _share(group[0].metric("active/stage2")),
+                "after SFT": percent(statistics.mean(list(mean_outcomes(group, "stage1").values()))),
+                "after RL": percent(statistics.mean(list(mean_outcomes(group, "stage2").values()))),
+                "paper, after SFT %": published.get((alpha, beta), ["–"] * 4)[2],
+                "paper, after RL %": published.get((alpha, beta), ["–"] * 4)[3],
+            }
+            for (alpha, beta), group in sorted(runs.items())
+        ]
+    )
+
+
+def order_table(records: Iterable[Record]) -> pd.DataFrame:
+    """Table 7 at our scale: SFT then RL against RL then SFT, over the seeds, the paper's (Qwen-2.5-7B) beside it."""
+    published = {row[0]: row for row in paper("table7_order")["rows"]}
+    runs: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        runs.setdefault(tuple(record.run["parameters"]["stages"]), []).append(record)
+    rows = []
+    for stages, group in sorted(runs.items(), reverse=True):
+        row = published["SFT then RL (LoRA-PAR)" if stages == ("sft", "grpo") else "RL then SFT"]
+        rows.append(
+            {
+                "schedule": " then ".join("RL" if stage == "grpo" else "SFT" for stage in stages),
+                "seeds": len(group),
+                "after phase 1": percent(statistics.mean(list(mean_outcomes(group, "stage1").values()))),
+                "after phase 2": percent(statistics.mean(list(mean_outcomes(group, "stage2").values()))),
+                "paper, phase 1 %": row[1],
+                "paper, phase 2 %": row[2],
             }
         )
     return pd.DataFrame(rows)

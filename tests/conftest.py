@@ -82,8 +82,8 @@ def make_tiny_tokenizer():
     return tokenizer
 
 
-def make_tiny_policy():
-    """The tiny LLaMA over the tiny tokenizer's vocabulary, with an adapter large enough to matter."""
+def make_tiny_base():
+    """The tiny LLaMA over the tiny tokenizer's vocabulary, frozen."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=11,
@@ -95,10 +95,13 @@ def make_tiny_policy():
         eos_token_id=1,
         pad_token_id=0,
     )
-    base = LlamaForCausalLM(config)
-    base.requires_grad_(False)
+    return LlamaForCausalLM(config).requires_grad_(False)
+
+
+def make_tiny_policy():
+    """`make_tiny_base` with an adapter large enough to matter."""
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(base, lora)
+    model = get_peft_model(make_tiny_base(), lora)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
