@@ -26,6 +26,7 @@ bench: $(VENV)/.installed
 	$(PY) benchmarks/scoring.py
 	$(PY) benchmarks/partition.py
 	$(PY) benchmarks/voting.py
+	$(PY) benchmarks/training.py
 
 publish: $(VENV)/.installed
 	@$(PY) -m lorapar_utils.publish $(PROFILE)

@@ -1,20 +1,25 @@
 """Cost of exact importance scoring: against one plain pass, and against the one-example loop.
 
-Paired: each repeat times all three on the same batches, in turn; the medians of the ratios are printed.
+Paired: each repeat times all of them on the same batches, in turn; the medians of the ratios are printed. A plain pass
+is the forward and backward of the same batches with the adapter's gradients. Peak memory is read in a process of its
+own for each.
     make bench
 """
 
+import resource
 import statistics
+import subprocess
+import sys
 import time
 
 import torch
 
 from lorapar_utils import data, models
 from lorapar_utils.encoding import encode_examples
-from lorapar_utils.importance import _backward, _batches, score_importance
+from lorapar_utils.importance import _batches, _summed_loss, score_importance
 from lorapar_utils.settings import load_profile
 
-EXAMPLES, BATCH, REPEATS = 48, 16, 3
+EXAMPLES, BATCH, REPEATS, LOOP = 200, 16, 3, 24
 
 
 def timed(function) -> float:
@@ -23,30 +28,63 @@ def timed(function) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
+def prepared():
     settings = load_profile("cpu")
     base, tokenizer = models.load_base(settings)
     model = models.attach_adapter(base, settings)
     rows = [row for row in data.load_pool(settings) if row["split"] == "train"][:EXAMPLES]
-    examples = encode_examples(rows, tokenizer, settings)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    return settings, model, encode_examples(rows, tokenizer, settings)
 
-    def plain() -> None:
-        for batch in _batches(examples, BATCH):
-            _backward(model, batch)
 
-    ratios = {"batched / plain pass": [], "one by one / batched": []}
+def plain_pass(model, examples) -> None:
+    parameters = list(models.lora_parameters(model).values())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    for batch in _batches(examples, BATCH):
+        _summed_loss(model, batch)[0].backward()
+        for parameter in parameters:
+            parameter.grad = None
+
+
+def score(model, examples, batch_size=BATCH) -> None:
+    score_importance(model, examples, batch_size=batch_size)
+
+
+def peak(which: str) -> None:
+    """Print the peak resident memory of one way, in MB above what the model takes."""
+    _, model, examples = prepared()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (plain_pass if which == "plain" else score)(model, examples[:96])
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    settings, model, examples = prepared()
+    score(model, examples[:BATCH])
+    plain_pass(model, examples[:BATCH])
+    cost, loop = [], []
     for _ in range(REPEATS):
-        bare = timed(plain)
-        batched = timed(lambda: score_importance(model, examples, batch_size=BATCH))
-        single = timed(lambda: score_importance(model, examples, batch_size=1))
-        ratios["batched / plain pass"].append(batched / bare)
-        ratios["one by one / batched"].append(single / batched)
-    for name, values in ratios.items():
+        bare = timed(lambda: plain_pass(model, examples))
+        batched = timed(lambda: score(model, examples))
+        single = timed(lambda: score(model, examples[:LOOP], batch_size=1))
+        cost.append(batched / bare)
+        loop.append(single / LOOP / (batched / EXAMPLES))
+    for name, values in (
+        ("scoring / plain pass (goal: at most 1.15)", cost),
+        ("one by one / batched, seconds an example", loop),
+    ):
         print(f"{name}: median {statistics.median(values):.2f} of {[round(v, 2) for v in values]}")
+    found = {
+        which: [
+            float(subprocess.run([sys.executable, __file__, which], capture_output=True, text=True, check=True).stdout)
+            for _ in range(REPEATS)
+        ]
+        for which in ("plain", "score")
+    }
+    ratio = statistics.median(found["score"]) / statistics.median(found["plain"])
+    print(f"peak memory above the model, scoring / plain pass: {ratio:.2f} of {found} MB (goal: at most 1.25)")
     print(f"{EXAMPLES} examples, batch {BATCH}, {torch.get_num_threads()} threads, {models.compute_dtype(settings)}")
 
 
 if __name__ == "__main__":
-    main()
+    peak(sys.argv[1]) if len(sys.argv) > 1 else main()

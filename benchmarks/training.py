@@ -174,7 +174,7 @@ def main() -> None:
     gaps = []
     for _ in range(REPEATS):
         default, losses = bench.trl_sft(rows)
-        lean, _ = bench.trl_sft(rows, gradient_checkpointing=False)
+        lean, _ = bench.trl_sft(rows, activation_checkpointing=False)
         ours, history = bench.ours(training.run_sft, rows)
         plain, _ = bench.ours(training.run_sft, rows, optimizer=fused_adamw)
         masked, _ = bench.ours(training.run_sft, rows, share=0.4)
@@ -194,7 +194,7 @@ def main() -> None:
     default, lean = [], []
     for _ in range(REPEATS):
         stock, theirs = bench.trl_grpo(bench.system2)
-        without, _ = bench.trl_grpo(bench.system2, gradient_checkpointing=False)
+        without, _ = bench.trl_grpo(bench.system2, activation_checkpointing=False)
         ours, history = bench.ours(training.run_grpo, bench.system2)
         default.append(stock / ours)
         lean.append(without / ours)

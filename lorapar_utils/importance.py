@@ -91,7 +91,9 @@ def score_importance(
         for p in model.parameters():
             p.requires_grad_(False)
         for batch in tqdm(share, desc="importance", leave=False):
-            _backward(model, batch)
+            loss, embedded = _summed_loss(model, batch)
+            # Gradients flow through activations only, so no weight gradient is computed twice.
+            torch.autograd.grad(loss, embedded)
     finally:
         for hook in hooks:
             hook.remove()
@@ -118,8 +120,8 @@ def _capture(name, accumulate):
     return forward_hook
 
 
-def _backward(model: PeftModel, batch: list[dict[str, list[int]]]) -> None:
-    """One pass; gradients flow through activations only, so no weight gradient is computed twice."""
+def _summed_loss(model: PeftModel, batch: list[dict[str, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the examples' mean losses, and the embeddings at which its gradient ends."""
     device = next(model.parameters()).device
     longest = max(len(example["input_ids"]) for example in batch)
     # Left padding lines the answers up at the end: logits are needed for that stretch alone.
@@ -147,7 +149,7 @@ def _backward(model: PeftModel, batch: list[dict[str, list[int]]]) -> None:
     losses = cross_entropy(logits[answer].float(), targets[answer], reduction="none")
     per_example = losses.new_zeros(len(batch)).index_add(0, answer.nonzero()[:, 0], losses) / answer.sum(1)
     # The sum, not the mean: a mean over the batch would scale each example's gradient by 1/n.
-    torch.autograd.grad(per_example.sum(), embedded)
+    return per_example.sum(), embedded
 
 
 def _first_answer(labels: list[int]) -> int:

@@ -186,21 +186,36 @@ class _Stages:
         return {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters() if p.requires_grad}
 
     def _train(self, stage: str, model: PeftModel, tokenizer, masks: dict, checkpoints: Path) -> list[dict]:
+        common = (masks, self.settings, checkpoints, self._watch(model, tokenizer))
         if stage == "grpo":
-            prompts = system_examples(self.settings, 2)
-            return training.run_grpo(model, tokenizer, prompts, masks, self.settings, checkpoints)
+            return training.run_grpo(model, tokenizer, system_examples(self.settings, 2), *common)
         examples = system_examples(self.settings, 1)
         if stage == "sft_all":
             examples = examples + system_examples(self.settings, 2)
-        return training.run_sft(model, tokenizer, examples, masks, self.settings, checkpoints)
+        return training.run_sft(model, tokenizer, examples, *common)
+
+    def _watch(self, model: PeftModel, tokenizer) -> Callable[[], dict] | None:
+        """Greedy accuracy of each system on a few validation prompts; None where nobody asked for it."""
+        count = self.settings.evaluation.watch_prompts
+        if count == 0 or "grpo" not in self.spec.stages:
+            return None
+        prompts = [row for system in (1, 2) for row in self._validation(system)[:count]]
+
+        def watch() -> dict:
+            items = evaluation.score_greedy(model, tokenizer, prompts, self.settings)
+            metrics = evaluation.accuracy_metrics(items)
+            return {f"validation/system{k}": metrics[f"system{k}"]["value"] for k in (1, 2)}
+
+        return watch
+
+    def _validation(self, system: int) -> list[dict]:
+        rows = [row for row in data.load_pool(self.settings) if row["split"] == "validation"]
+        return [row for row in rows if data.construction_system(row["steps"]) == system]
 
     def _score(self, model, tokenizer) -> dict:
         began = time.time()
-        rows = list(data.load_pool(self.settings))
-        test = [row for row in rows if row["split"] == "test"]
-        validation = [
-            row for row in rows if row["split"] == "validation" and data.construction_system(row["steps"]) == 2
-        ]
+        test = [row for row in data.load_pool(self.settings) if row["split"] == "test"]
+        validation = self._validation(2)
         outcome = {"items": evaluation.score_greedy(model, tokenizer, test, self.settings), "pass": {}}
         if "grpo" in self.spec.stages and validation:
             chosen = validation[: self.settings.evaluation.pass_k_prompts]

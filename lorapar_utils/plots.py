@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lorapar_utils import tables
@@ -243,21 +244,44 @@ def theta_curve(records: list[Record]) -> Figure:
 
 
 def learning_curves(record: Record) -> Figure:
-    """SFT's loss, then GRPO's reward, entropy, completion length and groups without advantage, step by step."""
-    histories = {key: rows for key, rows in record.result["tables"].items() if key.startswith("history_") and rows}
-    sft = [rows for rows in histories.values() if "mean_token_accuracy" in rows[0]]
-    grpo = [rows for rows in histories.values() if "reward" in rows[0]]
+    """SFT's loss; GRPO's reward, entropy, length and idle groups; validation accuracy over both, step by step."""
+    histories = [rows for key, rows in sorted(record.result["tables"].items()) if key.startswith("history_") and rows]
+    sft = [rows for rows in histories if "mean_token_accuracy" in rows[0]]
+    grpo = [rows for rows in histories if "reward" in rows[0]]
     panels = [(sft, "loss", "SFT loss"), (grpo, "reward", "GRPO reward"), (grpo, "entropy", "GRPO entropy (nats)")]
     panels += [(grpo, "completions/mean_length", "completion length (tokens)")]
     panels += [(grpo, "frac_reward_zero_std", "groups without advantage")]
-    figure, grid = plt.subplots(1, len(panels), figsize=(14, 3))
-    for axes, (stages, key, title) in zip(grid, panels, strict=True):
+    figure, grid = plt.subplots(2, 3, figsize=(11, 5.5))
+    for axes, (stages, key, title) in zip(grid.flat, panels, strict=False):
         for rows in stages:
             points = [(row["step"], float(row[key])) for row in rows if key in row]
             axes.plot(*zip(*points, strict=True), color=SYSTEM_COLOURS[1 if stages is sft else 2])
         axes.set(title=title, xlabel="step")
+    _validation_curves(grid.flat[-1], histories)
     figure.tight_layout()
     return figure
+
+
+def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
+    """Greedy accuracy on validation prompts, one stage after the other."""
+    for system in (1, 2):
+        begin, points = 0, []
+        for rows in histories:
+            key = f"validation/system{system}"
+            points += [(begin + row["step"], row[key]) for row in rows if key in row]
+            begin += max(row["step"] for row in rows)
+            if system == 1 and rows is not histories[-1]:
+                axes.axvline(begin, color="0.6", linewidth=1)
+        if points:
+            axes.plot(
+                *zip(*points, strict=True),
+                marker=MARKERS[system - 1],
+                color=SYSTEM_COLOURS[system],
+                label=f"System {system}",
+            )
+    if axes.lines and axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=9)
+    axes.set(title="validation accuracy", xlabel="step, both stages", ylim=(0, 1))
 
 
 def stage_accuracy(records: list[Record]) -> Figure:

@@ -53,6 +53,7 @@ SHORT_NAMES = {
     "score": ("importance", "score"),
     "panel": ("voting", "panel"),
     "split_by": ("voting", "split_by"),
+    "learning_rate": ("sft", "learning_rate"),
 }
 
 
@@ -241,6 +242,8 @@ class EvaluationSection(Section):
     max_new_tokens: Positive
     pass_k: Positive
     pass_k_prompts: Positive
+    watch_prompts: Annotated[int, Field(ge=0)]
+    watch_every: Positive
 
 
 class ExperimentSection(Section):
@@ -249,6 +252,7 @@ class ExperimentSection(Section):
     sweep: Literal["theta", "two_stage", "baseline", "voting", "alpha_beta", "order"]
     method: Literal[tuple(METHODS)]
     init: Literal["normal", "olora", "pissa"] | None = None
+    learning_rate: Rate | None = None
     stages: tuple[Literal["sft", "sft_all", "grpo"], ...]
     selection: Literal["importance", "random"] = "importance"
     score: Score | None = None
@@ -269,6 +273,7 @@ class Settings(Section):
     seeds: tuple[int, ...]
     threads: Positive
     checkpoint_every: Positive
+    show_rollouts: Annotated[int, Field(ge=0)]
     model: ModelSection
     pool: PoolSection
     voting: VotingSection

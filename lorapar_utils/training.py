@@ -6,7 +6,7 @@ system's examples, and the KL term is off (`beta=0` in TRL's sense; the paper's 
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +37,7 @@ def run_sft(
     masks: dict[str, torch.Tensor],
     settings: Settings,
     checkpoints: Path | None = None,
+    watch: Callable[[], dict] | None = None,
 ) -> list[dict]:
     """Stage 1: supervised fine-tuning of the active elements on worked solutions.
 
@@ -53,11 +54,13 @@ def run_sft(
     checkpoints
         A folder for checkpoints: a run that finds some there goes on from the last, to the same end, bit for bit.
         None keeps none.
+    watch
+        Called every `evaluation.watch_every` steps; what it returns joins the log. It must draw no random number.
 
     Returns
     -------
     list of dict
-        TRL's log, one entry a step: loss, grad_norm, learning_rate, mean_token_accuracy, …
+        TRL's log, an entry a step: loss, grad_norm, learning_rate, mean_token_accuracy, …
     """
     sft = settings.sft
     encoded = encode_examples(examples, tokenizer, settings)
@@ -85,7 +88,7 @@ def run_sft(
             train_dataset=datasets.Dataset.from_list(encoded),
             processing_class=tokenizer,
             optimizers=(optimizer, None),
-            callbacks=[_Progress("stage 1, SFT", "loss")],
+            callbacks=[_Progress("SFT", "loss"), _Watch(watch, settings.evaluation.watch_every)],
         )
         return _train(trainer, optimizer)
 
@@ -97,6 +100,7 @@ def run_grpo(
     masks: dict[str, torch.Tensor],
     settings: Settings,
     checkpoints: Path | None = None,
+    watch: Callable[[], dict] | None = None,
 ) -> list[dict]:
     """Stage 2: GRPO of the active elements, from the model's present weights, on verifiable rewards.
 
@@ -106,7 +110,7 @@ def run_grpo(
         Rows of the pool (`prompt`, `answer`, `solution`); a row without a usable reference is an error.
     settings
         Section `grpo`; `checkpoint_every`.
-    model, tokenizer, masks, checkpoints
+    model, tokenizer, masks, checkpoints, watch
         As in `run_sft`.
 
     Returns
@@ -156,6 +160,8 @@ def run_grpo(
             remove_unused_columns=False,
             pad_to_multiple_of=None,
             use_vllm=False,
+            log_completions=settings.show_rollouts > 0,
+            num_completions_to_print=settings.show_rollouts,
             **_common(settings, model),
             **saving,
         )
@@ -167,7 +173,7 @@ def run_grpo(
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
             optimizers=(optimizer, None),
-            callbacks=[_Progress("stage 2, GRPO", "reward")],
+            callbacks=[_Progress("GRPO", "reward"), _Watch(watch, settings.evaluation.watch_every)],
         )
         return _train(trainer, optimizer)
 
@@ -326,6 +332,18 @@ def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[di
 
 def _warmup(examples: int, batch: int, epochs: float, ratio: float) -> int:
     return round(ratio * epochs * -(-examples // batch))
+
+
+class _Watch(TrainerCallback):
+    """Measures the policy while it trains; what it finds is part of the log, and of its checkpoints."""
+
+    def __init__(self, watch: Callable[[], dict] | None, every: int):
+        self.watch, self.every = watch, every
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.watch is not None and state.global_step % self.every == 0:
+            state.log_history.append({"step": state.global_step, **self.watch()})
+            model.train()
 
 
 class _Progress(TrainerCallback):

@@ -52,7 +52,7 @@ tables.stage_table([record])
 # %% [markdown]
 # ## Learning curves
 
-# %% mystnb={"image": {"alt": "Four panels: SFT loss, GRPO reward, completion length, share of groups without advantage, by step."}, "figure": {"caption": "Panels of a stage that this experiment does not have stay empty.", "name": "fig-experiment-curves"}}
+# %% mystnb={"image": {"alt": "Six panels by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "Panels of a stage that this experiment does not have stay empty.", "name": "fig-experiment-curves"}}
 figure = plots.learning_curves(record)
 # %% [markdown]
 # ## The same prompts after each stage
