@@ -15,9 +15,9 @@ class ActiveAdamW(torch.optim.Optimizer):
     and old momentum still move "frozen" elements. Here inactive elements are never written.
 
     Each step gathers the active elements of a parameter, applies `torch.optim.adamw.adamw` to them and writes
-    them back, so active elements follow `torch.optim.AdamW` exactly. A hook zeroes inactive gradients as they
-    are accumulated: gradient clipping then measures the norm of active elements alone. A parameter without any
-    active element stops requiring a gradient.
+    them back, so active elements follow `torch.optim.AdamW` exactly. A hook zeroes inactive gradients before they
+    are accumulated, or sent to other processes: gradient clipping then measures the norm of active elements alone.
+    A parameter without any active element stops requiring a gradient.
 
     Parameters
     ----------
@@ -43,18 +43,18 @@ class ActiveAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ):
-        self._active: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._masks: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._hooks = []
         for name, parameter in named_parameters:
             mask = _checked_mask(name, parameter, masks)
             parameter.requires_grad_(bool(mask.any()))
             if parameter.requires_grad:
-                self._active[parameter] = mask.flatten().nonzero().squeeze(1).to(parameter.device)
+                self._masks[parameter] = mask.to(parameter.device)
                 if not mask.all():
-                    self._hooks.append(_zero_inactive_gradients(parameter, mask.to(parameter.device)))
-        if not self._active:
+                    self._hooks.append(parameter.register_hook(self._masks[parameter].mul))
+        if not self._masks:
             raise InputError("masks: no element is active; raise theta, alpha or beta")
-        super().__init__(self._active.keys(), dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(self._masks.keys(), dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -64,11 +64,11 @@ class ActiveAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            values = [p.view(-1)[self._active[p]] for p in parameters]
+            values = [p.masked_select(self._masks[p]) for p in parameters]
             states = [self._state_of(p) for p in parameters]
             adamw(
                 values,
-                [p.grad.view(-1)[self._active[p]] for p in parameters],
+                [p.grad.masked_select(self._masks[p]) for p in parameters],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
@@ -83,7 +83,7 @@ class ActiveAdamW(torch.optim.Optimizer):
                 maximize=False,
             )
             for parameter, value in zip(parameters, values, strict=True):
-                parameter.view(-1)[self._active[parameter]] = value
+                parameter.masked_scatter_(self._masks[parameter], value)
         return loss
 
     def release(self) -> None:
@@ -100,7 +100,7 @@ class ActiveAdamW(torch.optim.Optimizer):
     def _state_of(self, parameter: torch.nn.Parameter) -> dict:
         state = self.state[parameter]
         if not state:
-            count = self._active[parameter].numel()
+            count = int(self._masks[parameter].sum())
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros(count, dtype=parameter.dtype, device=parameter.device)
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
@@ -117,10 +117,3 @@ def _checked_mask(name: str, parameter: torch.nn.Parameter, masks: dict[str, tor
             f"got {mask.dtype} of shape {tuple(mask.shape)}"
         )
     return mask
-
-
-def _zero_inactive_gradients(parameter: torch.nn.Parameter, mask: torch.Tensor):
-    def zero(p: torch.nn.Parameter) -> None:
-        p.grad.mul_(mask)
-
-    return parameter.register_post_accumulate_grad_hook(zero)

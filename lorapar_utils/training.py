@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from tqdm.auto import tqdm
@@ -68,7 +69,7 @@ def run_sft(
         config = SFTConfig(
             num_train_epochs=sft.epochs,
             learning_rate=sft.learning_rate,
-            per_device_train_batch_size=sft.batch_size,
+            per_device_train_batch_size=_each_process("sft.batch_size", sft.batch_size),
             gradient_accumulation_steps=sft.accumulation,
             warmup_steps=_warmup(len(encoded), sft.batch_size * sft.accumulation, sft.epochs, sft.warmup_ratio),
             weight_decay=sft.weight_decay,
@@ -134,7 +135,7 @@ def run_grpo(
         config = GRPOConfig(
             max_steps=grpo.steps,
             learning_rate=grpo.learning_rate,
-            per_device_train_batch_size=grpo.micro_batch,
+            per_device_train_batch_size=_each_process("grpo.micro_batch", grpo.micro_batch),
             gradient_accumulation_steps=grpo.prompts_per_step * grpo.completions // grpo.micro_batch,
             num_generations=grpo.completions,
             num_iterations=1,
@@ -219,7 +220,9 @@ class LeanGRPOTrainer(GRPOTrainer):
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs):
-        if not torch.is_grad_enabled() or self._teaches.all():
+        # Several processes have to make the same number of passes: each of them waits for the others'.
+        alone = self.accelerator.num_processes == 1
+        if not alone or not torch.is_grad_enabled() or self._teaches.all():
             return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
 
         def scored(rows):
@@ -255,6 +258,14 @@ def _text(completion: list[dict]) -> str:
     return completion[0]["content"]
 
 
+def _each_process(field: str, batch: int) -> int:
+    """One process's part of a batch: as many processes as there are compute the same step together."""
+    processes = PartialState().num_processes
+    if batch % processes:
+        raise InputError(f"{field} = {batch} cannot be shared by {processes} processes; make it a multiple of that")
+    return batch // processes
+
+
 def _common(settings: Settings, model: PeftModel) -> dict:
     """What both stages share; bf16 autocast follows the dtype that the base was loaded in."""
     return dict(
@@ -278,9 +289,10 @@ def _checkpointing(folder: Path | None, settings: Settings) -> Iterator[dict]:
         with tempfile.TemporaryDirectory() as scratch:
             yield {"output_dir": scratch, "save_strategy": "no"}
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in set(folder.glob("checkpoint-*")) - set(_finished(folder)):
-        shutil.rmtree(unfinished)
+    with PartialState().main_process_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in set(folder.glob("checkpoint-*")) - set(_finished(folder)):
+            shutil.rmtree(unfinished)
     # Two: the trainer deletes the older one before it has called the newer one finished.
     every = {"save_strategy": "steps", "save_steps": settings.checkpoint_every, "save_total_limit": 2}
     yield {"output_dir": str(folder), **every}
@@ -295,7 +307,8 @@ class _MarkFinished(TrainerCallback):
     """The trainer writes a checkpoint file by file: a killed one leaves some of them."""
 
     def on_save(self, args, state, control, **kwargs):
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "finished").touch()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "finished").touch()
 
 
 def _optimizer(model: PeftModel, masks: dict[str, torch.Tensor], config: SFTConfig | GRPOConfig) -> ActiveAdamW:

@@ -20,7 +20,7 @@ from lorapar_utils import training
 from lorapar_utils.answer_head import use_answer_head
 from lorapar_utils.settings import load_profile
 
-STEPS = {"sft": 12, "grpo": 6}
+STEPS = {"sft": 9, "grpo": 6}
 
 
 def settings():
@@ -28,7 +28,7 @@ def settings():
         "smoke",
         checkpoint_every=2,
         model={"dtype": "float32", "system_prompt": "system"},
-        sft={"epochs": 3, "batch_size": 3, "accumulation": 2, "weight_decay": 0.1, "max_grad_norm": 0.5},
+        sft={"epochs": 3, "batch_size": 4, "accumulation": 2, "weight_decay": 0.1, "max_grad_norm": 0.5},
         grpo={
             "steps": 6,
             "prompts_per_step": 2,
