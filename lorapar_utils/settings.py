@@ -93,7 +93,7 @@ class LocalTeacher(Section):
     persona: str
     question: str
     labels: tuple[str, str] = Field(description="System 1's label, System 2's label")
-    source: str | None = None  # another model than the target: a local folder or a hub id
+    source: str | None = None  # another model than the target: a local folder, a hub id, or gemma3-270m
     gguf_file: str | None = None
 
 

