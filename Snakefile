@@ -14,6 +14,8 @@ RUNS = f"runs/{PROFILE}"
 PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar -k python3"
 EXPERIMENTS = [f"{name}-seed{seed}" for name, seed in SETTINGS.experiment_runs()]
 PHASES = ["01_voting", "02_importance", "03_theta_ablation", "04_two_stage", "05_benchmarks", "06_claims"]
+# The longer runs that pages show beside this one's.
+LONGER = sorted({*glob("results/cpu-full/*.json"), *glob(f"results/{PROFILE}-full/*.json")})
 PROFILE_FILES = [str(path.relative_to(project_root())) for path in profile_files(PROFILE)]
 
 
@@ -45,7 +47,7 @@ rule voting:
         notebook="notebooks/01_voting.ipynb",
         code=VOTE,
         profile=PROFILE_FILES,
-        table1=glob("results/cpu-full/split_*.json"),
+        longer=LONGER,
     output:
         notebook=f"{RUNS}/notebooks/01_voting.ipynb",
         record=f"{RUNS}/records/voting.json",
@@ -66,6 +68,7 @@ rule importance:
     input:
         notebook="notebooks/02_importance.ipynb",
         votes=ancient(f"{RUNS}/stamps/votes.json"),
+        longer=[path for path in LONGER if path.endswith("importance.json")],
         code=SCORE,
         profile=PROFILE_FILES,
     output:
@@ -113,6 +116,7 @@ rule show:
         notebook="notebooks/{phase}.ipynb",
         records=expand(f"{RUNS}/records/{{run}}.json", run=EXPERIMENTS),
         others=[f"{RUNS}/records/voting.json", f"{RUNS}/records/importance.json"],
+        longer=LONGER,
         claims=["book/claims.yaml", "lorapar_utils/claims.py", "book/paper_tables.yaml"],
         code=SHOW,
     output:
@@ -135,6 +139,7 @@ rule book:
         notebooks=expand(f"{RUNS}/notebooks/{{phase}}.ipynb", phase=PHASES),
         experiment=f"{RUNS}/notebooks/experiments/{EXPERIMENTS[min(1, len(EXPERIMENTS) - 1)]}.ipynb",
         pages=glob_wildcards("book/{page}.md").page and expand("book/{page}.md", page=glob_wildcards("book/{page,[^/]+}.md").page),
+        longer=LONGER,
         setup=["book/_config.yml", "book/_toc.yml", "book/references.bib"],
         code=code("book", "plots", "tables", "claims"),
     output:

@@ -124,16 +124,15 @@ class _Stages:
 
     def score_base(self) -> dict:
         """Score the model without an adapter, or read back what was found."""
-        return self._finished("base", {}, lambda _: {"history": [], **self._score(*models.load_base(self.settings))})
+        return self._finished("base", {}, lambda: {"history": [], **self._score(*models.load_base(self.settings))})
 
     def run(self) -> dict[str, dict]:
         """Train and score each stage from the one before, or read back what was finished."""
         outcomes, previous = {}, None
         for number, stage in enumerate(self.spec.stages, start=1):
             name = f"stage{number}"
-            outcomes[name] = self._finished(
-                name, {"stage": stage}, partial(self._train_and_score, name, stage, previous)
-            )
+            make = partial(self._train_and_score, name, stage, previous)
+            outcomes[name] = self._finished(name, {"stage": stage}, make)
             previous = self.folder / name
         return outcomes
 
@@ -142,17 +141,20 @@ class _Stages:
             return {}
         return {"jaccard": {"value": self.partition.jaccard, "n": self.partition.active[0].numel()}}
 
-    def _finished(self, name: str, about: dict, make: Callable[[Path], dict]) -> dict:
+    def _finished(self, name: str, about: dict, make: Callable[[], dict]) -> dict:
         home = self.folder / name
         wanted = {**self.inputs, **about}
         if not is_current(home, wanted):
+            outcome = make()
             with completed(home, wanted) as scratch:
-                write_atomically(scratch / "outcome.json", json.dumps(make(scratch)))
+                if self._model is not None:
+                    models.save_adapter(self._model, scratch, self.folder / ".initial" if self._converts else None)
+                write_atomically(scratch / "outcome.json", json.dumps(outcome))
             for unneeded in self.folder.glob(f".{name}-steps-*"):
                 shutil.rmtree(unneeded)
         return json.loads((home / "outcome.json").read_text())
 
-    def _train_and_score(self, name: str, stage: str, previous: Path | None, scratch: Path) -> dict:
+    def _train_and_score(self, name: str, stage: str, previous: Path | None) -> dict:
         model, tokenizer = self._loaded(previous)
         masks = self._masks(model, stage)
         began = time.time()
@@ -160,7 +162,6 @@ class _Stages:
         checkpoints = self.folder / f".{name}-steps-{fingerprint({**self.inputs, 'stage': stage})}"
         history = self._train(stage, model, tokenizer, masks, checkpoints)
         trained = time.time()
-        models.save_adapter(model, scratch, self.folder / ".initial" if self._converts else None)
         active = sum(int(mask.sum()) for mask in masks.values())
         return {
             "history": history,

@@ -131,6 +131,14 @@ def published_records(profile: str) -> list[Record]:
     return list(read_records(project_root() / "results" / profile).values())
 
 
+def evidence(settings: Settings) -> dict[str, Record]:
+    """What claims are judged by: this run's records and, for experiments it lacks, those published of `<profile>-full`."""
+    own = read_records(settings.runs / "records")
+    had = {name.rsplit("-seed", 1)[0] for name in own}
+    longer = published_records(f"{settings.profile}-full")
+    return own | {record.name: record for record in longer if record.name.rsplit("-seed", 1)[0] not in had}
+
+
 def mean_outcomes(records: Iterable[Record], stage: str, system: int | None = None) -> dict[str, float]:
     """Each test item's share of correct answers after `stage` over the records (an experiment's seeds)."""
     seen: dict[str, list[bool]] = {}
