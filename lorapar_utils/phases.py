@@ -118,7 +118,7 @@ class _Stages:
 
     def __init__(self, settings: Settings, spec, folder: Path, inputs: dict):
         self.settings, self.spec, self.folder, self.inputs = settings, spec, folder, inputs
-        self._model = self._tokenizer = None
+        self._model = self._tokenizer = self._trainable = None
         self.partition = partition(settings, spec.selection) if spec.method == "lorapar" else None
         self._converts = settings.adapter.init in ("olora", "pissa") and bool(spec.stages)
 
@@ -175,6 +175,7 @@ class _Stages:
         if self._model is None:
             base, self._tokenizer = models.load_base(self.settings)
             self._model = models.attach_adapter(base, self.settings)
+            self._trainable = [name for name, p in self._model.named_parameters() if p.requires_grad]
             if self._converts:
                 self._model.save_pretrained(self.folder / ".initial")
             if previous is not None:
@@ -184,7 +185,8 @@ class _Stages:
     def _masks(self, model: PeftModel, stage: str) -> dict[str, torch.Tensor]:
         if self.partition is not None:
             return self.partition.stage_mask(2 if stage == "grpo" else 1)
-        return {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters() if p.requires_grad}
+        parameters = dict(model.named_parameters())
+        return {name: torch.ones_like(parameters[name], dtype=torch.bool) for name in self._trainable}
 
     def _train(self, stage: str, model: PeftModel, tokenizer, masks: dict, checkpoints: Path) -> list[dict]:
         common = (masks, self.settings, checkpoints, self._watch(model, tokenizer))

@@ -132,7 +132,7 @@ def published_records(profile: str) -> list[Record]:
 
 
 def evidence(settings: Settings) -> dict[str, Record]:
-    """What claims are judged by: this run's records and, for experiments it lacks, those published of `<profile>-full`."""
+    """What claims are judged by: this run's records and, of experiments it lacks, `<profile>-full`'s published ones."""
     own = read_records(settings.runs / "records")
     had = {name.rsplit("-seed", 1)[0] for name in own}
     longer = published_records(f"{settings.profile}-full")
