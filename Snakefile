@@ -24,7 +24,7 @@ def code(*modules):
 
 
 SHOW = code("notebook", "plots", "tables", "statistics")
-VOTE = code("models", "voting", "teachers", "label_scores", "summaries", "notebook", "plots", "tables")
+VOTE = code("models", "voting", "teachers", "label_scores", "bundles", "summaries", "notebook", "plots", "tables")
 SCORE = code("phases", "models", "voting", "encoding", "importance", "partition", "summaries", "notebook", "plots")
 TRAIN = code("phases", "models", "voting", "encoding", "importance", "partition", "optim", "bundles", "answer_head", "generation", "training", "rewards", "evaluation")
 

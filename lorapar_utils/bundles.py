@@ -102,6 +102,7 @@ def hidden_before(
     Tensor, shape (scored tokens, hidden size)
         In row-major order of `scored`.
     """
+    device = input_ids.device
     kept = attention_mask.bool()
     index = kept.cumsum(1) - 1
     sequences = [ids[keep].tolist() for ids, keep in zip(input_ids, kept, strict=True)]
@@ -110,10 +111,14 @@ def hidden_before(
         tokens, positions, allowed, places = layout(bundle, sequences)
         mask = torch.zeros(allowed.shape, dtype=backbone.dtype).masked_fill_(~allowed, torch.finfo(backbone.dtype).min)
         states = backbone(
-            input_ids=tokens, position_ids=positions, attention_mask=mask[None, None], use_cache=False, **options
+            input_ids=tokens.to(device),
+            position_ids=positions.to(device),
+            attention_mask=mask[None, None].to(device),
+            use_cache=False,
+            **options,
         ).last_hidden_state[0]
         for row in bundle.rows:
-            found[row] = states[places[row][index[row, 1:][scored[row]] - 1]]
+            found[row] = states[places[row].to(device)[index[row, 1:][scored[row]] - 1]]
     return torch.cat([found[row] for row in range(len(sequences))])
 
 

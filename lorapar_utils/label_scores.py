@@ -1,13 +1,15 @@
 """Log-likelihoods of a local teacher's two labels, in batches.
 
 `transformers` reads label logits too (`pipeline("decision")`), one prompt a pass and one token a label; here prompts
-are batched and a label may have several tokens. A test holds the two equal.
+are batched, what they share is read once, and a label may have several tokens. A test holds the two equal.
 """
 
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorapar_utils.bundles import hidden_before
 
 
 @torch.inference_mode()
@@ -28,20 +30,19 @@ def label_margins(
         ]
     else:
         prompts = [f"{q}\nReply: " for q in questions]
-    ids = [tokenizer(label, add_special_tokens=False).input_ids for label in labels]
-    tokenizer.padding_side = "left"
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-    if all(len(tokens) == 1 for tokens in ids):
-        logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-        return (logits[:, ids[1][0]] - logits[:, ids[0][0]]).tolist()
-    totals = []
-    for tokens in ids:
-        label = torch.tensor(tokens, device=model.device).expand(len(prompts), -1)
-        logits = model(
-            input_ids=torch.cat([batch["input_ids"], label], 1),
-            attention_mask=torch.cat([batch["attention_mask"], torch.ones_like(label)], 1),
-            use_cache=False,
-            logits_to_keep=len(tokens) + 1,
-        ).logits[:, :-1]
-        totals.append(logits.float().log_softmax(-1).gather(2, label.unsqueeze(2)).sum((1, 2)))
-    return (totals[1] - totals[0]).tolist()
+    asked = tokenizer(prompts, add_special_tokens=False).input_ids
+    replies = [tokenizer(label, add_special_tokens=False).input_ids for label in labels]
+    rows = [prompt + reply for reply in replies for prompt in asked]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    scored = torch.zeros(len(rows), width - 1, dtype=torch.bool)
+    for row, (reply, prompt) in enumerate((reply, prompt) for reply in replies for prompt in asked):
+        scored[row, len(prompt) - 1 : len(prompt) - 1 + len(reply)] = True
+    ids, mask, scored = (part.to(model.device) for part in (ids, mask, scored))
+    # Both labels of a question share it, and the questions of a teacher share its persona: bundles read that once.
+    hidden = hidden_before(model.base_model, ids, mask, scored)
+    log_probs = model.get_output_embeddings()(hidden).float().log_softmax(-1)
+    each = log_probs.gather(1, ids[:, 1:][scored].unsqueeze(1)).squeeze(1)
+    totals = torch.zeros(len(rows), device=model.device).index_add(0, scored.nonzero()[:, 0], each)
+    return (totals[len(asked) :] - totals[: len(asked)]).tolist()

@@ -94,7 +94,7 @@ def _electorate(settings: Settings) -> tuple[datasets.Dataset, list[voting.Teach
 def _voting_inputs(settings: Settings) -> dict:
     asked = settings.voting.model_dump(include={"calibration", "role_play_template", "plain_template"})
     asked["teachers"] = [teachers.identity(section, settings) for section in settings.voting.teachers]
-    modules = ("data", "voting", "teachers", "label_scores", "models")
+    modules = ("data", "voting", "teachers", "label_scores", "bundles", "models")
     return inputs_of(settings, modules, pool=settings.pool.model_dump(), voting=asked)
 
 

@@ -89,12 +89,12 @@ def test_a_stage_changes_active_elements_and_leaves_every_bit_of_the_others(stag
         assert any(entry["reward_std"] > 0 for entry in history)
 
 
-def run_until_killed(stage, folder, delay, results):
-    """Train; die by SIGKILL after `delay` seconds, wherever that is, or put the end's hash into `results`."""
+def run_until_killed(stage, folder, moment, results):
+    """Train; die by SIGKILL at `moment`, or put the end's hash into `results`."""
     torch.set_num_threads(1)
     sys.stderr = io.StringIO()
-    if delay is not None:
-        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    if moment is not None:
+        threading.Thread(target=kill_this_process, args=(folder, *moment), daemon=True).start()
     model, _, history = train(stage, folder)
     results.put((weights_hash(model), len(history)))
     results.close()
@@ -102,37 +102,43 @@ def run_until_killed(stage, folder, delay, results):
     os._exit(0)
 
 
+def kill_this_process(folder, step, seconds):
+    """`seconds` after the checkpoint of `step` is begun (0: after training is set up), so at any point of a step."""
+    begun = folder / f"checkpoint-{step}" if step else folder
+    while not begun.exists():
+        time.sleep(0.001)
+    time.sleep(seconds)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_stage_killed_at_random_moments_ends_as_if_it_had_not_been(stage, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lorapar_utils.training", "conftest"])
 
-    def run(folder, delay=None):
+    def run(folder, moment=None):
         results = context.Queue()
-        process = context.Process(target=run_until_killed, args=(stage, folder, delay, results))
+        process = context.Process(target=run_until_killed, args=(stage, folder, moment, results))
         process.start()
-        began = time.perf_counter()
         process.join(120)
-        lasted = time.perf_counter() - began
-        return process.exitcode, (results.get(timeout=5) if process.exitcode == 0 else None), lasted
+        return process.exitcode, (results.get(timeout=5) if process.exitcode == 0 else None)
 
-    code, straight, _ = run(tmp_path / "straight")
+    code, straight = run(tmp_path / "straight")
     assert code == 0 and straight[1] == STEPS[stage]
-    code, again, lasts = run(tmp_path / "again")
-    assert again == straight
+    began = time.perf_counter()
+    assert run(tmp_path / "again") == (0, straight)
+    a_step = (time.perf_counter() - began) / STEPS[stage]
     moments = random.Random(0)
     killed = resumed = 0
     for trial in range(10):
         folder = tmp_path / f"trial{trial}"
-        code, found, _ = run(folder, delay=moments.uniform(0.2, 0.9) * lasts)
+        code, found = run(folder, (trial % (STEPS[stage] // 2) * 2, moments.uniform(0, a_step)))
         killed += code == -signal.SIGKILL
         if code != 0:
             resumed += bool(training._finished(folder))
-            code, found, _ = run(folder)
+            code, found = run(folder)
         assert code == 0 and found == straight
-    assert killed >= 5 and resumed >= 3, (
-        "too few runs were killed between two checkpoints: this machine's speed varies too much"
-    )
+    assert killed >= 5 and resumed >= 3
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path):
