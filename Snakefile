@@ -68,7 +68,7 @@ rule importance:
     input:
         notebook="notebooks/02_importance.ipynb",
         votes=ancient(f"{RUNS}/stamps/votes.json"),
-        longer=[path for path in LONGER if path.endswith("importance.json")],
+        longer=[path for path in LONGER if path.endswith("stability.json")],
         code=SCORE,
         profile=PROFILE_FILES,
     output:

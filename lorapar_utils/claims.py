@@ -11,7 +11,11 @@ from lorapar_utils.errors import InputError
 from lorapar_utils.records import Record, mean_outcomes
 from lorapar_utils.settings import project_root
 
-VERDICTS = ("reproduced", "not reproduced", "inconclusive", "not run")
+# What a test compares, and with what weight each side enters its effect.
+SIDES = {
+    "greater": {"first": 1, "second": -1},
+    "concave": {"low": -1, "middle": 2, "high": -1},
+}
 
 
 def load_claims(path: Path | None = None) -> list[dict]:
@@ -33,35 +37,45 @@ def scoreboard(records: dict[str, Record], claims: list[dict] | None = None) -> 
 def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None]:
     """Verdict, effect in words and n of one claim.
 
-    `greater`: paired over test items (each its mean over the seeds there are), reproduced if the 95 % interval of
-    `first - second` lies above `margin`, not reproduced if below. `within`: reproduced if the metric lies in
-    [low, high].
+    `greater` and `concave` are judged over test items, each item's outcome its mean over the seeds that all sides have:
+    reproduced if the 95 % interval of `first - second`, or of `2 middle - low - high`, lies above `margin`, not
+    reproduced if below. `within`: reproduced if the metric lies in [low, high].
     """
-    kind = claim["test"]["kind"]
-    if kind == "none":
-        return "not run", claim["test"]["why"], None
-    names = [claim["test"][key]["record"] for key in ("first", "second") if key in claim["test"]]
-    if not all(_named(records, name) for name in names):
-        return "not run", "no record", None
-    if kind == "within":
-        where = claim["test"]["first"]
-        metric = _named(records, where["record"])[0].metric(where["metric"])
-        inside = claim["test"]["low"] <= metric["value"] <= claim["test"]["high"]
+    test = claim["test"]
+    if test["kind"] == "none":
+        return "not run", test["why"], None
+    if test["kind"] not in ("within", *SIDES):
+        raise InputError(
+            f"claims.yaml: claim {claim['claim']!r}: test.kind = {test['kind']!r}; "
+            f"use within, {', '.join(SIDES)} or none"
+        )
+    if test["kind"] == "within":
+        found = _named(records, test["first"]["record"])
+        if not found:
+            return "not run", "no record", None
+        metric = found[0].metric(test["first"]["metric"])
+        inside = test["low"] <= metric["value"] <= test["high"]
         return "reproduced" if inside else "not reproduced", f"{metric['value']:.3f}", metric["n"]
-    if kind == "greater":
-        sides = (claim["test"]["first"], claim["test"]["second"])
-        first, second = (mean_outcomes(_named(records, s["record"]), s["stage"], s.get("system")) for s in sides)
-        common = sorted(set(first) & set(second))
-        if not common:
-            return "not run", "no common items", None
-        gap = statistics.mean([first[i] - second[i] for i in common])
-        effect = f"{100 * gap['value']:+.1f} points [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"
-        if gap["n"] < claim["min_n"]:
-            return "inconclusive", effect, gap["n"]
-        margin = claim["test"]["margin"]
-        verdict = "reproduced" if gap["low"] > margin else "not reproduced" if gap["high"] < margin else "inconclusive"
-        return verdict, effect, gap["n"]
-    raise InputError(f"claims.yaml: claim {claim['claim']!r}: test.kind = {kind!r}; use greater, within or none")
+    weights = SIDES[test["kind"]].values()
+    sides = [test[key] for key in SIDES[test["kind"]]]
+    runs = [_named(records, side["record"]) for side in sides]
+    if not all(runs):
+        return "not run", "no record", None
+    # Seed by seed where all sides have seeds in common: a seed of one side alone would not be paired.
+    seeds = set.intersection(*({record.run["seed"] for record in its} for its in runs))
+    paired = [[record for record in its if record.run["seed"] in seeds or not seeds] for its in runs]
+    outcomes = [mean_outcomes(p, s["stage"], s.get("system")) for p, s in zip(paired, sides, strict=True)]
+    common = sorted(set.intersection(*map(set, outcomes)))
+    if not common:
+        return "not run", "no common items", None
+    gap = statistics.mean([sum(w * its[i] for w, its in zip(weights, outcomes, strict=True)) for i in common])
+    effect = f"{100 * gap['value']:+.1f} points [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"
+    effect += f", {len(seeds)} seed{'s' if len(seeds) > 1 else ''}" if seeds else ", seeds not paired"
+    if gap["n"] < claim["min_n"]:
+        return "inconclusive", effect, gap["n"]
+    if gap["low"] <= test["margin"] <= gap["high"]:
+        return "inconclusive", effect, gap["n"]
+    return "reproduced" if gap["low"] > test["margin"] else "not reproduced", effect, gap["n"]
 
 
 def _named(records: dict[str, Record], name: str) -> list[Record]:

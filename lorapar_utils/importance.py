@@ -24,13 +24,16 @@ from lorapar_utils.encoding import IGNORED
 from lorapar_utils.errors import InputError
 from lorapar_utils.models import lora_parameters
 
-# What else an element could be chosen by, for the ablation: g, F and phi as above.
+# What an element is chosen by, the paper's score first, the others for the ablation: g, F and phi as above.
 SCORES = {
     "second_order": lambda g, f, phi: (g * phi - 0.5 * f * phi.square()).abs(),
     "first_order": lambda g, f, phi: (g * phi).abs(),
     "fisher": lambda g, f, phi: f,
     "magnitude": lambda g, f, phi: phi.abs(),
+    "random": lambda g, f, phi: torch.rand(phi.shape),
 }
+# Known without reading an example.
+WITHOUT_GRADIENTS = ("magnitude", "random")
 
 
 def score_importance(
@@ -48,7 +51,8 @@ def score_importance(
     batch_size
         Examples a pass; changes speed and memory, not the result.
     score
-        `second_order`, the paper's; for the ablation `first_order` |g phi|, `fisher` F, `magnitude` |phi|.
+        `second_order`, the paper's; for the ablation `first_order` |g phi|, `fisher` F, `magnitude` |phi|, `random`
+        (uniform, from torch's global generator).
 
     Returns
     -------
@@ -71,6 +75,8 @@ def score_importance(
         raise InputError("model: it has no LoRA matrices; attach an adapter first")
     processes = PartialState(cpu=not torch.cuda.is_available())
     share = _batches(examples, batch_size)[processes.process_index :: processes.num_processes]
+    if score in WITHOUT_GRADIENTS:
+        share = []
     gradient = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     fisher = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
 

@@ -3,6 +3,7 @@
 The phase before these, votes and the split they make, is `splits`.
 """
 
+import itertools
 import json
 import shutil
 import time
@@ -26,6 +27,7 @@ from lorapar_utils.settings import Settings
 from lorapar_utils.splits import system_examples
 
 Scores = dict[str, torch.Tensor]
+STABILITY_DRAWS = 3
 
 
 def scores(settings: Settings) -> tuple[Scores, Scores]:
@@ -48,34 +50,58 @@ def scores(settings: Settings) -> tuple[Scores, Scores]:
 
 
 def stability(settings: Settings) -> list[dict]:
-    """How far two disjoint samples of `n` examples agree on a system's importance, for n in `importance.stability`.
+    """How far importance depends on which examples are scored, and on how the adapter was drawn.
 
     Returns
     -------
     list of dict
-        `system`, `n`, `rank_correlation` (Spearman, over all elements), `jaccard` of the sets selected at the
-        profile's theta. Sizes that leave no second sample are left out.
+        `system`; `differ`: `examples` (two disjoint samples of `n` under one adapter, n from `importance.stability`) or
+        `adapter` (one sample of the largest n under the adapters of two seeds); `draw` 1, 2, … `STABILITY_DRAWS`;
+        `rank_correlation` (Spearman) of all elements; `by_matrix`, that of the matrices' mean scores; `jaccard` of the
+        sets selected at the profile's theta. Sizes that leave no second sample are left out.
     """
     folder = settings.runs / "stability" / settings.scores_folder.name
-    inputs = _scores_inputs(settings) | {"sizes": settings.importance.stability, "theta": settings.partition.theta}
-    inputs = json.loads(json.dumps(inputs))
+    sizes = settings.importance.stability
+    inputs = _scores_inputs(settings) | {"sizes": list(sizes), "draws": STABILITY_DRAWS}
+    inputs["theta"] = settings.partition.theta
     if not is_current(folder, inputs):
-        model = None
-        rows = []
-        for system in (1, 2):
-            examples = _shuffled(system_examples(settings, system), settings)
-            for n in settings.importance.stability:
-                if 2 * n > len(examples):
-                    continue
-                model = model or _fresh_adapter(settings)
-                first, second = _score(settings, [examples[:n], examples[n : 2 * n]], model)
-                pair = build_partition(first, second, theta=settings.partition.theta)
-                flat = [torch.cat([v.flatten() for v in values.values()]).numpy() for values in (first, second)]
-                rank_correlation = float(spearmanr(*flat).statistic)
-                rows.append({"system": system, "n": n, "rank_correlation": rank_correlation, "jaccard": pair.jaccard})
+        rows = _stability_rows(settings) if sizes else []
         with completed(folder, inputs) as scratch:
             write_atomically(scratch / "stability.json", json.dumps(rows))
     return json.loads((folder / "stability.json").read_text())
+
+
+def _stability_rows(settings: Settings) -> list[dict]:
+    seeded = [settings.changed(seed=settings.seed + draw) for draw in range(STABILITY_DRAWS)]
+    examples = {system: system_examples(settings, system) for system in (1, 2)}
+    rows = []
+    model = _fresh_adapter(settings)
+    for draw, drawn in enumerate(seeded, start=1):
+        for system, n in itertools.product(examples, settings.importance.stability):
+            order = _shuffled(examples[system], drawn)
+            if 2 * n <= len(order):
+                pair = _score(settings, [order[:n], order[n : 2 * n]], model)
+                about = {"system": system, "differ": "examples", "n": n, "draw": draw}
+                rows.append(about | _agreement(*pair, settings))
+    largest = max(settings.importance.stability)
+    samples = [_shuffled(examples[system], settings)[:largest] for system in examples]
+    each = [_score(drawn, samples) for drawn in seeded]
+    for draw, (first, second) in enumerate(itertools.combinations(each, 2), start=1):
+        for system, sample in zip(examples, samples, strict=True):
+            about = {"system": system, "differ": "adapter", "n": len(sample), "draw": draw}
+            rows.append(about | _agreement(first[system - 1], second[system - 1], settings))
+    return rows
+
+
+def _agreement(first: Scores, second: Scores, settings: Settings) -> dict[str, float]:
+    both = (first, second)
+    flat = [torch.cat([values.flatten() for values in scores.values()]).numpy() for scores in both]
+    means = [[float(values.mean()) for values in scores.values()] for scores in both]
+    return {
+        "rank_correlation": float(spearmanr(*flat).statistic),
+        "by_matrix": float(spearmanr(*means).statistic),
+        "jaccard": build_partition(first, second, theta=settings.partition.theta).jaccard,
+    }
 
 
 def partition(settings: Settings, selection: str = "importance") -> Partition:

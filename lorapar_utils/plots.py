@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lorapar_utils import tables
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, read_records
+from lorapar_utils.records import Record, read_records, with_longer
 
 SYSTEM_COLOURS = {1: "#0072B2", 2: "#D55E00"}
 MARKERS = "osD^vPX*"
@@ -154,23 +154,36 @@ def importance_by_rank(record: Record) -> Figure:
     return figure
 
 
-def stability(record: Record) -> Figure:
-    """Agreement of two disjoint samples of n examples: rank correlation of scores, Jaccard of the selected sets."""
-    rows = pd.DataFrame(record.result["tables"]["stability"])
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
-    for axes, (key, title) in zip(
-        panels, (("rank_correlation", "rank correlation"), ("jaccard", "Jaccard of selected sets")), strict=True
-    ):
-        for system, points in rows.groupby("system"):
-            axes.plot(
-                points["n"],
-                points[key],
-                marker="os"[system - 1],
+def stability(rows: pd.DataFrame) -> Figure:
+    """Agreement of two disjoint samples of n examples (lines), and of two draws of the adapter (crosses).
+
+    Means over the draws, from the lowest to the highest of them; `rows` as `phases.stability` returns them.
+    """
+    agreements = {
+        "rank_correlation": "rank correlation, elements",
+        "by_matrix": "rank correlation, matrix means",
+        "jaccard": "Jaccard of selected sets",
+    }
+    figure, panels = plt.subplots(1, len(agreements), figsize=(10, 3.4), sharey=True)
+    for axes, (key, title) in zip(panels, agreements.items(), strict=True):
+        for (differ, system), points in rows.groupby(["differ", "system"]):
+            by_n = points.groupby("n")[key].agg(["mean", "min", "max"])
+            other = differ == "adapter"
+            axes.errorbar(
+                # Side by side where both systems have a point.
+                by_n.index * (1.0 + 0.04 * (system - 1.5)),
+                by_n["mean"],
+                yerr=[by_n["mean"] - by_n["min"], by_n["max"] - by_n["mean"]],
+                fmt="x" if other else "os"[system - 1] + "-",
+                capsize=3,
                 color=SYSTEM_COLOURS[system],
-                label=f"System {system}",
+                label=f"System {system}, other {'adapter' if other else 'examples'}",
             )
-        axes.set(title=title, xlabel="examples scored, each sample", ylim=(0, 1))
-    panels[0].legend()
+        sizes = sorted(rows["n"].unique())
+        axes.set(title=title, xlabel="examples scored", xscale="log", ylim=(min(0.0, rows[key].min()) - 0.05, 1.05))
+        axes.set_xticks(sizes, sizes)
+        axes.minorticks_off()
+    panels[0].legend(fontsize=8)
     figure.tight_layout()
     return figure
 
@@ -335,6 +348,7 @@ FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "importance_by_rank": lambda records: importance_by_rank(records["importance"]),
     "importance_scatter": lambda records: importance_scatter(records["importance"]),
     "concentration": lambda records: concentration(records["importance"]),
+    "stability": lambda records: stability(pd.DataFrame(records["stability"].result["tables"]["stability"])),
     "theta_curve": lambda records: theta_curve(stage1_records(records)),
     "learning_curves": lambda records: learning_curves(records["lorapar-seed0"]),
     "stage_accuracy": lambda records: stage_accuracy(two_stage_records(records)),
@@ -361,12 +375,15 @@ def save_all(records: dict[str, Record], folder: Path) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m lorapar_utils.plots results/cpu figures`: regenerate every figure from records."""
+    """`python -m lorapar_utils.plots results/cpu figures`: regenerate every figure from records.
+
+    Records of the longer profile (`results/cpu-full`) join them where there are any.
+    """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("records", type=Path)
     parser.add_argument("figures", type=Path)
     chosen = parser.parse_args(arguments)
-    records = read_records(chosen.records)
+    records = with_longer(read_records(chosen.records), chosen.records.name)
     if not records:
         print(f"{chosen.records}: no records; run `make book` and `make publish` first", file=sys.stderr)
         return 2

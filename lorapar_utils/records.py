@@ -132,11 +132,13 @@ def published_records(profile: str) -> list[Record]:
 
 
 def evidence(settings: Settings) -> dict[str, Record]:
-    """What claims are judged by: this run's records and, of experiments it lacks, `<profile>-full`'s published ones."""
-    own = read_records(settings.runs / "records")
-    had = {name.rsplit("-seed", 1)[0] for name in own}
-    longer = published_records(f"{settings.profile}-full")
-    return own | {record.name: record for record in longer if record.name.rsplit("-seed", 1)[0] not in had}
+    """What claims are judged by: this run's records, and `<profile>-full`'s published ones (see `with_longer`)."""
+    return with_longer(read_records(settings.runs / "records"), settings.profile)
+
+
+def with_longer(own: dict[str, Record], profile: str) -> dict[str, Record]:
+    """`own` records, joined by those that `<profile>-full` published: other experiments, and more seeds of the same."""
+    return {record.name: record for record in published_records(f"{profile}-full")} | own
 
 
 def mean_outcomes(records: Iterable[Record], stage: str, system: int | None = None) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Profiles: one YAML file a scale, laid over `profiles/defaults.yaml` and validated by pydantic."""
 
+import itertools
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Theta = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0.0)]
-Score = Literal["second_order", "first_order", "fisher", "magnitude"]
+Score = Literal["second_order", "first_order", "fisher", "magnitude", "random"]
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
 API_QUESTION = (
@@ -356,6 +357,7 @@ def load_profile(name_or_path: str | os.PathLike = "cpu", **overrides: Any) -> S
         own.pop("extends", None)
         layers = _merge(layers, own)
     layers["profile"] = path.stem
+    layers["experiments"] = _with_grids(layers.get("experiments") or {}, layers.pop("grids", None) or [], str(path))
     return _validate(_merge(layers, _expand(overrides)), where=str(path))
 
 
@@ -385,12 +387,37 @@ def _read_yaml(path: Path) -> dict:
 
 
 def _merge(base: dict, over: dict) -> dict:
-    """Sections merge key by key; lists, scalars and the experiments table are replaced whole."""
-    merged = dict(base)
+    """Sections merge key by key; lists, scalars and the experiments table are replaced whole, grids with the latter."""
+    merged = {key: value for key, value in base.items() if key != "grids" or "experiments" not in over}
     for key, value in over.items():
         whole = key == "experiments" or not isinstance(value, dict) or not isinstance(base.get(key), dict)
         merged[key] = value if whole else _merge(base[key], value)
     return merged
+
+
+def _with_grids(experiments: dict, grids: list[dict], where: str) -> dict:
+    """The experiments, and one more for every combination of each grid's `over`.
+
+    A grid is an experiment whose `name` and `title` take the combination's values: `{name: "{modules}_{theta}", over:
+    {modules: [QKV, GUD], theta: [0.5, 0.9]}, …}` is four.
+    """
+    found = dict(experiments)
+    for grid in grids:
+        if missing := {"name", "title", "over"} - set(grid):
+            raise InputError(f"{where}: grids: {grid} lacks {', '.join(sorted(missing))}")
+        common = {key: value for key, value in grid.items() if key not in ("name", "title", "over")}
+        for values in itertools.product(*grid["over"].values()):
+            chosen = dict(zip(grid["over"], values, strict=True))
+            try:
+                name, title = (grid[key].format(**chosen) for key in ("name", "title"))
+            except KeyError as unknown:
+                raise InputError(
+                    f"{where}: grids: {grid['name']} uses {unknown}; its `over` has {', '.join(chosen)}"
+                ) from None
+            if name in found:
+                raise InputError(f"{where}: grids: {name!r} is there twice; give each grid its own names")
+            found[name] = {**common, **chosen, "title": title}
+    return found
 
 
 def _expand(overrides: dict) -> dict:

@@ -26,7 +26,8 @@ def voting_record(voted: datasets.Dataset, settings: Settings) -> Record:
     Metrics: `undecided`, `system1_share`, agreement among the panel's teachers (`kappa`, Fleiss', over examples that
     all of them voted on; `alpha`, Krippendorff's, abstentions left out), `abstained/NAME`, and against the construction
     labels `accuracy/NAME`, `auc/NAME` (teachers with a margin), `accuracy/majority`. Tables: `panels` (how the split
-    changes with who is asked), `by_steps`, `confusion`, `reliability` (calibration of the margins), `disputed`.
+    changes with who is asked), `by_steps`, `confusion`, `reliability` (calibration of the margins), `certain` (accuracy
+    of the panel's summed margins where they are largest), `disputed`. `auc/margins` is that sum's.
     What is undefined (one teacher, one system only) is absent.
     """
     frame = voted.to_pandas()
@@ -47,11 +48,15 @@ def voting_record(voted: datasets.Dataset, settings: Settings) -> Record:
         if margins is not None and {1, 2} <= set(truth):
             metrics[f"auc/{name}"] = _separation(margins.to_numpy(), truth)
     metrics |= _against("accuracy/majority", frame["system"].to_numpy(), truth)
+    together = _summed_margins(frame, members) if {1, 2} <= set(truth) else None
+    if together is not None:
+        metrics["auc/margins"] = _separation(together, truth)
     tables = {
         "panels": _panels(ballots, frame["system"].to_numpy(), truth, settings),
         "by_steps": _by_steps(frame, ballots),
         "confusion": _confusion(frame["system"].to_numpy(), ballots, truth),
         "reliability": _reliability(frame, names, truth),
+        "certain": [] if together is None else _certain(together, truth),
         "disputed": _disputed(frame, members),
     }
     return new_record("voting", settings, metrics=metrics, tables=tables, notebook="01_voting.ipynb out.ipynb")
@@ -147,6 +152,26 @@ def _reliability(frame: pd.DataFrame, names: list[str], truth: np.ndarray, bins:
     return rows
 
 
+def _summed_margins(frame: pd.DataFrame, members: list[str]) -> np.ndarray | None:
+    """The members' margins, each in units of its own spread so that none drowns the others; None without margins."""
+    columns = [f"margin_{name}" for name in members if f"margin_{name}" in frame]
+    if not columns:
+        return None
+    margins = frame[columns].to_numpy()
+    return (margins / margins.std(0).clip(min=1e-12)).sum(1)
+
+
+def _certain(margins: np.ndarray, truth: np.ndarray) -> list[dict]:
+    """Keep only the examples whose margin is largest either way: how many of those are right?"""
+    order = np.argsort(-np.abs(margins), kind="stable")
+    rows = []
+    for kept in (0.1, 0.25, 0.5, 0.75, 1.0):
+        chosen = order[: max(1, round(kept * len(order)))]
+        found = _against("accuracy", np.where(margins[chosen] > 0, 2, 1), truth[chosen])
+        rows.append({"kept": kept, "system1_share": float((margins[chosen] <= 0).mean()), **found})
+    return rows
+
+
 def _disputed(frame: pd.DataFrame, members: list[str]) -> list[dict]:
     """The examples that the panel agrees on least, one of a kind first."""
     split = frame.sort_values("agreement", kind="stable")
@@ -163,14 +188,12 @@ def _bounds(metric: dict) -> dict:
     return {"low": metric["low"], "high": metric["high"], "n": metric["n"]}
 
 
-def importance_record(
-    scores: Sequence[dict[str, torch.Tensor]], partition: Partition, settings: Settings, stability: Sequence[dict] = ()
-) -> Record:
+def importance_record(scores: Sequence[dict[str, torch.Tensor]], partition: Partition, settings: Settings) -> Record:
     """The layer x module map, the regions, concentration curves and a sample of the paper's scatter.
 
     Metrics: `active/…`, `jaccard`, `jaccard_chance` (expected of two random sets of these sizes),
     `region/…`. Tables: `map` (mean score of layer, module and matrix, scaled to mean 1 a system, and region
-    shares), `by_rank` (the same for ranks), `concentration`, `scatter`, `stability` (see `phases.stability`).
+    shares), `by_rank` (the same for ranks), `concentration`, `scatter`.
     """
     flat = [torch.cat([values.flatten() for values in one.values()]).double() for one in scores]
     total = flat[0].numel()
@@ -194,9 +217,23 @@ def importance_record(
         "by_rank": _by_rank(scores, flat, partition),
         "concentration": _concentration(flat),
         "scatter": _scatter(flat, partition),
-        "stability": list(stability),
     }
     return new_record("importance", settings, metrics=metrics, tables=tables, notebook="02_importance.ipynb out.ipynb")
+
+
+def stability_record(rows: Sequence[dict], settings: Settings) -> Record:
+    """How far importance depends on the examples and on the adapter's draw: what `phases.stability` returns as a table.
+
+    Metrics at the largest n, means over the draws (`n` of them): `examples/rank_correlation/system1`, `adapter/…`.
+    """
+    frame = pd.DataFrame(rows)
+    metrics = {}
+    for (differ, system), points in frame.groupby(["differ", "system"]):
+        most = points[points["n"] == points["n"].max()]
+        for key in ("rank_correlation", "by_matrix", "jaccard"):
+            metrics[f"{differ}/{key}/system{system}"] = {"value": float(most[key].mean()), "n": len(most)}
+    tables = {"stability": list(rows)}
+    return new_record("stability", settings, metrics=metrics, tables=tables, notebook="02_importance.ipynb out.ipynb")
 
 
 def _by_rank(scores: Sequence[dict[str, torch.Tensor]], flat: list[torch.Tensor], partition: Partition) -> list[dict]:

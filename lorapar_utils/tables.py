@@ -61,7 +61,7 @@ def theta_table(records: Iterable[Record]) -> pd.DataFrame:
         cells = {row[0]: row for row in published[point["modules"]]}.get(point["theta"], [None] * 4)
         every = point["selection"] == "all elements"
         full = published["full_lora_accuracy"][point["modules"]]
-        random = point["selection"] == "random"
+        column = {"importance": 2, "random": 3}.get(point["selection"])
         rows.append(
             {
                 "modules": point["modules"],
@@ -70,33 +70,38 @@ def theta_table(records: Iterable[Record]) -> pd.DataFrame:
                 "active (stage 1)": f"{100 * point['active']:.1f} %",
                 "ours, accuracy": percent(point),
                 "each seed": ", ".join(f"{100 * value:.1f}" for value in point["seeds"]),
-                "paper, active %": 100.0 if every else cells[1],
-                "paper, accuracy %": full if every else cells[3 if random else 2],
+                "paper, active %": 100.0 if every else cells[1] if column else None,
+                "paper, accuracy %": full if every else cells[column] if column else None,
             }
         )
     return pd.DataFrame(rows).astype({"paper, active %": "object", "paper, accuracy %": "object"}).fillna("–")
 
 
 def theta_points(records: Iterable[Record]) -> list[dict]:
-    """One point for each modules, theta and selection: mean accuracy over the seeds, its interval over test items."""
-    groups: dict[tuple, list[Record]] = {}
+    """One point for each modules, theta and selection: mean accuracy over the seeds, its interval over test items.
+
+    One record a seed counts, whatever experiment it belongs to: at theta = 1 every way of selecting is LoRA with all
+    elements.
+    """
+    groups: dict[tuple, dict[int, Record]] = {}
     for record in records:
         parameters = record.run["parameters"]
         if "stage1/accuracy" not in record.result["metrics"]:
             continue
-        chosen_by = "importance" if parameters.get("score") in (None, "second_order") else parameters["score"]
+        score = parameters.get("score") or "second_order"
+        chosen_by = {"second_order": "importance", "random": "random scores"}.get(score, score)
         chosen_by = "random" if parameters["selection"] == "random" else chosen_by
-        every = parameters["method"] != "lorapar"
+        every = parameters["method"] != "lorapar" or parameters["theta"] == 1.0
         key = (parameters["modules"], 1.0 if every else parameters["theta"], "all elements" if every else chosen_by)
-        groups.setdefault(key, []).append(record)
+        groups.setdefault(key, {}).setdefault(record.run["seed"], record)
     return [
         {
             "modules": modules,
             "theta": theta,
             "selection": selection,
-            "active": runs[0].metric("active/stage1")["value"],
-            "seeds": [run.metric("stage1/accuracy")["value"] for run in runs],
-            **statistics.mean(list(mean_outcomes(runs, "stage1").values())),
+            "active": next(iter(runs.values())).metric("active/stage1")["value"],
+            "seeds": [run.metric("stage1/accuracy")["value"] for _, run in sorted(runs.items())],
+            **statistics.mean(list(mean_outcomes(runs.values(), "stage1").values())),
         }
         for (modules, theta, selection), runs in sorted(groups.items())
     ]
@@ -217,19 +222,22 @@ def voting_table(records: Iterable[Record]) -> pd.DataFrame:
             {
                 "split": runs[name][0].run["parameters"]["title"],
                 "seeds": len(runs[name]),
-                "ours, accuracy": f"{100 * sum(accuracies) / len(accuracies):.1f} %",
+                "ours, accuracy": percent(statistics.mean(list(mean_outcomes(runs[name], "stage1").values()))),
                 "each seed": ", ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies),
-                "gap to a random split": _gap(runs[name], runs.get("split_random", [])),
+                **{
+                    f"gap to a random split{part}": _gap(runs[name], runs.get("split_random", []), system)
+                    for part, system in (("", None), (", System 1", 1), (", System 2", 2))
+                },
                 "paper, GSM8K %": published.get(strategy, "–"),
             }
         )
     return pd.DataFrame(rows)
 
 
-def _gap(runs: list[Record], control: list[Record]) -> str:
+def _gap(runs: list[Record], control: list[Record], system: int | None) -> str:
     if not control or runs is control:
         return "–"
-    first, second = (mean_outcomes(side, "stage1") for side in (runs, control))
+    first, second = (mean_outcomes(side, "stage1", system) for side in (runs, control))
     gap = statistics.mean([first[key] - second[key] for key in sorted(first.keys() & second.keys())])
     return f"{100 * gap['value']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}], n = {gap['n']}"
 

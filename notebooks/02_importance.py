@@ -19,7 +19,7 @@
 # - **Question.** Which LoRA elements matter to System 1, to System 2, to both, to neither?
 # - **Paper.** Sections 3.2 and 3.3, the importance figure.
 # - **Inputs.** Votes.
-# - **Outputs.** `runs/<profile>/scores-*/`, `runs/<profile>/partitions/`, record `importance`.
+# - **Outputs.** `runs/<profile>/scores/`, `runs/<profile>/partitions/`, records `importance` and, where asked for, `stability`.
 # - **Cost.** About one training pass over the scored examples.
 
 # %% tags=["parameters"]
@@ -31,6 +31,8 @@ beta = None
 modules = None  # QKV, GUD or QKVGUD
 
 # %%
+import pandas as pd
+
 from lorapar_utils import notebook, plots, summaries
 from lorapar_utils.records import published_records, write_record
 
@@ -53,10 +55,10 @@ values = settings.partition
 partition.save(
     settings.runs / "partitions" / f"theta{values.theta}-alpha{values.alpha}-beta{values.beta}-seed{settings.seed}"
 )
-record = summaries.importance_record(scores, partition, settings, phases.stability(settings))
+record = summaries.importance_record(scores, partition, settings)
 custom = any(v is not None for v in (seed, theta, alpha, beta, modules))
-target = settings.runs / ("explored" if custom else "records") / "importance.json"
-path = write_record(record, target)
+records = settings.runs / ("explored" if custom else "records")
+path = write_record(record, records / "importance.json")
 
 # %%
 partition.summary().groupby(["module", "matrix"])[
@@ -88,16 +90,24 @@ figure = plots.concentration(record)
 # %% [markdown]
 # ## How many examples are enough?
 #
-# Two disjoint samples of n examples are scored under the same adapter. If they disagree, the selected elements are a matter of which
-# examples were drawn. Run by the `cpu-full` profile; its published record is shown where this run has none of its own.
+# Two disjoint samples of n examples are scored under one adapter, three times over. If they disagree, the selected elements are a matter of
+# which examples were drawn. Crosses: the same examples under adapters of two seeds, where element j of the one has nothing to do with
+# element j of the other; only the matrices can agree. Run by the `cpu-full` profile; its published record is shown where this run has
+# none of its own.
 
-# %% mystnb={"image": {"alt": "Rank correlation and Jaccard index of two disjoint samples against the number of scored examples, by system."}, "figure": {"caption": "The curves level off where more examples stop changing the selection.", "name": "fig-stability"}}
-steady = [
-    r
-    for r in [record, *published_records("cpu-full")]
-    if r.name == "importance" and r.result["tables"].get("stability")
+# %% mystnb={"image": {"alt": "Three panels against the number of scored examples, by system: rank correlation of elements, of matrix means, and Jaccard index, for two samples of examples and for two adapters."}, "figure": {"caption": "The curves level off where more examples stop changing the selection. An element's importance hangs on the draw of its adapter, a matrix's does not.", "name": "fig-stability"}}
+rows = phases.stability(settings)
+if rows:
+    write_record(summaries.stability_record(rows, settings), records / "stability.json")
+published = [
+    record.result["tables"]["stability"] for record in published_records("cpu-full") if record.name == "stability"
 ]
-figure = plots.stability(steady[0]) if steady else print("No stability record yet.")
+steady = pd.DataFrame(rows or (published[0] if published else []))
+figure = plots.stability(steady) if len(steady) else print("No stability record yet.")
+
+# %%
+agreements = ["rank_correlation", "by_matrix", "jaccard"]
+steady.groupby(["differ", "n", "system"])[agreements].mean().round(3).unstack() if len(steady) else None
 
 # %% [markdown]
 # ## What would change our mind

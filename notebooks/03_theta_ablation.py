@@ -18,7 +18,8 @@
 #
 # - **Question.** How does accuracy depend on theta, and does importance choose better than chance?
 # - **Paper.** Table 3.
-# - **Inputs.** Experiments that start with SFT on System 1.
+# - **Inputs.** Experiments that start with SFT on System 1, and the published ones of the longer profile (`cpu-full` beside `cpu`): more
+#   seeds, the full grid.
 # - **Outputs.** The table and figure below.
 # - **Cost.** None if the experiments are there; else one SFT run for each.
 
@@ -27,6 +28,7 @@ profile = "cpu"  # a file of profiles/, or a path
 
 # %%
 from lorapar_utils import notebook, plots, tables
+from lorapar_utils.records import evidence
 
 settings = notebook.start(profile=profile)
 from lorapar_utils import phases
@@ -37,7 +39,8 @@ chosen = [
     for name, seed in settings.experiment_runs()
     if settings.experiments[name].stages[:1] == ("sft",) and settings.experiments[name].sweep != "voting"
 ]
-records = [phases.experiment(settings, name, seed) for name, seed in chosen]
+own = {record.name: record for record in (phases.experiment(settings, name, seed) for name, seed in chosen)}
+records = plots.stage1_records(evidence(settings) | own)
 tables.theta_table(records) if records else print("This profile has no experiment on theta.")
 
 # %% mystnb={"image": {"alt": "Test accuracy with error bars against the share of active elements, one line for each way of selecting."}, "figure": {"caption": "At equal size (the same place from left to right), does importance beat the other ways of selecting?", "name": "fig-theta"}}

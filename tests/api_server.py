@@ -1,14 +1,20 @@
-"""A server on loopback that speaks OpenAI's chat completions, with faults on demand, and counts what it is asked."""
+"""OpenAI-compatible servers on loopback: one with faults on demand, that counts what it is asked, and a real one."""
 
 import contextlib
 import itertools
 import json
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 @dataclass
@@ -131,3 +137,28 @@ class Server:
             "choices": [{"index": 0, "message": message, "finish_reason": self.finish_reason}],
             "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
         }
+
+
+@contextlib.contextmanager
+def transformers_serve(model: Path, log: Path) -> Iterator[str]:
+    """`transformers serve` with the model of a folder, on the CPU; gives its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = "from transformers.cli.transformers import main; main()"
+    command = [sys.executable, "-c", script, "serve", str(model)]
+    command += ["--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
+    with log.open("w") as stream, subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+                    break
+                except (urllib.error.URLError, ConnectionError, TimeoutError):
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        raise RuntimeError(f"transformers serve did not start:\n{log.read_text()[-2000:]}") from None
+                    time.sleep(0.3)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.kill()

@@ -7,12 +7,13 @@ from conftest import ROOT
 
 from lorapar_utils import claims, statistics, tables
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, new_record, read_record, read_records, write_record
+from lorapar_utils.records import Record, new_record, read_record, read_records, with_longer, write_record
 from lorapar_utils.settings import load_profile
 
 
-def record(name="a", items=(), **metrics):
-    return new_record(name, load_profile("smoke"), metrics=metrics, items=items, notebook="01_voting.ipynb out.ipynb")
+def record(name="a", items=(), seed=0, parameters=None, **metrics):
+    settings, notebook = load_profile("smoke", seed=seed), "01_voting.ipynb out.ipynb"
+    return new_record(name, settings, metrics=metrics, items=items, parameters=parameters, notebook=notebook)
 
 
 def test_writes_and_reads_back_with_items(tmp_path):
@@ -65,10 +66,9 @@ def test_paired_difference_is_over_items():
         statistics.paired_difference([1], [1, 0])
 
 
-def outcomes(name, stage, correct):
-    return record(
-        name, items=[{"id": str(i), "stage": stage, "system": 1, "correct": c} for i, c in enumerate(correct)]
-    )
+def outcomes(name, stage, correct, seed=0):
+    items = [{"id": str(i), "stage": stage, "system": 1, "correct": c} for i, c in enumerate(correct)]
+    return record(name, items=items, seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,68 @@ def test_claims_are_judged_by_their_interval(first, second, verdict):
     records = {"a": outcomes("a", "stage1", first), "b": outcomes("b", "stage1", second)}
     assert claims.judge(claim, records)[0] == verdict
     assert claims.judge(claim, {})[0] == "not run"
+
+
+def test_claims_are_paired_seed_by_seed():
+    """Seed 1 of `a` alone is left out: it has no partner."""
+    where = {"first": {"record": "a", "stage": "stage1"}, "second": {"record": "b", "stage": "stage1"}}
+    claim = {"claim": "c", "paper": "t", "min_n": 10, "test": {"kind": "greater", "margin": 0.0, **where}}
+    records = {
+        "a-seed0": outcomes("a-seed0", "stage1", [True] * 40, seed=0),
+        "a-seed1": outcomes("a-seed1", "stage1", [False] * 40, seed=1),
+        "b-seed0": outcomes("b-seed0", "stage1", [False] * 40, seed=0),
+    }
+    assert claims.judge(claim, records) == ("reproduced", "+100.0 points [+100.0, +100.0], 1 seed", 40)
+
+
+def test_diminishing_returns_compare_two_gains():
+    sides = {key: {"record": key, "stage": "stage1"} for key in ("low", "middle", "high")}
+    claim = {"claim": "c", "paper": "t", "min_n": 10, "test": {"kind": "concave", "margin": 0.0, **sides}}
+
+    def records(low, middle, high):
+        right = {"low": low, "middle": middle, "high": high}
+        return {key: outcomes(key, "stage1", [True] * n + [False] * (40 - n)) for key, n in right.items()}
+
+    assert claims.judge(claim, records(0, 30, 40))[0] == "reproduced"
+    assert claims.judge(claim, records(0, 10, 40))[0] == "not reproduced"
+    assert claims.judge(claim, records(0, 20, 40))[0] == "inconclusive"
+
+
+def test_longer_records_join_a_run_by_seed(project):
+    for profile, names in (("cpu-full", ["a-seed0", "a-seed1", "b-seed0"]), ("cpu", ["a-seed0"])):
+        for name in names:
+            made = record(name, x={"value": len(names), "n": 1})
+            write_record(made, project / "results" / profile / f"{name}.json")
+    joined = with_longer(read_records(project / "results" / "cpu"), "cpu")
+    assert {name: found.metric("x")["value"] for name, found in joined.items()} == {
+        "a-seed0": 1,
+        "a-seed1": 3,
+        "b-seed0": 3,
+    }
+
+
+def test_theta_points_count_each_seed_once_and_theta_1_is_all_elements():
+    def run(name, seed, theta, method="lorapar", **more):
+        parameters = {"modules": "QKVGUD", "theta": theta, "method": method, "selection": "importance", **more}
+        metrics = {"stage1/accuracy": {"value": 0.5, "n": 2}, "active/stage1": {"value": theta, "n": 9}}
+        items = [{"id": str(i), "stage": "stage1", "system": 1, "correct": i == 0} for i in range(2)]
+        return record(name, items=items, seed=seed, parameters=parameters, **metrics)
+
+    points = tables.theta_points(
+        [
+            run("lorapar-seed0", 0, 0.9),
+            run("theta_0.9-seed0", 0, 0.9),
+            run("theta_0.9-seed1", 1, 0.9),
+            run("theta_1.0-seed0", 0, 1.0),
+            run("lora_rl-seed1", 1, 0.9, "lora"),
+            run("by_random-seed0", 0, 0.9, score="random"),
+        ]
+    )
+    assert {(p["theta"], p["selection"]): len(p["seeds"]) for p in points} == {
+        (0.9, "importance"): 2,
+        (0.9, "random scores"): 1,
+        (1.0, "all elements"): 2,
+    }
 
 
 def test_the_declared_claims_are_well_formed():

@@ -31,6 +31,60 @@ def test_a_profile_can_extend_another(project):
         load_profile("mine")
 
 
+def test_a_grid_is_one_experiment_for_each_combination(project):
+    grid = {
+        "sweep": "theta",
+        "method": "lorapar",
+        "stages": ["sft"],
+        "over": {"modules": ["QKV", "GUD"], "theta": [0.5, 1.0]},
+    }
+    grid |= {"name": "{modules}_{theta}", "title": "{modules} at {theta}"}
+    path = project / "profiles" / "mine.yaml"
+
+    def written(**changes):
+        path.write_text(yaml.safe_dump({"extends": "smoke", "grids": [grid | changes]}))
+        return load_profile("mine").experiments
+
+    found = written()
+    assert [name for name in found if name not in load_profile("smoke").experiments] == [
+        "QKV_0.5",
+        "QKV_1.0",
+        "GUD_0.5",
+        "GUD_1.0",
+    ]
+    assert (found["GUD_0.5"].modules, found["GUD_0.5"].theta, found["GUD_0.5"].title) == ("GUD", 0.5, "GUD at 0.5")
+    with pytest.raises(InputError, match="mine.yaml: grids: .* uses 'rank'; its `over` has modules, theta"):
+        written(name="{rank}")
+    with pytest.raises(InputError, match="mine.yaml: grids: 'QKV' is there twice"):
+        written(name="{modules}")
+    with pytest.raises(InputError, match="experiments.QKV_2.theta = 2"):
+        written(over={"modules": ["QKV"], "theta": [2]})
+    # A profile with experiments of its own takes over neither those of the profile that it extends, nor its grids.
+    path.write_text(
+        "extends: cpu-full\nexperiments: {base: {sweep: baseline, method: lora, stages: [], title: base}}\n"
+    )
+    assert list(load_profile("mine").experiments) == ["base"]
+
+
+def test_cpu_full_holds_the_whole_of_table_3():
+    cells = {
+        (s.modules or "QKVGUD", s.theta, s.selection, s.score)
+        for s in load_profile("cpu-full").experiments.values()
+        if s.sweep == "theta"
+    }
+    every = [(m, t / 10) for m in ("QKV", "GUD", "QKVGUD") for t in range(1, 11)]
+    assert cells == {
+        (m, t, selection, score)
+        for m, t in every
+        for selection, score in [
+            ("importance", None),
+            ("random", None),
+            *(("importance", s) for s in ("first_order", "fisher", "magnitude", "random")),
+        ]
+        if t < 1 or (selection, score) == ("importance", None)
+    }
+
+
 def test_an_experiment_carries_its_own_theta(project):
     settings = load_profile("cpu").for_experiment("theta_0.5", seed=7)
     assert settings.partition.theta == 0.5 and settings.seed == 7

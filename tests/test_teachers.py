@@ -8,7 +8,7 @@ import time
 
 import diskcache
 import pytest
-from api_server import Server
+from api_server import Server, transformers_serve
 from conftest import ROOT
 
 from lorapar_utils.errors import InputError
@@ -309,40 +309,14 @@ def test_labels_of_several_tokens_are_summed(target):
 @pytest.mark.slow
 def test_a_real_openai_compatible_server(tmp_path):
     """`transformers serve` with the packaged model: real requests, real answers; each ends as a vote or abstention."""
-    import socket
-    import urllib.error
-    import urllib.request
-
     from lorapar_utils import models
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = str(models.packaged_model())
-    script = "from transformers.cli.transformers import main; main()"
-    log = (tmp_path / "serve.log").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, "serve", folder, "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-                break
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                assert process.poll() is None, (tmp_path / "serve.log").read_text()[-2000:]
-                time.sleep(0.3)
-        teacher = api(f"http://127.0.0.1:{port}/v1", model=folder, timeout=60, concurrency=2, max_tokens=24)
+    folder = models.packaged_model()
+    with transformers_serve(folder, tmp_path / "serve.log") as address:
+        teacher = api(address, model=str(folder), timeout=60, concurrency=2, max_tokens=24)
         ballots = {}
         [built] = build_teachers(settings_for(teacher), EXAMPLES)
         built.ask(EXAMPLES[:4], ballots.__setitem__)
-    finally:
-        process.kill()
-        process.wait()
-        log.close()
     # A model of this size seldom ends with a verdict: what counts is that nothing else is taken for one.
     assert sorted(ballots) == [0, 1, 2, 3]
     for ballot in ballots.values():
