@@ -4,14 +4,12 @@ Paired: each repeat times `build_partition` on both systems, masks included, and
 vectors, in turn. Peak memory is read in a process of its own.
 """
 
-import resource
 import statistics
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import torch
+from measure import peak_bytes, timed
 
 from lorapar_utils.partition import build_partition
 
@@ -30,12 +28,6 @@ def score_pair(count: int) -> list[dict[str, torch.Tensor]]:
     return pair
 
 
-def timed(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def row_loop(systems: list[torch.Tensor]) -> None:
     """The straightforward way: a sorted list of rows for each system, walked until theta is reached."""
     for scores in systems:
@@ -51,13 +43,7 @@ def row_loop(systems: list[torch.Tensor]) -> None:
 def peak(count: int) -> None:
     """Print peak memory above what the scores took, in bytes for each byte of scores."""
     pair = score_pair(count)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # The peak so far includes the making of the scores: grow the resident size to it, so that only more counts.
-    now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
-    ballast = torch.ones(max(0, before - now) * 128, dtype=torch.float64)
-    build_partition(*pair, theta=THETA)
-    extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(f"{extra * 1024 / (8 * count):.2f}", ballast.numel() and "")
+    print(f"{peak_bytes(lambda: build_partition(*pair, theta=THETA)) / (8 * count):.2f}")
 
 
 def main() -> None:

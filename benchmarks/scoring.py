@@ -6,13 +6,12 @@ own for each.
     make bench
 """
 
-import resource
 import statistics
 import subprocess
 import sys
-import time
 
 import torch
+from measure import peak_bytes, timed
 
 from lorapar_utils import data, models
 from lorapar_utils.encoding import encode_examples
@@ -20,12 +19,6 @@ from lorapar_utils.importance import _batches, _summed_loss, score_importance
 from lorapar_utils.settings import load_profile
 
 EXAMPLES, BATCH, REPEATS, LOOP = 200, 16, 3, 24
-
-
-def timed(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def prepared():
@@ -53,9 +46,8 @@ def score(model, examples, batch_size=BATCH) -> None:
 def peak(which: str) -> None:
     """Print the peak resident memory of one way, in MB above what the model takes."""
     _, model, examples = prepared()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    (plain_pass if which == "plain" else score)(model, examples[:96])
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    way = plain_pass if which == "plain" else score
+    print(peak_bytes(lambda: way(model, examples)) / 1e6)
 
 
 def main() -> None:
@@ -73,10 +65,10 @@ def main() -> None:
         ("scoring / plain pass (goal: at most 1.15)", cost),
         ("one by one / batched, seconds an example", loop),
     ):
-        print(f"{name}: median {statistics.median(values):.2f} of {[round(v, 2) for v in values]}")
+        print(f"{name}: median {statistics.median(values):.3f} of {[round(v, 3) for v in values]}", flush=True)
     found = {
         which: [
-            float(subprocess.run([sys.executable, __file__, which], capture_output=True, text=True, check=True).stdout)
+            round(float(subprocess.run([sys.executable, __file__, which], stdout=-1, text=True, check=True).stdout))
             for _ in range(REPEATS)
         ]
         for which in ("plain", "score")

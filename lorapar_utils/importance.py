@@ -97,9 +97,7 @@ def score_importance(
         for p in model.parameters():
             p.requires_grad_(False)
         for batch in tqdm(share, desc="importance", leave=False):
-            loss, embedded = _summed_loss(model, batch)
-            # Gradients flow through activations only, so no weight gradient is computed twice.
-            torch.autograd.grad(loss, embedded)
+            _pass(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -116,14 +114,21 @@ def score_importance(
 
 
 def _capture(name, accumulate):
-    """Keep a LoRA linear layer's input until its output's gradient arrives."""
+    """Keep a LoRA linear layer's input until its output's gradient arrives, and no longer."""
 
     def forward_hook(_module, inputs, output):
-        kept = inputs[0].detach()
         if output.requires_grad:
-            output.register_hook(lambda grad: accumulate(name, kept, grad))
+            kept = [inputs[0].detach()]
+            output.register_hook(lambda grad: accumulate(name, kept.pop(), grad))
 
     return forward_hook
+
+
+def _pass(model: PeftModel, batch: list[dict[str, list[int]]]) -> None:
+    """Forward and backward, for the hooks; a function, so that the graph is gone before the next batch has its own."""
+    loss, embedded = _summed_loss(model, batch)
+    # Gradients flow through activations only, so no weight gradient is computed twice.
+    torch.autograd.grad(loss, embedded)
 
 
 def _summed_loss(model: PeftModel, batch: list[dict[str, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
