@@ -92,8 +92,9 @@ figure = plots.concentration(record)
 #
 # Two disjoint samples of n examples are scored under one adapter, three times over. If they disagree, the selected elements are a matter of
 # which examples were drawn. Crosses: the same examples under adapters of two seeds, where element j of the one has nothing to do with
-# element j of the other; only the matrices can agree. Run by the `cpu-full` profile; its published record is shown where this run has
-# none of its own.
+# element j of the other; only the matrices can agree. Two samples of one system are also the yardstick for the two systems: their Jaccard
+# index above says that they differ only as far as it lies below that of one system with itself. Run by the `cpu-full` profile; its
+# published record is shown where this run has none of its own.
 
 # %% mystnb={"image": {"alt": "Three panels against the number of scored examples, by system: rank correlation of elements, of matrix means, and Jaccard index, for two samples of examples and for two adapters."}, "figure": {"caption": "The curves level off where more examples stop changing the selection. An element's importance hangs on the draw of its adapter, a matrix's does not.", "name": "fig-stability"}}
 rows = phases.stability(settings)

@@ -133,6 +133,21 @@ def test_a_plotting_change_retrains_nothing(built):
 
 
 @pytest.mark.slow
+def test_what_is_missing_is_made_though_an_earlier_phase_runs_again(built):
+    """One `make book` is enough, even where Snakemake's first plan leaves experiments out (see `build`)."""
+    record = built / "runs/smoke/records/random_0.9-seed0.json"
+    record.unlink()
+    profile = built / "profiles" / "smoke.yaml"
+    profile.write_text(profile.read_text() + "\n# read again\n")
+    trained = {path: path.stat().st_mtime_ns for path in built.glob("runs/smoke/experiments/*/stage*/manifest.json")}
+    process = make(built)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output[-6000:]
+    assert record.is_file() and (built / "book/_build/smoke.stamp").stat().st_mtime > record.stat().st_mtime
+    assert trained == {path: path.stat().st_mtime_ns for path in trained}
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(browser.chromium() is None, reason="no Chromium on this machine")
 def test_the_book_in_a_browser(built):
     html = built / "book/_build/html"
