@@ -10,8 +10,10 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import torch
 from measure import peak_bytes, timed
+from scipy.stats import spearmanr
 
 from lorapar_utils import data, models
 from lorapar_utils.encoding import encode_examples
@@ -21,12 +23,17 @@ from lorapar_utils.settings import load_profile
 EXAMPLES, BATCH, REPEATS, LOOP = 200, 16, 3, 24
 
 
-def prepared():
-    settings = load_profile("cpu")
+def prepared(dtype: str = "auto"):
+    settings = load_profile("cpu", model={"dtype": dtype})
     base, tokenizer = models.load_base(settings)
     model = models.attach_adapter(base, settings)
-    rows = [row for row in data.load_pool(settings) if row["split"] == "train"][:EXAMPLES]
+    rows = spread([row for row in data.load_pool(settings) if row["split"] == "train"], EXAMPLES)
     return settings, model, encode_examples(rows, tokenizer, settings)
+
+
+def spread(rows: list, count: int) -> list:
+    """`count` rows from all over the list: the pool is in order of system and length."""
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def plain_pass(model, examples) -> None:
@@ -41,6 +48,13 @@ def plain_pass(model, examples) -> None:
 
 def score(model, examples, batch_size=BATCH) -> None:
     score_importance(model, examples, batch_size=batch_size)
+
+
+def ranked(dtype: str) -> np.ndarray:
+    """Scores of every element under a base in `dtype`."""
+    _, model, examples = prepared(dtype)
+    scores = score_importance(model, spread(examples, LOOP), batch_size=BATCH)
+    return torch.cat([values.flatten() for values in scores.values()]).numpy()
 
 
 def peak(which: str) -> None:
@@ -58,7 +72,7 @@ def main() -> None:
     for _ in range(REPEATS):
         bare = timed(lambda: plain_pass(model, examples))
         batched = timed(lambda: score(model, examples))
-        single = timed(lambda: score(model, examples[:LOOP], batch_size=1))
+        single = timed(lambda: score(model, spread(examples, LOOP), batch_size=1))
         cost.append(batched / bare)
         loop.append(single / LOOP / (batched / EXAMPLES))
     for name, values in (
@@ -75,6 +89,9 @@ def main() -> None:
     }
     ratio = statistics.median(found["score"]) / statistics.median(found["plain"])
     print(f"peak memory above the model, scoring / plain pass: {ratio:.2f} of {found} MB (goal: at most 1.25)")
+    low, high = (ranked(dtype) for dtype in ("bfloat16", "float32"))
+    correlation = spearmanr(low, high).statistic
+    print(f"rank correlation of bf16 and fp32 scores: {correlation:.4f} ({len(low):,} elements, {LOOP} examples)")
     print(f"{EXAMPLES} examples, batch {BATCH}, {torch.get_num_threads()} threads, {models.compute_dtype(settings)}")
 
 
