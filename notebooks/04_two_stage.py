@@ -106,14 +106,14 @@ shown.pivot_table(index="id", columns="stage", values="completion", aggfunc="fir
 
 # %%
 full = published_records("cpu-full")
-grid = [record for record in full if record.run["parameters"]["sweep"] == "alpha_beta"]
+grid = [record for record in full if record.run["parameters"].get("sweep") == "alpha_beta"]
 tables.alpha_beta_table(grid) if grid else print("No record of this grid is published yet: make book PROFILE=cpu-full")
 
 # %% [markdown]
 # ## Table 7: does the order matter?
 
 # %%
-order = [record for record in full if record.run["parameters"]["sweep"] == "order"]
+order = [record for record in full if record.run["parameters"].get("sweep") == "order"]
 tables.order_table(order) if order else print("No record of both orders is published yet: make book PROFILE=cpu-full")
 
 # %% [markdown]
