@@ -38,7 +38,7 @@ def stage(settings: Settings, experiment: Path) -> Path:
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)
     records = read_records(settings.runs / "records")
-    figures = plots.save_all(records, source / "figures")
+    figures = plots.save_all(records, evidence(settings), source / "figures")
     for path in sorted((settings.runs / "notebooks").glob("*.ipynb")):
         _stage_notebook(path, source / path.name)
     _stage_notebook(experiment, source / "experiment.ipynb")

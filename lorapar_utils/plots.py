@@ -333,9 +333,9 @@ def two_stage_records(records: dict[str, Record]) -> list[Record]:
 
 
 def stage1_records(records: dict[str, Record]) -> list[Record]:
-    """Every experiment whose first stage is SFT on the profile's own System 1 examples."""
+    """Every experiment that says something about theta: SFT on the profile's own System 1 examples comes first."""
     found = [r for r in two_stage_records(records) if r.run["parameters"]["stages"][:1] == ["sft"]]
-    return [r for r in found if r.run["parameters"]["sweep"] != "voting"]
+    return [r for r in found if r.run["parameters"]["sweep"] in ("theta", "two_stage")]
 
 
 # What `make figures` and the book draw: figure name -> (what it needs, how to draw it).
@@ -353,16 +353,21 @@ FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "learning_curves": lambda records: learning_curves(records["lorapar-seed0"]),
     "stage_accuracy": lambda records: stage_accuracy(two_stage_records(records)),
 }
+# Those that also take the records of the longer profile.
+LONGER = ("stability", "theta_curve")
 
 
-def save_all(records: dict[str, Record], folder: Path) -> list[Path]:
-    """Draw every figure whose records are there, as SVG, PDF and PNG; the same records give the same bytes."""
+def save_all(records: dict[str, Record], joined: dict[str, Record], folder: Path) -> list[Path]:
+    """Draw every figure whose records are there, as SVG, PDF and PNG; the same records give the same bytes.
+
+    `joined` are `records` with those of the longer profile (see `records.with_longer`), for the figures in `LONGER`.
+    """
     use_style()
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, draw in FIGURES.items():
         try:
-            figure = draw(records)
+            figure = draw(joined if name in LONGER else records)
         except KeyError as missing:
             print(f"{name}: skipped, there is no record {missing}")
             continue
@@ -377,17 +382,17 @@ def save_all(records: dict[str, Record], folder: Path) -> list[Path]:
 def main(arguments: list[str] | None = None) -> int:
     """`python -m lorapar_utils.plots results/cpu figures`: regenerate every figure from records.
 
-    Records of the longer profile (`results/cpu-full`) join them where there are any.
+    The theta curve and stability also take those of the longer profile (`results/cpu-full`).
     """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("records", type=Path)
     parser.add_argument("figures", type=Path)
     chosen = parser.parse_args(arguments)
-    records = with_longer(read_records(chosen.records), chosen.records.name)
+    records = read_records(chosen.records)
     if not records:
         print(f"{chosen.records}: no records; run `make book` and `make publish` first", file=sys.stderr)
         return 2
-    for path in save_all(records, chosen.figures):
+    for path in save_all(records, with_longer(records, chosen.records.name), chosen.figures):
         print(path)
     return 0
 

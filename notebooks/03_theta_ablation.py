@@ -39,7 +39,7 @@ from lorapar_utils import phases
 chosen = [
     (name, seed)
     for name, seed in settings.experiment_runs()
-    if settings.experiments[name].stages[:1] == ("sft",) and settings.experiments[name].sweep != "voting"
+    if settings.experiments[name].stages[:1] == ("sft",) and settings.experiments[name].sweep in ("theta", "two_stage")
 ]
 own = {record.name: record for record in (phases.experiment(settings, name, seed) for name, seed in chosen)}
 records = plots.stage1_records(evidence(settings) | own)
