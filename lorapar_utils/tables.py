@@ -207,7 +207,7 @@ SPLITS = {
 def voting_table(records: Iterable[Record]) -> pd.DataFrame:
     """Table 1 at our scale: stage 1 accuracy by how the examples were split, and the gap to a random split.
 
-    The gap is paired over test items (each its mean over the seeds) with a 95 % bootstrap interval over items.
+    The gap is paired over test items (each its mean over the seeds in common) with a 95 % bootstrap interval over items.
     """
     published = {row["strategy"]: row["accuracy"] for row in paper("table1_data_classification")}
     runs: dict[str, list[Record]] = {}
@@ -237,7 +237,11 @@ def voting_table(records: Iterable[Record]) -> pd.DataFrame:
 def _gap(runs: list[Record], control: list[Record], system: int | None) -> str:
     if not control or runs is control:
         return "–"
-    first, second = (mean_outcomes(side, "stage1", system) for side in (runs, control))
+    seeds = {run.run["seed"] for run in runs} & {run.run["seed"] for run in control}
+    paired = ([run for run in side if run.run["seed"] in seeds] for side in (runs, control))
+    first, second = (mean_outcomes(side, "stage1", system) for side in paired)
+    if not first:
+        return "no seed in common"
     gap = statistics.mean([first[key] - second[key] for key in sorted(first.keys() & second.keys())])
     return f"{100 * gap['value']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}], n = {gap['n']}"
 
