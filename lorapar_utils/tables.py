@@ -207,7 +207,7 @@ SPLITS = {
 def voting_table(records: Iterable[Record]) -> pd.DataFrame:
     """Table 1 at our scale: stage 1 accuracy by how the examples were split, and the gap to a random split.
 
-    The gap is paired over test items (each its mean over the seeds in common) with a 95 % bootstrap interval over items.
+    The gap is paired over test items, each its mean over the seeds in common, with a 95 % bootstrap interval.
     """
     published = {row["strategy"]: row["accuracy"] for row in paper("table1_data_classification")}
     runs: dict[str, list[Record]] = {}
