@@ -12,11 +12,12 @@ from lorapar_utils import data, statistics
 from lorapar_utils.encoding import prompt_text
 from lorapar_utils.errors import InputError
 from lorapar_utils.generation import complete
+from lorapar_utils.humaneval import score_humaneval
 from lorapar_utils.records import Record, new_record
 from lorapar_utils.rewards import answers_match, extract_answer, mentions
 from lorapar_utils.settings import Settings
 
-BENCHMARKS = ("pool", "gsm8k")
+BENCHMARKS = ("pool", "gsm8k", "humaneval")
 
 
 def evaluate(
@@ -32,7 +33,8 @@ def evaluate(
     Parameters
     ----------
     benchmark
-        `pool` (System 1 and System 2 apart, by construction) or `gsm8k` (needs `pool.source: gsm8k`'s data).
+        `pool` (System 1 and System 2 apart, by construction), `gsm8k` (needs `pool.source: gsm8k`'s data), or
+        `humaneval` (pass@1 of its 164 problems, all of them `test`; needs `evaluation.run_model_code`).
     split
         `test`, once, at the end; `validation` to choose anything.
 
@@ -45,6 +47,11 @@ def evaluate(
     started = time.time()
     if benchmark not in BENCHMARKS:
         raise InputError(f"benchmark: {benchmark!r} is not one of {', '.join(BENCHMARKS)}")
+    if benchmark == "humaneval":
+        items = score_humaneval(model, tokenizer, settings)
+        fields = {"accuracy": "correct", "truncated": "truncated"}
+        metrics = {key: statistics.proportion([item[field] for item in items]) for key, field in fields.items()}
+        return new_record("humaneval", settings, metrics=metrics, items=items, seconds=time.time() - started)
     source = {"pool": settings.pool.source, "gsm8k": "gsm8k"}[benchmark]
     pool = data.load_pool(settings.changed(pool={"source": source}))
     examples = [row for row in pool if row["split"] == split]

@@ -245,6 +245,7 @@ class EvaluationSection(Section):
     pass_k_prompts: Positive
     watch_prompts: Annotated[int, Field(ge=0)]
     watch_every: Positive
+    run_model_code: bool
 
 
 class ExperimentSection(Section):

