@@ -28,8 +28,9 @@ def scoreboard(records: dict[str, Record], claims: list[dict] | None = None) -> 
     rows = []
     for claim in load_claims() if claims is None else claims:
         verdict, effect, n = judge(claim, records)
+        shown = "–" if n is None else f"{n:,}"
         rows.append(
-            {"claim": claim["claim"], "paper": claim["paper"], "verdict": verdict, "effect": effect, "n": n or "–"}
+            {"claim": claim["claim"], "paper": claim["paper"], "verdict": verdict, "effect": effect, "n": shown}
         )
     return pd.DataFrame(rows)
 
