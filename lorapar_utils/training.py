@@ -13,10 +13,11 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import PartialState
-from peft import PeftModel
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.models import unwrap_model_for_generation
@@ -338,10 +339,16 @@ def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[di
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_MarkFinished)
     finished = _finished(Path(trainer.args.output_dir))
+    last = TrainerState.load_from_json(finished[-1] / TRAINER_STATE_NAME) if finished else TrainerState()
     try:
         # Autocast multiplies adapters in bf16 anyway; PEFT's casts of their inputs to fp32 and back cost time only.
         with disable_input_dtype_casting(trainer.model, active=trainer.args.bf16):
-            trainer.train(resume_from_checkpoint=str(finished[-1]) if finished else None)
+            if finished and last.global_step >= last.max_steps:
+                # Nothing is left to train, and a trainer that is told its number of steps would make one more.
+                set_peft_model_state_dict(trainer.model, load_peft_weights(str(finished[-1])))
+                trainer.state = last
+            else:
+                trainer.train(resume_from_checkpoint=str(finished[-1]) if finished else None)
     finally:
         optimizer.release()
         drop_trl_head(base)

@@ -141,6 +141,16 @@ def test_a_stage_killed_at_random_moments_ends_as_if_it_had_not_been(stage, tmp_
     assert killed >= 5 and resumed >= 3
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_stage_killed_after_its_last_checkpoint_trains_no_step_more(stage, tmp_path):
+    model, _, history = train(stage, tmp_path)
+    assert training._finished(tmp_path)[-1].name == f"checkpoint-{STEPS[stage]}"
+    again, _, read_back = train(stage, tmp_path)
+    assert weights_hash(again) == weights_hash(model) and read_back == history
+    # Nor do the hooks of the stage's optimizer outlive it.
+    assert not any(p._backward_hooks for p in again.parameters())
+
+
 def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path):
     model, _, _ = train("sft", tmp_path)
     for mark in tmp_path.glob("checkpoint-*/finished"):
