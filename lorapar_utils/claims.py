@@ -8,7 +8,7 @@ import yaml
 
 from lorapar_utils import statistics
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, mean_outcomes
+from lorapar_utils.records import Record, common_seeds, mean_outcomes
 from lorapar_utils.settings import project_root
 
 # What a test compares, and with what weight each side enters its effect.
@@ -62,16 +62,15 @@ def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None
     runs = [_named(records, side["record"]) for side in sides]
     if not all(runs):
         return "not run", "no record", None
-    # Seed by seed where all sides have seeds in common: a seed of one side alone would not be paired.
-    seeds = set.intersection(*({record.run["seed"] for record in its} for its in runs))
-    paired = [[record for record in its if record.run["seed"] in seeds or not seeds] for its in runs]
+    paired = common_seeds(runs)
     outcomes = [mean_outcomes(p, s["stage"], s.get("system")) for p, s in zip(paired, sides, strict=True)]
     common = sorted(set.intersection(*map(set, outcomes)))
     if not common:
-        return "not run", "no common items", None
+        return "not run", "no seed or no item in common", None
     gap = statistics.mean([sum(w * its[i] for w, its in zip(weights, outcomes, strict=True)) for i in common])
     effect = f"{100 * gap['value']:+.1f} points [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"
-    effect += f", {len(seeds)} seed{'s' if len(seeds) > 1 else ''}" if seeds else ", seeds not paired"
+    seeds = len({record.run["seed"] for record in paired[0]})
+    effect += f", {seeds} seed{'s' if seeds > 1 else ''}"
     if gap["n"] < claim["min_n"]:
         return "inconclusive", effect, gap["n"]
     if gap["low"] <= test["margin"] <= gap["high"]:

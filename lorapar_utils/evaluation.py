@@ -48,10 +48,12 @@ def evaluate(
     if benchmark not in BENCHMARKS:
         raise InputError(f"benchmark: {benchmark!r} is not one of {', '.join(BENCHMARKS)}")
     if benchmark == "humaneval":
+        if split != "test":
+            raise InputError(f"split = {split!r}: HumanEval has none but test; choose settings on another benchmark")
         items = score_humaneval(model, tokenizer, settings)
         fields = {"accuracy": "correct", "truncated": "truncated"}
         metrics = {key: statistics.proportion([item[field] for item in items]) for key, field in fields.items()}
-        return new_record("humaneval", settings, metrics=metrics, items=items, seconds=time.time() - started)
+        return new_record("humaneval-test", settings, metrics=metrics, items=items, seconds=time.time() - started)
     source = {"pool": settings.pool.source, "gsm8k": "gsm8k"}[benchmark]
     pool = data.load_pool(settings.changed(pool={"source": source}))
     examples = [row for row in pool if row["split"] == split]

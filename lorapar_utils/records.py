@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -139,6 +139,12 @@ def evidence(settings: Settings) -> dict[str, Record]:
 def with_longer(own: dict[str, Record], profile: str) -> dict[str, Record]:
     """`own` records, joined by those that `<profile>-full` published: other experiments, and more seeds of the same."""
     return {record.name: record for record in published_records(f"{profile}-full")} | own
+
+
+def common_seeds(sides: Sequence[Sequence[Record]]) -> list[list[Record]]:
+    """Each side's records at the seeds that all sides have: a seed of one side alone could not be paired."""
+    seeds = set.intersection(*({record.run["seed"] for record in side} for side in sides))
+    return [[record for record in side if record.run["seed"] in seeds] for side in sides]
 
 
 def mean_outcomes(records: Iterable[Record], stage: str, system: int | None = None) -> dict[str, float]:

@@ -406,6 +406,8 @@ def _with_grids(experiments: dict, grids: list[dict], where: str) -> dict:
     for grid in grids:
         if missing := {"name", "title", "over"} - set(grid):
             raise InputError(f"{where}: grids: {grid} lacks {', '.join(sorted(missing))}")
+        if loose := [key for key, values in grid["over"].items() if not isinstance(values, list)]:
+            raise InputError(f"{where}: grids: {grid['name']}: over.{loose[0]} is no list; write [a, b, …]")
         common = {key: value for key, value in grid.items() if key not in ("name", "title", "over")}
         for values in itertools.product(*grid["over"].values()):
             chosen = dict(zip(grid["over"], values, strict=True))

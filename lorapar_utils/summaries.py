@@ -167,8 +167,8 @@ def _certain(margins: np.ndarray, truth: np.ndarray) -> list[dict]:
     rows = []
     for kept in (0.1, 0.25, 0.5, 0.75, 1.0):
         chosen = order[: max(1, round(kept * len(order)))]
-        found = _against("accuracy", np.where(margins[chosen] > 0, 2, 1), truth[chosen])
-        rows.append({"kept": kept, "system1_share": float((margins[chosen] <= 0).mean()), **found})
+        accuracy = _against("accuracy", np.where(margins[chosen] > 0, 2, 1), truth[chosen]).get("accuracy")
+        rows.append({"kept": kept, "system1_share": float((margins[chosen] <= 0).mean()), "accuracy": accuracy})
     return rows
 
 

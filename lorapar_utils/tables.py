@@ -6,7 +6,7 @@ import pandas as pd
 import yaml
 
 from lorapar_utils import statistics
-from lorapar_utils.records import Record, mean_outcomes
+from lorapar_utils.records import Record, common_seeds, mean_outcomes
 from lorapar_utils.settings import project_root
 
 
@@ -193,6 +193,20 @@ def order_table(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def certain_table(record: Record) -> pd.DataFrame:
+    """Of the voting record: agreement with construction among the examples with the largest summed margins."""
+    return pd.DataFrame(
+        [
+            {
+                "kept": f"{row['kept']:.0%} most certain",
+                "System 1": f"{100 * row['system1_share']:.0f} %",
+                "agrees with construction": percent(row["accuracy"]),
+            }
+            for row in record.result["tables"]["certain"]
+        ]
+    )
+
+
 # Our strategies beside the paper's rows of Table 1; its second single teacher has no counterpart.
 SPLITS = {
     "split_random": "random partition",
@@ -237,9 +251,7 @@ def voting_table(records: Iterable[Record]) -> pd.DataFrame:
 def _gap(runs: list[Record], control: list[Record], system: int | None) -> str:
     if not control or runs is control:
         return "–"
-    seeds = {run.run["seed"] for run in runs} & {run.run["seed"] for run in control}
-    paired = ([run for run in side if run.run["seed"] in seeds] for side in (runs, control))
-    first, second = (mean_outcomes(side, "stage1", system) for side in paired)
+    first, second = (mean_outcomes(side, "stage1", system) for side in common_seeds([runs, control]))
     if not first:
         return "no seed in common"
     gap = statistics.mean([first[key] - second[key] for key in sorted(first.keys() & second.keys())])

@@ -109,11 +109,8 @@ if record.result["tables"]["reliability"]:
     figure = plots.reliability(record)
 
 # %%
-certain = pd.DataFrame(record.result["tables"]["certain"])
-certain["kept"] = certain["kept"].map("{:.0%} most certain".format)
-certain["accuracy"] = certain["accuracy"].map(tables.percent)
 print("Summed margins, AUC:", tables.number(metrics.get("auc/margins")))
-certain.round(2).set_index("kept")
+tables.certain_table(record)
 
 # %% [markdown]
 # ## Who is asked, and how

@@ -96,7 +96,7 @@ figure = plots.concentration(record)
 # index above says that they differ only as far as it lies below that of one system with itself. Run by the `cpu-full` profile; its
 # published record is shown where this run has none of its own.
 
-# %% mystnb={"image": {"alt": "Three panels against the number of scored examples, by system: rank correlation of elements, of matrix means, and Jaccard index, for two samples of examples and for two adapters."}, "figure": {"caption": "The curves level off where more examples stop changing the selection. An element's importance hangs on the draw of its adapter, a matrix's does not.", "name": "fig-stability"}}
+# %% mystnb={"image": {"alt": "Three panels against the number of scored examples, by system: rank correlation of elements, of matrix means, and Jaccard index, for two samples of examples and for two adapters."}, "figure": {"caption": "The curves level off where more examples stop changing the selection. Where the crosses lie far below the lines, importance hangs on the draw of the adapter.", "name": "fig-stability"}}
 rows = phases.stability(settings)
 if rows:
     write_record(summaries.stability_record(rows, settings), records / "stability.json")

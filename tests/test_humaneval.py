@@ -37,6 +37,8 @@ def allowed(**more):
 def test_model_written_code_is_not_run_unasked():
     with pytest.raises(InputError, match="evaluation.run_model_code = false: HumanEval runs code that the model wrote"):
         evaluation.evaluate(Answering(), Letters(), "humaneval", load_profile("smoke"))
+    with pytest.raises(InputError, match="split = 'validation': HumanEval has none but test"):
+        evaluation.evaluate(Answering(), Letters(), "humaneval", allowed(), split="validation")
 
 
 @pytest.mark.parametrize(

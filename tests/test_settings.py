@@ -57,6 +57,8 @@ def test_a_grid_is_one_experiment_for_each_combination(project):
         written(name="{rank}")
     with pytest.raises(InputError, match="mine.yaml: grids: 'QKV' is there twice"):
         written(name="{modules}")
+    with pytest.raises(InputError, match="over.theta is no list"):
+        written(over={"theta": 0.5})
     with pytest.raises(InputError, match="experiments.QKV_2.theta = 2"):
         written(over={"modules": ["QKV"], "theta": [2]})
     # A profile with experiments of its own takes over neither those of the profile that it extends, nor its grids.

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lorapar_utils import phases, plots, summaries
+from lorapar_utils import phases, plots, summaries, tables
 from lorapar_utils.partition import build_partition
 from lorapar_utils.settings import load_profile
 
@@ -34,6 +34,15 @@ def test_voting_record_counts_who_is_right_and_where_margins_are_sure():
     assert certain[0.5] == 1.0 and certain[1.0] == 0.5
     # 20 x 20 pairs of a System 2 and a System 1 example: the sure ones are in order, the unsure among themselves are not.
     assert record.metric("auc/margins")["value"] == pytest.approx(0.75)
+
+
+def test_votes_without_margins_leave_their_tables_empty():
+    """As those of servers and files: the notebook then shows empty tables."""
+    pool = voted([[1.0, 1.0, 1.0], [-1.0, -1.0, 1.0]] * 4, [4, 0] * 4)
+    bare = pool.remove_columns([name for name in pool.column_names if name.startswith("margin_")])
+    record = summaries.voting_record(bare, load_profile("smoke"))
+    assert record.result["tables"]["certain"] == [] and "auc/margins" not in record.result["metrics"]
+    assert tables.certain_table(record).empty
 
 
 def test_importance_record_gives_the_overlap_that_chance_would():
