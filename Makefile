@@ -21,6 +21,7 @@ lab: $(VENV)/.installed
 
 figures: $(VENV)/.installed
 	@$(PY) -m lorapar_utils.plots results/$(PROFILE) figures
+	@$(PY) -m lorapar_utils.exports results/$(PROFILE) tables
 
 bench: $(VENV)/.installed
 	$(PY) benchmarks/scoring.py

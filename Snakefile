@@ -14,8 +14,8 @@ RUNS = f"runs/{PROFILE}"
 PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar -k python3"
 EXPERIMENTS = [f"{name}-seed{seed}" for name, seed in SETTINGS.experiment_runs()]
 PHASES = ["01_voting", "02_importance", "03_theta_ablation", "04_two_stage", "05_benchmarks", "06_claims"]
-# The longer runs that pages show beside this one's.
-LONGER = sorted({*glob("results/cpu-full/*.json"), *glob(f"results/{PROFILE}-full/*.json")})
+# The longer and varied runs that pages show beside this one's.
+LONGER = sorted({*glob("results/cpu-*/*.json"), *glob(f"results/{PROFILE}-*/*.json")})
 PROFILE_FILES = [str(path.relative_to(project_root())) for path in profile_files(PROFILE)]
 
 
@@ -26,7 +26,7 @@ def code(*modules):
 SHOW = code("notebook", "plots", "tables", "statistics")
 VOTE = code("models", "voting", "teachers", "label_scores", "bundles", "summaries", "notebook", "plots", "tables")
 SCORE = code("phases", "models", "voting", "encoding", "importance", "partition", "summaries", "notebook", "plots")
-TRAIN = code("phases", "models", "voting", "encoding", "importance", "partition", "optim", "bundles", "answer_head", "generation", "training", "rewards", "evaluation")
+TRAIN = code("phases", "models", "voting", "encoding", "importance", "partition", "optim", "bundles", "answer_head", "generation", "training", "rewards", "evaluation", "harness", "humaneval", "sandbox")
 
 
 # What every notebook job is told; in `params`, so that a change of one reruns what it concerns.

@@ -15,7 +15,7 @@ import nbformat
 import pandas as pd
 
 from lorapar_utils import claims, plots, tables
-from lorapar_utils.records import Record, evidence, read_records
+from lorapar_utils.records import Record, companions, evidence, read_records
 from lorapar_utils.settings import Settings, load_profile, project_root
 
 EXTRAS = ("_config.yml", "_toc.yml", "references.bib", "claims.yaml")
@@ -92,7 +92,7 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
         return "not measured" if found is None else f"{found['value']:.{digits}f}"
 
     makers = {
-        "claims": lambda: claims.scoreboard(evidence(settings)),
+        "claims": lambda: claims.scoreboard(evidence(settings) | companions(settings.profile)),
         "stages": lambda: tables.stage_table(plots.two_stage_records(records)),
         "status": lambda: status_table(records),
     }

@@ -36,6 +36,7 @@ HUB = {
     "open-platypus": "garage-bAInd/Open-Platypus",
     "codealpaca-20k": "sahil2801/CodeAlpaca-20k",
 }
+HUB_CONFIG = {"gsm8k": "main"}
 
 
 def load_pool(settings: Settings) -> datasets.Dataset:
@@ -91,6 +92,8 @@ def _builtin(pool: PoolSection) -> list[dict]:
             _sums(pool.seed, 2),
             _sums(pool.seed, 3),
         ]
+        if pool.running_totals:
+            tasks.append(_links(pool.seed))
         if system == 2:
             tasks = [_sums(pool.seed, 4), _sums(pool.seed, 5)]
         examples = _take_distinct(_round_robin(tasks), wanted)
@@ -172,6 +175,15 @@ def _sums(seed: int, terms: int) -> Iterator[dict]:
         yield _example("sum", f"What is {expression}?", item["answer"], _running_totals(expression))
 
 
+def _links(seed: int) -> Iterator[dict]:
+    """Single steps of longer sums, as they occur there: a running total and a one-digit term."""
+    choose = random.Random(seed)
+    for chain in _sums(seed + 1, 5):
+        step = choose.choice(chain["solution"].splitlines()[1:-1])
+        question, answer = step.split(" = ")
+        yield _example("link", f"What is {question}?", answer, [step])
+
+
 def _running_totals(expression: str) -> list[str]:
     total, *rest = expression.split()
     value = int(total)
@@ -209,27 +221,45 @@ def _external(pool: PoolSection) -> list[dict]:
 
 
 def _raw_splits(pool: PoolSection) -> Iterator[tuple[str, datasets.Dataset]]:
+    repository, config = HUB[pool.source], HUB_CONFIG.get(pool.source)
     if pool.path is None:
-        loaded = datasets.load_dataset(HUB[pool.source], "main" if pool.source == "gsm8k" else None)
-        yield from loaded.items()
+        yield from datasets.load_dataset(repository, config).items()
         return
-    folder = Path(pool.path).expanduser()
-    files = {
+    for split, table in read_tables("pool.path", pool.path, repository, config).items():
+        yield ("test" if split == "test" else "train"), table
+
+
+def read_tables(field: str, folder: str, repository: str, config: str | None) -> dict[str, datasets.Dataset]:
+    """The splits of a local folder in the layout of a hub repository: its files, or those of `config` in it.
+
+    Parameters
+    ----------
+    field
+        The setting that named the folder, for error messages.
+
+    Raises
+    ------
+    InputError
+        No such folder, no table in it, or a file that cannot be read.
+    """
+    root = Path(folder).expanduser()
+    if config and (root / config).is_dir():
+        root = root / config
+    found = {
         path.stem.split("-0")[0].split("_")[0]: path
-        for path in sorted(folder.rglob("*"))
+        for path in sorted(root.rglob("*"))
         if path.suffix in {".json", ".jsonl", ".parquet"}
     }
-    if not files:
-        raise InputError(
-            f"pool.path: {folder} holds no .json, .jsonl or .parquet file; put {HUB[pool.source]}'s files there"
-        )
-    for stem, path in files.items():
+    if not found:
+        raise InputError(f"{field}: {root} holds no .json, .jsonl or .parquet file; put {repository}'s files there")
+    tables = {}
+    for split, path in found.items():
         kind = "parquet" if path.suffix == ".parquet" else "json"
         try:
-            loaded = datasets.load_dataset(kind, data_files=str(path), split="train")
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-            raise InputError(f"pool.path: {path} is not readable {kind}: {error}") from None
-        yield ("test" if stem == "test" else "train"), loaded
+            tables[split] = datasets.load_dataset(kind, data_files=str(path), split="train")
+        except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
+            raise InputError(f"{field}: {path} is not readable {kind}: {error or 'it is empty'}") from None
+    return tables
 
 
 def _assign_splits(rows: list[dict], pool: PoolSection) -> list[dict]:

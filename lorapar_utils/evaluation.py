@@ -1,4 +1,4 @@
-"""Accuracy of a model on the pool and on GSM8K: greedy pass@1, sampled pass@k (paper, section 4)."""
+"""Accuracy of a model on the pool, GSM8K, MMLU and HumanEval: greedy, and sampled pass@k (paper, section 4)."""
 
 import time
 from collections.abc import Sequence
@@ -12,12 +12,13 @@ from lorapar_utils import data, statistics
 from lorapar_utils.encoding import prompt_text
 from lorapar_utils.errors import InputError
 from lorapar_utils.generation import complete
+from lorapar_utils.harness import LeanLM, score_harness
 from lorapar_utils.humaneval import score_humaneval
 from lorapar_utils.records import Record, new_record
 from lorapar_utils.rewards import answers_match, extract_answer, mentions
 from lorapar_utils.settings import Settings
 
-BENCHMARKS = ("pool", "gsm8k", "humaneval")
+BENCHMARKS = ("pool", "gsm8k", "mmlu", "humaneval")
 
 
 def evaluate(
@@ -33,33 +34,68 @@ def evaluate(
     Parameters
     ----------
     benchmark
-        `pool` (System 1 and System 2 apart, by construction), `gsm8k` (needs `pool.source: gsm8k`'s data), or
-        `humaneval` (pass@1 of its 164 problems, all of them `test`; needs `evaluation.run_model_code`).
+        `pool` (System 1 and System 2 apart, by construction, in the layout that training teaches), or what `lm-eval`
+        defines as `gsm8k` (few-shot, generative) and `mmlu` (few-shot, the likeliest of four letters), or `humaneval`
+        (pass@1 of its 164 problems; needs `evaluation.run_model_code`).
     split
-        `test`, once, at the end; `validation` to choose anything.
+        `test`, once, at the end; `validation`, which only the pool has, to choose anything.
 
     Returns
     -------
     Record
-        Metrics `accuracy` and `truncated` (completions that never ended), for the pool also `system1` and
-        `system2`; items: one outcome an example.
+        Metrics of `benchmark_metrics`; items: one outcome an example.
     """
     started = time.time()
+    items = benchmark_items(model, tokenizer, benchmark, settings, split=split)
+    metrics = benchmark_metrics(benchmark, items)
+    return new_record(f"{benchmark}-{split}", settings, metrics=metrics, items=items, seconds=time.time() - started)
+
+
+def benchmark_items(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmark: str,
+    settings: Settings,
+    *,
+    split: str = "test",
+) -> list[dict]:
+    """One outcome an example of `evaluate`: `id`, `task`, `completion`, `correct`, `truncated`, …"""
     if benchmark not in BENCHMARKS:
         raise InputError(f"benchmark: {benchmark!r} is not one of {', '.join(BENCHMARKS)}")
+    if benchmark == "pool":
+        examples = [row for row in data.load_pool(settings) if row["split"] == split]
+        return score_greedy(model, tokenizer, examples, settings)
+    if split != "test":
+        raise InputError(
+            f"split = {split!r}: {benchmark} is scored on test only; choose settings on the pool's validation"
+        )
     if benchmark == "humaneval":
-        if split != "test":
-            raise InputError(f"split = {split!r}: HumanEval has none but test; choose settings on another benchmark")
-        items = score_humaneval(model, tokenizer, settings)
-        fields = {"accuracy": "correct", "truncated": "truncated"}
-        metrics = {key: statistics.proportion([item[field] for item in items]) for key, field in fields.items()}
-        return new_record("humaneval-test", settings, metrics=metrics, items=items, seconds=time.time() - started)
-    source = {"pool": settings.pool.source, "gsm8k": "gsm8k"}[benchmark]
-    pool = data.load_pool(settings.changed(pool={"source": source}))
-    examples = [row for row in pool if row["split"] == split]
-    items = score_greedy(model, tokenizer, examples, settings)
-    name = f"{benchmark}-{split}"
-    return new_record(name, settings, metrics=accuracy_metrics(items), items=items, seconds=time.time() - started)
+        return score_humaneval(model, tokenizer, settings)
+    lm = LeanLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.evaluation.batch_size)
+    return score_harness(lm, benchmark, settings)
+
+
+def benchmark_metrics(benchmark: str, items: Sequence[dict]) -> dict[str, dict]:
+    """Metrics of a benchmark's outcomes, each with n and a 95 % interval.
+
+    `accuracy` and `truncated` (completions that never ended) for all; `accuracy_metrics` for the pool; `flexible` (the
+    last number, whatever the layout) for GSM8K; `macro` (the mean over subjects) for MMLU; for HumanEval with several
+    samples of each problem the unbiased `pass@1` and `pass@k`, k the number of samples, over problems.
+    """
+    if benchmark == "pool":
+        return accuracy_metrics(items)
+    fields = {"accuracy": "correct", "truncated": "truncated"} | (
+        {"flexible": "flexible"} if benchmark == "gsm8k" else {}
+    )
+    metrics = {key: statistics.proportion([item[field] for item in items]) for key, field in fields.items()}
+    if benchmark == "mmlu":
+        metrics["macro"] = statistics.macro_average([(item["task"], item["correct"]) for item in items])
+    hits: dict[str, list[bool]] = {}
+    for item in items:
+        hits.setdefault(item["id"], []).append(item["correct"])
+    for k in {1, len(items) // len(hits)} if len(hits) < len(items) else ():
+        metrics[f"pass@{k}"] = statistics.mean([statistics.pass_at_k(sum(h), len(h), k) for h in hits.values()])
+    return metrics
 
 
 def accuracy_metrics(items: Sequence[dict]) -> dict[str, dict]:

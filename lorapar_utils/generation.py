@@ -1,11 +1,12 @@
-"""Completions in batches: a prompt is read once whatever the number of samples, and a finished row leaves the batch.
+"""Completions in batches: what prompts share is read once, and a finished row leaves the batch.
 
-Deviation: not `model.generate`, which prefills every sample of a prompt and decodes a finished row to the end of the
-longest. Equal to it token by token where nothing is drawn (tested); draws are the same distribution.
+Deviation: not `model.generate`, which reads every sample of a prompt, and a beginning that all prompts share, once for
+each row, and decodes a finished row to the end of the longest. Equal to it token by token where nothing is drawn
+(tested); draws are the same distribution.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import PeftModel
@@ -22,6 +23,7 @@ def complete(
     max_new_tokens: int,
     samples: int = 1,
     temperature: float | None = None,
+    stopped: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Completions of each prompt, greedy or drawn.
 
@@ -35,6 +37,8 @@ def complete(
         Completions of each prompt.
     temperature
         Logits are divided by it and a token is drawn (global generator); None takes the likeliest token.
+    stopped
+        Whether a completion so far has ended, beside `ends`; asked after each of its tokens.
 
     Returns
     -------
@@ -42,16 +46,14 @@ def complete(
         `samples` completions of the first prompt, then of the second, …; the end token included, so one without it
         was cut at `max_new_tokens`.
     """
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+    if has_virtual_tokens(model):
         return _generate(model, prompts, ends, max_new_tokens, samples, temperature)
-    ids, mask = _left_padded(prompts, ends[0], model.device)
     ends = torch.tensor(ends, device=model.device)
-    cache = DynamicCache(config=model.config)
     completions: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
     rows = torch.arange(len(completions), device=model.device)
     # As in training: adapters are kept in fp32 and multiplied in the dtype of the base.
     with adapters_in_base_dtype(model):
-        logits = _next(model, ids, mask, cache)
+        logits, mask, cache = _read(model, prompts)
         if samples > 1:
             cache.batch_repeat_interleave(samples)
             logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
@@ -60,6 +62,8 @@ def complete(
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
                 completions[row].append(token)
             going = ~torch.isin(tokens, ends)
+            if stopped is not None:
+                going &= torch.tensor([not stopped(completions[row]) for row in rows.tolist()], device=model.device)
             if step + 1 == max_new_tokens or not going.any():
                 break
             if not going.all():
@@ -70,6 +74,18 @@ def complete(
     return completions
 
 
+@torch.no_grad()
+def next_token_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Logits of the token after each prompt, shape (prompts, vocabulary), in the dtype of the base."""
+    with adapters_in_base_dtype(model):
+        return _read(model, prompts)[0]
+
+
+def has_virtual_tokens(model: PreTrainedModel) -> bool:
+    """Whether an adapter puts trained tokens before each prompt, which only PEFT's own methods know how to do."""
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+
+
 def adapters_in_base_dtype(model: PreTrainedModel):
     """A context in which adapters kept in fp32 are multiplied in the base's dtype, and PEFT casts no input to fp32."""
     low = model.dtype in (torch.bfloat16, torch.float16)
@@ -77,6 +93,22 @@ def adapters_in_base_dtype(model: PreTrainedModel):
     stack.enter_context(torch.autocast(model.device.type, dtype=model.dtype, enabled=low))
     stack.enter_context(disable_input_dtype_casting(model, active=low))
     return stack
+
+
+def _read(model: PreTrainedModel, prompts) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+    """Logits after each prompt, the attention mask of what was read, and the cache; a common beginning is read once."""
+    cache = DynamicCache(config=model.config)
+    # Every prompt keeps a token of its own to be read.
+    shortest = min(map(len, prompts)) - 1
+    shared = next((i for i in range(shortest) if len({prompt[i] for prompt in prompts}) > 1), shortest)
+    shared = shared if len(prompts) > 1 else 0
+    ids, mask = _left_padded([prompt[shared:] for prompt in prompts], 0, model.device)
+    if shared:
+        beginning = torch.tensor([prompts[0][:shared]], device=model.device)
+        _next(model, beginning, torch.ones_like(beginning), cache)
+        cache.batch_repeat_interleave(len(prompts))
+        mask = torch.cat([mask.new_ones(len(prompts), shared), mask], 1)
+    return _next(model, ids, mask, cache), mask, cache
 
 
 def _left_padded(prompts, filler: int, device) -> tuple[torch.Tensor, torch.Tensor]:

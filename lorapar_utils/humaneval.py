@@ -26,7 +26,6 @@ def score_humaneval(
     tokenizer: PreTrainedTokenizerBase,
     settings: Settings,
     *,
-    samples: int = 0,
     problems: Sequence[str] | None = None,
 ) -> list[dict]:
     """Each problem's completions, run against its tests in the sandbox.
@@ -34,16 +33,15 @@ def score_humaneval(
     Parameters
     ----------
     settings
-        `evaluation.run_model_code` has to allow it; `max_new_tokens`, `batch_size`; `seed` fixes what is drawn.
-    samples
-        Completions of each problem drawn at temperature 0.8; 0 is one greedy completion.
+        `evaluation.run_model_code` has to allow it; `evaluation.humaneval`, `batch_size`; `seed` fixes what is drawn.
     problems
         Task ids such as `HumanEval/0`; None: all 164.
 
     Returns
     -------
     list of dict
-        One a completion: `id`, `completion`, `correct`, `reason` (why not), `truncated`.
+        One a completion: `id`, `task`, `completion`, `correct`, `reason` (why not), `truncated`. One a problem, greedy,
+        or `evaluation.humaneval.samples` of each, drawn at temperature 0.8.
 
     Raises
     ------
@@ -62,6 +60,7 @@ def score_humaneval(
     chosen = [known[name] for name in problems or known]
     prompts = [tokenizer(problem["prompt"].rstrip()).input_ids for problem in chosen]
     ends = tokenizer.eos_token_id
+    samples = settings.evaluation.humaneval.samples
     torch.manual_seed(settings.seed)
     completions = []
     size = max(1, settings.evaluation.batch_size // max(1, samples))
@@ -70,9 +69,11 @@ def score_humaneval(
             model.eval(),
             prompts[start : start + size],
             ends=[ends],
-            max_new_tokens=settings.evaluation.max_new_tokens,
+            max_new_tokens=settings.evaluation.humaneval.max_new_tokens,
             samples=max(1, samples),
             temperature=0.8 if samples else None,
+            # As soon as the next statement shows, whatever is written after it.
+            stopped=lambda tokens: NEXT_STATEMENT.search(tokenizer.decode(tokens[-8:])) is not None,
         )
     items = []
     for number, tokens in enumerate(tqdm(completions, desc="sandbox", leave=False)):
@@ -83,6 +84,7 @@ def score_humaneval(
         items.append(
             {
                 "id": problem["task_id"],
+                "task": "humaneval",
                 "completion": body,
                 "correct": verdict.passed,
                 "reason": "" if verdict.passed else verdict.reason,

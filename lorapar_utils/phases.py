@@ -5,7 +5,9 @@ The phase before these, votes and the split they make, is `splits`.
 
 import itertools
 import json
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -194,6 +196,7 @@ class _Stages:
             "active": active / sum(mask.numel() for mask in masks.values()),
             "elements": sum(mask.numel() for mask in masks.values()),
             "train_seconds": round(trained - began, 1),
+            "peak_bytes": _peak_bytes(),
             **self._score(model, tokenizer),
         }
 
@@ -249,7 +252,19 @@ class _Stages:
         if "grpo" in self.spec.stages and validation:
             chosen = validation[: self.settings.evaluation.pass_k_prompts]
             outcome["pass"] = evaluation.pass_at(model, tokenizer, chosen, self.settings)
+        outcome["benchmarks"] = {
+            name: evaluation.benchmark_items(model, tokenizer, name, self.settings)
+            for name in self.settings.evaluation.benchmarks
+        }
         return outcome | {"score_seconds": round(time.time() - began, 1)}
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process has held so far: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _experiment_record(settings, spec, name: str, outcomes: dict[str, dict], jaccard: dict) -> Record:
@@ -257,9 +272,14 @@ def _experiment_record(settings, spec, name: str, outcomes: dict[str, dict], jac
     for label, outcome in outcomes.items():
         metrics |= {f"{label}/{key}": value for key, value in evaluation.accuracy_metrics(outcome["items"]).items()}
         metrics |= {f"{label}/{key}": value for key, value in outcome["pass"].items()}
+        for name, found in outcome["benchmarks"].items():
+            scored = evaluation.benchmark_metrics(name, found)
+            metrics |= {f"{label}/{name}/{key}": value for key, value in scored.items()}
+            items += [{"stage": f"{label}/{name}", **item} for item in found]
         if label != "base":
             metrics[f"active/{label}"] = {"value": outcome["active"], "n": outcome["elements"]}
-            metrics[f"{label}/train_seconds"] = {"value": outcome["train_seconds"], "n": 1}
+            for key in ("train_seconds", "peak_bytes"):
+                metrics[f"{label}/{key}"] = {"value": outcome[key], "n": 1}
         tables[f"history_{label}"] = outcome["history"]
         items += [{"stage": label, **item} for item in outcome["items"]]
     if len(outcomes) == 2:
@@ -324,6 +344,8 @@ def _experiment_inputs(settings: Settings, spec) -> dict:
         "encoding",
         "evaluation",
     ]
+    if settings.evaluation.benchmarks:
+        code += ["harness", "humaneval", "sandbox"]
     return inputs_of(
         settings,
         (*code, "models"),

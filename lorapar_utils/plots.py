@@ -326,6 +326,42 @@ def stage_accuracy(records: list[Record]) -> Figure:
     return figure
 
 
+def pareto(records: list[Record]) -> Figure:
+    """Accuracy at the end against active elements, training time and peak memory; the front is drawn.
+
+    One point a method (see `tables.method_runs`), its mean over the seeds, with the 95 % interval over test items.
+    A method of which a cost was not recorded is left out of that panel.
+    """
+    points = tables.cost_points(records)
+    if points.empty:
+        raise KeyError("of a trained method of Tables 4 and 6")
+    looks = {
+        method: {"color": colour, "fmt": MARKERS[i % len(MARKERS)], "capsize": 3, "label": method}
+        for i, (method, colour) in enumerate(zip(points["method"], sns.color_palette("colorblind", 20), strict=False))
+    }
+    panels = [
+        ("active", "active elements in the last stage (log scale)"),
+        ("seconds", "training time, seconds"),
+        ("peak_bytes", "peak memory of the run, GB"),
+    ]
+    figure, all_axes = plt.subplots(1, 3, figsize=(12, 4.2), sharey=True)
+    for axes, (cost, label) in zip(all_axes, panels, strict=True):
+        part = points.dropna(subset=[cost]).sort_values([cost, "value"], ascending=[True, False])
+        scale = 1e9 if cost == "peak_bytes" else 1
+        for row in part.itertuples():
+            errors = [[row.value - row.low], [row.high - row.value]]
+            axes.errorbar(getattr(row, cost) / scale, row.value, yerr=errors, **looks[row.method])
+        if part.empty:
+            axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
+        front = part[part["value"] > part["value"].cummax().shift(fill_value=-1)]
+        axes.step(front[cost] / scale, front["value"], where="post", color="#666666", linewidth=1, zorder=0)
+        axes.set(xlabel=label, ylim=(-0.02, 1.02))
+    all_axes[0].set(xscale="log", ylabel="accuracy at the end (95 % interval)")
+    handles, labels = all_axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="center left", bbox_to_anchor=(0.92, 0.5))
+    return figure
+
+
 def two_stage_records(records: dict[str, Record]) -> list[Record]:
     """Experiments that were trained or scored, the base model first."""
     found = [r for r in records.values() if "stages" in r.run["parameters"]]
@@ -352,9 +388,10 @@ FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "theta_curve": lambda records: theta_curve(stage1_records(records)),
     "learning_curves": lambda records: learning_curves(records["lorapar-seed0"]),
     "stage_accuracy": lambda records: stage_accuracy(two_stage_records(records)),
+    "pareto": lambda records: pareto(list(records.values())),
 }
 # Those that also take the records of the longer profile.
-LONGER = ("stability", "theta_curve")
+LONGER = ("stability", "theta_curve", "pareto")
 
 
 def save_all(records: dict[str, Record], joined: dict[str, Record], folder: Path) -> list[Path]:
@@ -382,7 +419,7 @@ def save_all(records: dict[str, Record], joined: dict[str, Record], folder: Path
 def main(arguments: list[str] | None = None) -> int:
     """`python -m lorapar_utils.plots results/cpu figures`: regenerate every figure from records.
 
-    The theta curve and stability also take those of the longer profile (`results/cpu-full`).
+    The theta curve, stability and the Pareto front also take those of the longer profile (`results/cpu-full`).
     """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("records", type=Path)

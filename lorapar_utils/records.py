@@ -141,6 +141,20 @@ def with_longer(own: dict[str, Record], profile: str) -> dict[str, Record]:
     return {record.name: record for record in published_records(f"{profile}-full")} | own
 
 
+def companions(profile: str) -> dict[str, Record]:
+    """Published records of the profiles that vary `profile` (`<profile>-chains`, …), each as `<its profile>/<name>`.
+
+    The longer profile is not among them: its records join `profile`'s own (see `with_longer`).
+    """
+    folders = [path for path in sorted((project_root() / "results").glob(f"{profile}-*")) if path.is_dir()]
+    return {
+        f"{folder.name}/{name}": record
+        for folder in folders
+        if folder.name != f"{profile}-full"
+        for name, record in read_records(folder).items()
+    }
+
+
 def common_seeds(sides: Sequence[Sequence[Record]]) -> list[list[Record]]:
     """Each side's records at the seeds that all sides have: a seed of one side alone could not be paired."""
     seeds = set.intersection(*({record.run["seed"] for record in side} for side in sides))
@@ -152,7 +166,7 @@ def mean_outcomes(records: Iterable[Record], stage: str, system: int | None = No
     seen: dict[str, list[bool]] = {}
     for record in records:
         for item in record.items:
-            if item["stage"] == stage and system in (None, item["system"]):
+            if item["stage"] == stage and (system is None or item.get("system") == system):
                 seen.setdefault(item["id"], []).append(item["correct"])
     return {key: sum(outcomes) / len(outcomes) for key, outcomes in seen.items()}
 

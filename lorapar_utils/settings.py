@@ -80,6 +80,7 @@ class SplitSizes(Section):
 class PoolSection(Section):
     source: Literal["builtin", "gsm8k", "dolly-15k", "open-platypus", "codealpaca-20k"]
     path: str | None
+    running_totals: bool
     seed: int
     system1: SplitSizes
     system2: SplitSizes
@@ -238,6 +239,24 @@ class GrpoSection(Section):
         return self
 
 
+class Gsm8kSection(Section):
+    path: str | None
+    shots: Annotated[int, Field(ge=0)]
+    items: Positive | None
+    max_new_tokens: Positive
+
+
+class MmluSection(Section):
+    path: str | None
+    shots: Annotated[int, Field(ge=0)]
+    items: Positive | None
+
+
+class HumanEvalSection(Section):
+    max_new_tokens: Positive
+    samples: Annotated[int, Field(ge=0)]
+
+
 class EvaluationSection(Section):
     batch_size: Positive
     max_new_tokens: Positive
@@ -246,6 +265,10 @@ class EvaluationSection(Section):
     watch_prompts: Annotated[int, Field(ge=0)]
     watch_every: Positive
     run_model_code: bool
+    benchmarks: tuple[Literal["gsm8k", "mmlu", "humaneval"], ...]
+    gsm8k: Gsm8kSection
+    mmlu: MmluSection
+    humaneval: HumanEvalSection
 
 
 class ExperimentSection(Section):

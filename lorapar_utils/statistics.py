@@ -28,6 +28,24 @@ def mean(values: Sequence[float]) -> dict:
     return {"value": float(values.mean()), "n": int(values.size), "low": low, "high": high}
 
 
+def macro_average(outcomes: Sequence[tuple[str, bool]]) -> dict:
+    """The mean over groups of the share of True in each, of (group, outcome) pairs.
+
+    n counts outcomes; the 95 % interval is a bootstrap's within the groups (percentile, fixed seed).
+    """
+    groups: dict[str, list[bool]] = {}
+    for group, outcome in outcomes:
+        groups.setdefault(group, []).append(outcome)
+    if not groups:
+        raise InputError("outcomes: none to take a share of")
+    sizes = np.array([len(found) for found in groups.values()])
+    shares = np.array([np.mean(found) for found in groups.values()])
+    # Resampling 0/1 outcomes of one group draws a binomial number of hits.
+    drawn = (np.random.default_rng(0).binomial(sizes, shares, (2000, len(sizes))) / sizes).mean(1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {"value": float(shares.mean()), "n": int(sizes.sum()), "low": float(low), "high": float(high)}
+
+
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict:
     """Mean of `second - first` over the same items: n, 95 % bootstrap interval, McNemar's exact p.
 

@@ -53,6 +53,24 @@ def stage_table(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def gain_table(records: Iterable[Record]) -> pd.DataFrame:
+    """What stage 2 changed over stage 1 by experiment, seed and system: paired, with McNemar's exact p."""
+    return pd.DataFrame(
+        [
+            {
+                "experiment": record.run["parameters"]["title"],
+                "seed": record.run["seed"],
+                "system": system,
+                "gain": percent(gain),
+                "p": round(gain["p_value"], 3),
+            }
+            for record in records
+            for system in (1, 2)
+            if (gain := record.result["metrics"].get(f"gain/system{system}"))
+        ]
+    )
+
+
 def theta_table(records: Iterable[Record]) -> pd.DataFrame:
     """Table 3 at our scale: stage 1 accuracy by modules, theta and selection, the paper's numbers beside it."""
     published = paper("table3_theta")
@@ -107,43 +125,135 @@ def theta_points(records: Iterable[Record]) -> list[dict]:
     ]
 
 
-# The paper's row for (our method, our adapter's init, trained by GRPO too), in its Table 6.
-PUBLISHED = {
-    ("lora", "normal", False): "LoRA",
-    ("olora", "olora", False): "OLoRA",
-    ("pissa", "pissa", False): "PiSSA",
-    ("pissa", "pissa", True): "PiSSA + RL",
-    ("prompt_tuning", "normal", False): "Prompt Tuning",
-    ("p_tuning", "normal", False): "P-Tuning",
-    ("prefix_tuning", "normal", False): "Prefix-Tuning",
-    ("ia3", "normal", False): "IA3",
-    ("lorapar", "normal", True): "LoRA-PAR, LoRA, theta=0.9",
-    ("lorapar", "pissa", True): "LoRA-PAR, PiSSA, theta=0.9",
+# Our rows of Tables 4 and 6: (method, its adapter's init, stages), and the paper's row beside it.
+METHOD_ROWS = {
+    "base model": (("base", None, ()), "LLaMA-2-7B"),
+    "LoRA": (("lora", "normal", ("sft_all",)), "LoRA"),
+    "OLoRA": (("olora", "olora", ("sft_all",)), "OLoRA"),
+    "PiSSA": (("pissa", "pissa", ("sft_all",)), "PiSSA"),
+    "DoRA": (("dora", "normal", ("sft_all",)), None),
+    "Prompt Tuning": (("prompt_tuning", "normal", ("sft_all",)), "Prompt Tuning"),
+    "P-Tuning": (("p_tuning", "normal", ("sft_all",)), "P-Tuning"),
+    "Prefix-Tuning": (("prefix_tuning", "normal", ("sft_all",)), "Prefix-Tuning"),
+    "IA3": (("ia3", "normal", ("sft_all",)), "IA3"),
+    "SHiRA": (("shira", "normal", ("sft_all",)), None),
+    "LoRA + RL": (("lora", "normal", ("sft", "grpo")), "LoRA + RL"),
+    "PiSSA + RL": (("pissa", "pissa", ("sft", "grpo")), "PiSSA + RL"),
+    "LoRA-PAR over LoRA": (("lorapar", "normal", ("sft", "grpo")), "LoRA-PAR, LoRA, theta=0.9"),
+    "LoRA-PAR over OLoRA": (("lorapar", "olora", ("sft", "grpo")), None),
+    "LoRA-PAR over PiSSA": (("lorapar", "pissa", ("sft", "grpo")), "LoRA-PAR, PiSSA, theta=0.9"),
 }
+# The paper's columns beside each of our benchmarks; its MMLU was trained on Dolly-15k.
+PUBLISHED = {"pool": "gsm8k", "gsm8k": "gsm8k", "mmlu": "mmlu_dolly", "humaneval": "humaneval"}
 
 
-def benchmark_table(records: Iterable[Record]) -> pd.DataFrame:
-    """Tables 4 and 6 at our scale: each method after its first and its second stage, beside the paper's GSM8K.
-
-    The paper's columns are epochs: two of SFT, or one of SFT and one of GRPO.
-    """
-    published = {row[0]: row for row in paper("table6_broader_peft")["rows"]}
-    rows = []
+def method_runs(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """The records of each row of Tables 4 and 6, one a seed; importance at theta = 0.9, alpha = beta = 1 only."""
+    rows = {key: title for title, (key, _) in METHOD_ROWS.items()}
+    found: dict[str, dict[int, Record]] = {}
     for record in records:
-        metrics, parameters = record.result["metrics"], record.run["parameters"]
-        key = (parameters["method"], parameters.get("init", "normal"), "grpo" in parameters["stages"])
-        row = published.get(PUBLISHED.get(key) if parameters["stages"] else None, [None, "–", "–"])
+        parameters = record.run["parameters"]
+        if "stages" not in parameters:
+            continue
+        stages = tuple(parameters["stages"])
+        key = (parameters["method"], parameters.get("init", "normal"), stages) if stages else ("base", None, ())
+        usual = [parameters.get(name) for name in ("selection", "theta", "alpha", "beta", "split_by", "panel", "score")]
+        if key not in rows or (key[0] == "lorapar" and usual[:6] != ["importance", 0.9, 1.0, 1.0, None, None]):
+            continue
+        if key[0] == "lorapar" and usual[6] not in (None, "second_order"):
+            continue
+        found.setdefault(rows[key], {}).setdefault(record.run["seed"], record)
+    return {title: list(found[title].values()) for title in METHOD_ROWS if title in found}
+
+
+def benchmark_table(records: Iterable[Record], benchmark: str = "pool") -> pd.DataFrame:
+    """Tables 4 and 6 at our scale: every method on one benchmark, over its seeds, the paper's numbers beside it.
+
+    Ours are accuracies after stage 1, where there are two, and at the end; the paper's are after its two epochs: of
+    SFT, or one of SFT and one of GRPO. The gap to LoRA is paired over test items and seeds. A method without a record
+    reads "not run".
+    """
+    runs = method_runs(records)
+    published = _published(PUBLISHED[benchmark])
+    rows = []
+    for title, (_, row) in METHOD_ROWS.items():
+        found = runs.get(title, [])
+        last = _last(found)
+        ours = [_over_seeds(found, stage, benchmark) for stage in ("stage1", last)]
+        first, second = published.get(row, (None, None))
         rows.append(
             {
-                "method": parameters["title"],
-                "ours, first stage": percent(metrics.get("stage1/accuracy") or metrics.get("base/accuracy")),
-                "ours, second stage": percent(metrics.get("stage2/accuracy")),
-                "paper, GSM8K e1 %": row[1],
-                "paper, GSM8K e2 %": row[2],
-                "seed": record.run["seed"],
+                "method": title,
+                "seeds": len(found),
+                "active": _share(found[0].result["metrics"].get(f"active/{last}")) if found else "–",
+                "ours, after stage 1": ours[0] if last == "stage2" else "–",
+                "ours, at the end": ours[1] if found else "not run",
+                "gap to LoRA": _gap_to_lora(runs, title, benchmark),
+                "paper, epoch 1 %": "–" if first is None else first,
+                "paper, epoch 2 %": "–" if second is None else second,
             }
         )
     return pd.DataFrame(rows)
+
+
+def cost_points(records: Iterable[Record]) -> pd.DataFrame:
+    """One row a trained method: accuracy at the end with interval, active elements, seconds and peak bytes of training.
+
+    Seconds and bytes are means over the seeds; NaN where a record does not have them.
+    """
+    rows = []
+    for title, found in method_runs(records).items():
+        last = _last(found)
+        if last == "base":
+            continue
+        stages = [stage for stage in ("stage1", "stage2") if f"{stage}/accuracy" in found[0].result["metrics"]]
+        active = found[0].metric(f"active/{last}")
+        rows.append(
+            {
+                "method": title,
+                "active": active["value"] * active["n"],
+                "seconds": pd.Series([sum(_value(run, f"{s}/train_seconds") for s in stages) for run in found]).mean(),
+                "peak_bytes": pd.Series([_value(run, f"{last}/peak_bytes") for run in found]).mean(),
+                **statistics.mean(list(mean_outcomes(found, last).values())),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _value(record: Record, metric: str) -> float:
+    return record.result["metrics"].get(metric, {"value": float("nan")})["value"]
+
+
+def _published(column: str) -> dict[str, tuple]:
+    """The paper's two epochs of one benchmark by its row: Table 4, and for GSM8K also Table 6."""
+    main = paper("table4_benchmarks")
+    place = [main["columns"].index(f"{column}_{epoch}") for epoch in ("e1", "e2")]
+    found = {row[0]: tuple(row[i] for i in place) for row in main["rows"]}
+    if column == "gsm8k":
+        found = {row[0]: tuple(row[1:3]) for row in paper("table6_broader_peft")["rows"]} | found
+    return found
+
+
+def _last(runs: list[Record]) -> str:
+    metrics = runs[0].result["metrics"] if runs else {}
+    return next((stage for stage in ("stage2", "stage1") if f"{stage}/accuracy" in metrics), "base")
+
+
+def _stage_of(stage: str, benchmark: str) -> str:
+    """How items name a stage's outcomes on a benchmark."""
+    return stage if benchmark == "pool" else f"{stage}/{benchmark}"
+
+
+def _over_seeds(runs: list[Record], stage: str, benchmark: str) -> str:
+    outcomes = mean_outcomes(runs, _stage_of(stage, benchmark))
+    return percent(statistics.mean(list(outcomes.values())) if outcomes else None)
+
+
+def _gap_to_lora(runs: dict[str, list[Record]], title: str, benchmark: str) -> str:
+    if title == "LoRA" or "LoRA" not in runs or title not in runs:
+        return "–"
+    sides = common_seeds([runs[title], runs["LoRA"]])
+    return _paired([mean_outcomes(side, _stage_of(_last(side), benchmark)) for side in sides])
 
 
 def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
@@ -251,10 +361,16 @@ def voting_table(records: Iterable[Record]) -> pd.DataFrame:
 def _gap(runs: list[Record], control: list[Record], system: int | None) -> str:
     if not control or runs is control:
         return "–"
-    first, second = (mean_outcomes(side, "stage1", system) for side in common_seeds([runs, control]))
-    if not first:
+    return _paired([mean_outcomes(side, "stage1", system) for side in common_seeds([runs, control])])
+
+
+def _paired(sides: list[dict[str, float]]) -> str:
+    """Mean difference of two sides' outcomes over the items in common, with its interval."""
+    first, second = sides
+    common = sorted(first.keys() & second.keys())
+    if not common:
         return "no seed in common"
-    gap = statistics.mean([first[key] - second[key] for key in sorted(first.keys() & second.keys())])
+    gap = statistics.mean([first[key] - second[key] for key in common])
     return f"{100 * gap['value']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}], n = {gap['n']}"
 
 

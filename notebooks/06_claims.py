@@ -18,7 +18,7 @@
 #
 # - **Question.** Which of the paper's claims hold at this scale?
 # - **Paper.** All tables.
-# - **Inputs.** Every record of this profile, published ones of its `-full` profile, and `book/claims.yaml`: claims, comparisons and margins, written down before the run.
+# - **Inputs.** Every record of this profile, published ones of its `-full` profile and its variants (`-chains`), and `book/claims.yaml`: claims, comparisons and margins, written down before the run.
 # - **Outputs.** The scoreboard.
 # - **Cost.** Seconds.
 
@@ -27,7 +27,7 @@ profile = "cpu"  # a file of profiles/, or a path
 
 # %%
 from lorapar_utils import claims, notebook
-from lorapar_utils.records import evidence
+from lorapar_utils.records import companions, evidence
 
 settings = notebook.start(profile=profile)
 
@@ -35,14 +35,14 @@ settings = notebook.start(profile=profile)
 import pandas as pd
 
 pd.set_option("display.max_colwidth", None)
-claims.scoreboard(evidence(settings))
+claims.scoreboard(evidence(settings) | companions(settings.profile))
 
 # %% [markdown]
 # ## How a verdict comes about
 #
 # *Reproduced*: the interval of the paired difference lies beyond the declared margin, or the figure inside the declared range.
 # *Not reproduced*: it lies on the other side. *Inconclusive*: the interval covers the margin, or there are too few items.
-# *Not run*: neither this profile nor a published longer one has such an experiment.
+# *Not run*: neither this profile nor a published longer or varied one has such an experiment.
 #
 # **Try it yourself**
 #

@@ -38,6 +38,18 @@ def test_solutions_are_true_and_have_the_steps_they_claim(pool):
             assert steps[-1].split(" = ")[1] == row["answer"]
 
 
+def test_links_are_the_steps_of_longer_sums_and_share_no_prompt():
+    plain = load_profile("smoke", pool={"system1": {"train": 60, "validation": 10, "test": 10}})
+    rows = list(data.load_pool(plain.changed(pool={"running_totals": True})))
+    links = [row for row in rows if row["task"] == "link"]
+    assert len(links) >= 10 and {row["steps"] for row in links} == {1}
+    # Totals that no sum of two one-digit terms asks for.
+    assert any(not 0 <= int(row["prompt"].split()[2]) <= 9 for row in links)
+    assert all(row["solution"].startswith(row["prompt"][len("What is ") : -1] + " = ") for row in links)
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    assert not any(row["task"] == "link" for row in data.load_pool(plain))
+
+
 def test_same_seed_same_pool_other_seed_another():
     first, again = (list(data.load_pool(load_profile("smoke"))) for _ in range(2))
     other = list(data.load_pool(load_profile("smoke", pool={"seed": 1})))

@@ -3,7 +3,7 @@
 import torch
 from conftest import make_tiny_model
 
-from lorapar_utils.generation import _draw, complete
+from lorapar_utils.generation import _draw, complete, next_token_logits
 
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 8], [12, 13]]
 
@@ -46,3 +46,26 @@ def test_a_token_without_probability_is_never_drawn():
     torch.manual_seed(0)
     logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 2.0, -torch.inf]]).repeat(2000, 1)
     assert set(_draw(logits, 1.0).tolist()) == {1, 3}
+
+
+def test_a_beginning_that_prompts_share_changes_nothing():
+    model = make_tiny_model()
+    beginning = [21, 22, 23, 24]
+    prompts = [beginning + prompt for prompt in PROMPTS] + [beginning]
+    assert complete(model, prompts, ends=[63], max_new_tokens=12) == [
+        generated(model, prompt, 63, 12) for prompt in prompts
+    ]
+    alone = torch.cat([next_token_logits(model, [prompt]) for prompt in prompts])
+    torch.testing.assert_close(next_token_logits(model, prompts), alone)
+
+
+def test_a_prompt_asked_twice_still_has_a_token_to_read():
+    model = make_tiny_model()
+    assert complete(model, [[5, 9], [5, 9]], ends=[63], max_new_tokens=6) == [generated(model, [5, 9], 63, 6)] * 2
+
+
+def test_a_completion_ends_where_it_is_stopped_and_the_others_go_on():
+    model = make_tiny_model()
+    whole = [generated(model, prompt, 63, 12) for prompt in PROMPTS]
+    found = complete(model, PROMPTS, ends=[63], max_new_tokens=12, stopped=lambda tokens: tokens == whole[1][:4])
+    assert found == [whole[0], whole[1][:4], *whole[2:]]

@@ -37,7 +37,7 @@ def allowed(**more):
 def test_model_written_code_is_not_run_unasked():
     with pytest.raises(InputError, match="evaluation.run_model_code = false: HumanEval runs code that the model wrote"):
         evaluation.evaluate(Answering(), Letters(), "humaneval", load_profile("smoke"))
-    with pytest.raises(InputError, match="split = 'validation': HumanEval has none but test"):
+    with pytest.raises(InputError, match="split = 'validation': humaneval is scored on test only"):
         evaluation.evaluate(Answering(), Letters(), "humaneval", allowed(), split="validation")
 
 
@@ -70,11 +70,18 @@ def test_solutions_pass_and_other_answers_do_not(monkeypatch):
 
     monkeypatch.setattr(humaneval, "complete", complete)
     for samples in (0, 2):
-        items = humaneval.score_humaneval(Answering(), Letters(), allowed(), samples=samples, problems=names)
+        items = humaneval.score_humaneval(
+            Answering(), Letters(), allowed(humaneval={"samples": samples}), problems=names
+        )
         assert [item["id"] for item in items] == [name for name in names for _ in range(max(1, samples))]
         assert [item["correct"] for item in items[:: max(1, samples)]] == [True, False] * 3
         assert [item["truncated"] for item in items[:: max(1, samples)]] == [False, True, False, False, False, False]
         assert all(bool(item["reason"]) != item["correct"] for item in items)
+        metrics = evaluation.benchmark_metrics("humaneval", items)
+        assert metrics["accuracy"]["value"] == 0.5
+        assert {key: metrics[key]["value"] for key in metrics if "@" in key} == (
+            {"pass@1": 0.5, "pass@2": 0.5} if samples else {}
+        )
     with pytest.raises(InputError, match="problems: 'HumanEval/200' is not one of HumanEval/0 … HumanEval/163"):
         humaneval.score_humaneval(Answering(), Letters(), allowed(), problems=["HumanEval/200"])
 
@@ -84,7 +91,7 @@ def test_solutions_pass_and_other_answers_do_not(monkeypatch):
 def test_the_packaged_model_is_scored_by_what_its_code_does():
     from lorapar_utils import models
 
-    settings = allowed(max_new_tokens=48)
+    settings = allowed(humaneval={"max_new_tokens": 48})
     model, tokenizer = models.load_base(settings)
     names = [f"HumanEval/{i}" for i in (23, 35, 45, 53)]
     items = humaneval.score_humaneval(model, tokenizer, settings, problems=names)

@@ -2,12 +2,13 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
-from lorapar_utils import claims, statistics, tables
+from lorapar_utils import claims, exports, statistics, tables
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, new_record, read_record, read_records, with_longer, write_record
+from lorapar_utils.records import Record, companions, new_record, read_record, read_records, with_longer, write_record
 from lorapar_utils.settings import load_profile
 
 
@@ -124,6 +125,70 @@ def test_longer_records_join_a_run_by_seed(project):
         "a-seed1": 3,
         "b-seed0": 3,
     }
+
+
+def test_varied_records_keep_their_profile_in_their_name(project):
+    for profile in ("cpu", "cpu-full", "cpu-chains"):
+        write_record(record("a-seed0"), project / "results" / profile / "a-seed0.json")
+    assert list(companions("cpu")) == ["cpu-chains/a-seed0"]
+    where = {"first": {"record": "cpu-chains/a", "stage": "stage1"}, "second": {"record": "a", "stage": "stage1"}}
+    claim = {"claim": "c", "paper": "t", "min_n": 10, "test": {"kind": "greater", "margin": 0.0, **where}}
+    found = {
+        "a-seed0": outcomes("a", "stage1", [False] * 40),
+        "cpu-chains/a-seed0": outcomes("a", "stage1", [True] * 40),
+    }
+    assert claims.judge(claim, found)[0] == "reproduced"
+
+
+def trained(method, seed, stages, right, *, stage="stage1", **more):
+    """A record of a method whose first `right` of 40 test items are correct at the end."""
+    parameters = {"method": method, "init": "normal", "stages": stages, "title": method, "selection": "importance"}
+    parameters |= {"theta": 0.9, "alpha": 1.0, "beta": 1.0, "split_by": None, "panel": None, "sweep": "baseline"} | more
+    items = [{"id": str(i), "stage": stage, "system": 1 + i % 2, "correct": i < right} for i in range(40)]
+    metrics = {f"{stage}/accuracy": statistics.proportion([item["correct"] for item in items])}
+    metrics |= {f"active/{stage}": {"value": 0.4, "n": 100}, f"{stage}/train_seconds": {"value": 5.0, "n": 1}}
+    return record(f"{method}-seed{seed}", items=items, seed=seed, parameters=parameters, **metrics)
+
+
+def test_benchmark_table_pairs_each_method_with_lora_and_names_what_was_not_run():
+    rows = tables.benchmark_table(
+        [
+            trained("lora", 0, ["sft_all"], 20),
+            trained("lora", 1, ["sft_all"], 40),
+            trained("ia3", 0, ["sft_all"], 10),
+            trained("lorapar", 0, ["sft", "grpo"], 30, stage="stage2"),
+            # Ablations of LoRA-PAR are not LoRA-PAR.
+            trained("lorapar", 1, ["sft", "grpo"], 0, stage="stage2", theta=0.5),
+            trained("lorapar", 2, ["grpo", "sft"], 0, stage="stage2"),
+            trained("lorapar", 3, ["sft", "grpo"], 0, stage="stage2", split_by="random"),
+        ]
+    ).set_index("method")
+    assert rows.loc["LoRA", "ours, at the end"].startswith("75.0 %") and rows.loc["LoRA", "seeds"] == 2
+    assert rows.loc["IA3", "gap to LoRA"].startswith("-25.0 [")
+    assert rows.loc["LoRA-PAR over LoRA", "gap to LoRA"].startswith("+25.0 [")
+    assert rows.loc["LoRA-PAR over LoRA", "seeds"] == 1
+    assert rows.loc["PiSSA", "ours, at the end"] == "not run" and rows.loc["PiSSA", "paper, epoch 2 %"] == 33.59
+    costs = tables.cost_points([trained("lora", 0, ["sft_all"], 20)]).iloc[0]
+    assert (costs["active"], costs["seconds"], costs["value"]) == (40.0, 5.0, 0.5) and np.isnan(costs["peak_bytes"])
+
+
+def test_macro_average_weighs_groups_alike():
+    found = statistics.macro_average([("a", True)] * 30 + [("a", False)] * 10 + [("b", False)] * 4)
+    assert found["value"] == 0.375 and found["n"] == 44
+    # Only group a varies: its standard error of 0.068, halved.
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 0.068 / 2, rel=0.2)
+    with pytest.raises(InputError, match="none to take a share of"):
+        statistics.macro_average([])
+
+
+def test_tables_are_exported_in_three_formats(tmp_path):
+    records = {r.name: r for r in [trained("lora", 0, ["sft_all"], 20), trained("a_b&c", 0, ["sft_all"], 20)]}
+    written = {path.name for path in exports.save_all(records, {}, tmp_path)}
+    assert {"table6_methods.html", "table6_methods.csv", "table6_methods.tex", "stages.tex"} <= written
+    latex = (tmp_path / "stages.tex").read_text()
+    assert r"\toprule" in latex and r"a\_b\&c" in latex
+    assert "table7_order.csv" not in written
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_theta_points_count_each_seed_once_and_theta_1_is_all_elements():

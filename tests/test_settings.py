@@ -117,7 +117,7 @@ def test_bad_settings_name_key_value_and_remedy(override, message):
 
 
 def test_unknown_profile_lists_those_there_are():
-    with pytest.raises(InputError, match="no 'gpu'; choose one of cpu, cpu-full, llama2-7b"):
+    with pytest.raises(InputError, match="no 'gpu'; choose one of cpu, cpu-chains, cpu-elsewhere, cpu-full"):
         load_profile("gpu")
 
 
