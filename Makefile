@@ -28,6 +28,7 @@ bench: $(VENV)/.installed
 	$(PY) benchmarks/partition.py
 	$(PY) benchmarks/voting.py
 	$(PY) benchmarks/training.py
+	$(if $(DATA),$(PY) benchmarks/harness.py $(DATA))
 
 publish: $(VENV)/.installed
 	@$(PY) -m lorapar_utils.publish $(PROFILE)

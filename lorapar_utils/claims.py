@@ -24,13 +24,20 @@ def load_claims(path: Path | None = None) -> list[dict]:
 
 
 def scoreboard(records: dict[str, Record], claims: list[dict] | None = None) -> pd.DataFrame:
-    """One row a claim: verdict, effect with interval, n, evidence."""
+    """One row a claim: verdict, effect with interval, n, and the records that it rests on."""
     rows = []
     for claim in load_claims() if claims is None else claims:
         verdict, effect, n = judge(claim, records)
-        shown = "–" if n is None else f"{n:,}"
+        sides = [side["record"] for side in claim["test"].values() if isinstance(side, dict)]
         rows.append(
-            {"claim": claim["claim"], "paper": claim["paper"], "verdict": verdict, "effect": effect, "n": shown}
+            {
+                "claim": claim["claim"],
+                "paper": claim["paper"],
+                "verdict": verdict,
+                "effect": effect,
+                "n": "–" if n is None else f"{n:,}",
+                "records": ", ".join(dict.fromkeys(sides)) or "–",
+            }
         )
     return pd.DataFrame(rows)
 

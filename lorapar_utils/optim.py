@@ -14,9 +14,10 @@ class ActiveAdamW(torch.optim.Optimizer):
     Deviation from the paper's script, which zeroes gradients under a dense AdamW: there decoupled weight decay
     and old momentum still move "frozen" elements. Here inactive elements are never written.
 
-    Each step gathers the active elements of every parameter, applies `torch.optim.adamw.adamw` to them and writes
-    them back, so active elements follow `torch.optim.AdamW` exactly. A hook zeroes inactive gradients before they
-    are accumulated, or sent to other processes: gradient clipping then measures the norm of active elements alone.
+    Each step gathers the active elements of all parameters into one vector, applies `torch.optim.adamw.adamw` to it and
+    writes them back, so active elements follow `torch.optim.AdamW` exactly, at the cost of a few calls a parameter. A
+    hook zeroes inactive gradients before they are accumulated, or sent to other processes: gradient clipping then
+    measures the norm of active elements alone. A parameter that took no part in the loss has a gradient of zero.
     A parameter without any active element stops requiring a gradient.
 
     Parameters
@@ -62,18 +63,19 @@ class ActiveAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            # index_select, not indexing: three times faster over hundreds of small matrices.
-            values = [p.view(-1).index_select(0, self._active[p]) for p in parameters]
-            states = [self._state_of(p) for p in parameters]
+        [group] = self.param_groups
+        for parameters in self._together():
+            places = [self._active[p] for p in parameters]
+            values = _gathered(parameters, places)
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            state = self._state_of(parameters[0], values)
             adamw(
-                values,
-                [p.grad.view(-1).index_select(0, self._active[p]) for p in parameters],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                [values],
+                [_gathered(gradients, places)],
+                [state["exp_avg"]],
+                [state["exp_avg_sq"]],
                 [],
-                [state["step"] for state in states],
+                [state["step"]],
                 # Not fused: those kernels round by an element's place in its vector, which gathering changes.
                 foreach=False,
                 amsgrad=False,
@@ -84,8 +86,8 @@ class ActiveAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.view(-1).index_copy_(0, self._active[parameter], value)
+            for parameter, place, value in zip(parameters, places, values.split([len(p) for p in places]), strict=True):
+                parameter.view(-1).index_copy_(0, place, value)
         return loss
 
     def release(self) -> None:
@@ -99,14 +101,25 @@ class ActiveAdamW(torch.optim.Optimizer):
         kept = [state[key] for state in self.state.values() for key in ("exp_avg", "exp_avg_sq")]
         return sum(t.numel() * t.element_size() for t in kept)
 
-    def _state_of(self, parameter: torch.nn.Parameter) -> dict:
-        state = self.state[parameter]
+    def _together(self) -> list[list[torch.nn.Parameter]]:
+        """Parameters of one device and dtype: those that one vector can hold."""
+        groups: dict[tuple, list[torch.nn.Parameter]] = {}
+        for parameter in self._active:
+            groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+        return list(groups.values())
+
+    def _state_of(self, first: torch.nn.Parameter, values: torch.Tensor) -> dict:
+        """The state of a vector of active elements, kept under the first parameter that it holds."""
+        state = self.state[first]
         if not state:
-            count = self._active[parameter].numel()
             state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros(count, dtype=parameter.dtype, device=parameter.device)
-            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(values), torch.zeros_like(values)
         return state
+
+
+def _gathered(tensors: list[torch.Tensor], places: list[torch.Tensor]) -> torch.Tensor:
+    # index_select, not indexing: three times faster over hundreds of small matrices.
+    return torch.cat([tensor.view(-1).index_select(0, place) for tensor, place in zip(tensors, places, strict=True)])
 
 
 def _checked_mask(name: str, parameter: torch.nn.Parameter, masks: dict[str, torch.Tensor]) -> torch.Tensor:

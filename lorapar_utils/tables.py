@@ -71,6 +71,32 @@ def gain_table(records: Iterable[Record]) -> pd.DataFrame:
     )
 
 
+def budget_table(records: Iterable[Record]) -> pd.DataFrame:
+    """LoRA-PAR against LoRA with all elements, same stages, examples and steps: paired over test items and seeds."""
+    runs = method_runs(records)
+    if not {"LoRA + RL", "LoRA-PAR over LoRA"} <= runs.keys():
+        return pd.DataFrame()
+    sides = common_seeds([runs["LoRA-PAR over LoRA"], runs["LoRA + RL"]])
+    return pd.DataFrame(
+        [
+            {
+                "after": stage,
+                "items": "all" if system is None else f"System {system}",
+                "seeds": len(sides[0]),
+                "LoRA-PAR": percent(_mean_metric(sides[0], stage, system)),
+                "LoRA, all elements": percent(_mean_metric(sides[1], stage, system)),
+                "gap": _paired([mean_outcomes(side, stage, system) for side in sides]),
+            }
+            for stage in ("stage1", "stage2")
+            for system in (1, 2, None)
+        ]
+    )
+
+
+def _mean_metric(runs: list[Record], stage: str, system: int | None) -> dict:
+    return statistics.mean(list(mean_outcomes(runs, stage, system).values()))
+
+
 def theta_table(records: Iterable[Record]) -> pd.DataFrame:
     """Table 3 at our scale: stage 1 accuracy by modules, theta and selection, the paper's numbers beside it."""
     published = paper("table3_theta")
@@ -171,7 +197,7 @@ def benchmark_table(records: Iterable[Record], benchmark: str = "pool") -> pd.Da
 
     Ours are accuracies after stage 1, where there are two, and at the end; the paper's are after its two epochs: of
     SFT, or one of SFT and one of GRPO. The gap to LoRA is paired over test items and seeds. A method without a record
-    reads "not run".
+    reads "not run". `truncated` is the share of completions that never ended: they can only be wrong.
     """
     runs = method_runs(records)
     published = _published(PUBLISHED[benchmark])
@@ -189,6 +215,7 @@ def benchmark_table(records: Iterable[Record], benchmark: str = "pool") -> pd.Da
                 "ours, after stage 1": ours[0] if last == "stage2" else "–",
                 "ours, at the end": ours[1] if found else "not run",
                 "gap to LoRA": _gap_to_lora(runs, title, benchmark),
+                "truncated": _truncated(found, _stage_of(last, benchmark)),
                 "paper, epoch 1 %": "–" if first is None else first,
                 "paper, epoch 2 %": "–" if second is None else second,
             }
@@ -247,6 +274,11 @@ def _stage_of(stage: str, benchmark: str) -> str:
 def _over_seeds(runs: list[Record], stage: str, benchmark: str) -> str:
     outcomes = mean_outcomes(runs, _stage_of(stage, benchmark))
     return percent(statistics.mean(list(outcomes.values())) if outcomes else None)
+
+
+def _truncated(runs: list[Record], stage: str) -> str:
+    found = [item["truncated"] for run in runs for item in run.items if item["stage"] == stage]
+    return f"{100 * sum(found) / len(found):.1f} %" if found else "–"
 
 
 def _gap_to_lora(runs: dict[str, list[Record]], title: str, benchmark: str) -> str:

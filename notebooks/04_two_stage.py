@@ -53,6 +53,14 @@ tables.stage_table([*base, *records])
 tables.gain_table(records)
 
 # %% [markdown]
+# ## LoRA-PAR against LoRA at equal budget
+#
+# The same stages, examples and steps; LoRA trains every element.
+
+# %%
+tables.budget_table(records)
+
+# %% [markdown]
 # ## Learning curves
 
 # %% mystnb={"image": {"alt": "Six panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "A group whose completions all earn the same reward has no advantage and teaches nothing.", "name": "fig-learning"}}
@@ -100,6 +108,9 @@ tables.stage_table(chains) if chains else print("No record of cpu-chains is publ
 # %%
 gains = [r for r in chains if r.run["parameters"]["sweep"] == "two_stage"]
 tables.gain_table(gains) if gains else print("No record of cpu-chains is published yet.")
+
+# %%
+tables.budget_table(chains)
 
 # %% [markdown]
 # ## Table 2: how much of the shared region each stage trains

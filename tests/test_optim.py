@@ -38,6 +38,33 @@ def test_active_elements_follow_adamw_and_inactive_ones_keep_every_bit():
     assert not torch.equal(dense["c"], start["c"])
 
 
+def test_long_vectors_follow_adamw_to_the_bit_wherever_gathering_puts_them():
+    """Kernels work on several elements at once and on the rest one by one: both must round alike."""
+    torch.manual_seed(1)
+    start = {str(i): torch.randn(8, 129 + i) for i in range(5)}
+    masks = {name: torch.rand(v.shape) < 0.4 for name, v in start.items()}
+    ours, dense = ({n: torch.nn.Parameter(v.clone()) for n, v in start.items()} for _ in range(2))
+    run(ours, ActiveAdamW(ours.items(), masks, **OPTIONS), 10)
+    run(dense, torch.optim.AdamW(dense.values(), foreach=False, **OPTIONS), 10)
+    assert all(torch.equal(ours[n][mask], dense[n][mask]) for n, mask in masks.items())
+    assert all(torch.equal(ours[n][~mask], start[n][~mask]) for n, mask in masks.items())
+
+
+def test_a_parameter_outside_the_loss_has_a_gradient_of_zero():
+    _, masks, ours, dense = two_copies()
+    for parameters, optimizer in (
+        (ours, ActiveAdamW(ours.items(), masks, **OPTIONS)),
+        (dense, torch.optim.AdamW(dense.values(), foreach=False, **OPTIONS)),
+    ):
+        for _ in range(3):
+            optimizer.zero_grad()
+            parameters["a"].sin().sum().backward()
+            if parameters is dense:
+                dense["b"].grad = torch.zeros_like(dense["b"])
+            optimizer.step()
+    assert all(torch.equal(ours[n][masks[n]], dense[n][masks[n]]) for n in "ab")
+
+
 def test_clip_norm_counts_active_elements_only():
     start, masks, ours, _ = two_copies()
     active = {n: torch.nn.Parameter(start[n][m].clone()) for n, m in masks.items() if m.any()}

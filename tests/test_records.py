@@ -144,7 +144,10 @@ def trained(method, seed, stages, right, *, stage="stage1", **more):
     """A record of a method whose first `right` of 40 test items are correct at the end."""
     parameters = {"method": method, "init": "normal", "stages": stages, "title": method, "selection": "importance"}
     parameters |= {"theta": 0.9, "alpha": 1.0, "beta": 1.0, "split_by": None, "panel": None, "sweep": "baseline"} | more
-    items = [{"id": str(i), "stage": stage, "system": 1 + i % 2, "correct": i < right} for i in range(40)]
+    items = [
+        {"id": str(i), "stage": stage, "system": 1 + i % 2, "correct": i < right, "truncated": i >= 30}
+        for i in range(40)
+    ]
     metrics = {f"{stage}/accuracy": statistics.proportion([item["correct"] for item in items])}
     metrics |= {f"active/{stage}": {"value": 0.4, "n": 100}, f"{stage}/train_seconds": {"value": 5.0, "n": 1}}
     return record(f"{method}-seed{seed}", items=items, seed=seed, parameters=parameters, **metrics)
@@ -167,6 +170,7 @@ def test_benchmark_table_pairs_each_method_with_lora_and_names_what_was_not_run(
     assert rows.loc["IA3", "gap to LoRA"].startswith("-25.0 [")
     assert rows.loc["LoRA-PAR over LoRA", "gap to LoRA"].startswith("+25.0 [")
     assert rows.loc["LoRA-PAR over LoRA", "seeds"] == 1
+    assert rows.loc["IA3", "truncated"] == "25.0 %"
     assert rows.loc["PiSSA", "ours, at the end"] == "not run" and rows.loc["PiSSA", "paper, epoch 2 %"] == 33.59
     costs = tables.cost_points([trained("lora", 0, ["sft_all"], 20)]).iloc[0]
     assert (costs["active"], costs["seconds"], costs["value"]) == (40.0, 5.0, 0.5) and np.isnan(costs["peak_bytes"])
