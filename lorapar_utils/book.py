@@ -4,10 +4,12 @@ Prose takes its numbers from records: `{{ percent("lorapar-seed0", "stage2/syste
 """
 
 import argparse
+import html
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
@@ -45,6 +47,10 @@ def stage(settings: Settings, experiment: Path) -> Path:
     for name in EXTRAS:
         shutil.copy(book / name, source / name)
     shutil.copytree(book / "_static", source / "_static")
+    # What numbers on the pages link to.
+    (source / "_static" / "records").mkdir()
+    for path in (settings.runs / "records").glob("*.json"):
+        shutil.copy(path, source / "_static" / "records" / path.name)
     context = page_context(settings, records) | {"figures": {path.stem for path in figures}}
     for page in sorted(book.glob("*.md")):
         (source / page.name).write_text(render(page.read_text(), context, page.name))
@@ -77,19 +83,24 @@ def render(text: str, context: dict, name: str) -> str:
 
 
 def page_context(settings: Settings, records: dict[str, Record]) -> dict:
-    """What pages may use: `percent(record, metric)`, `share`, `number`, `table(name)`, `settings`, `records`."""
+    """What pages may use: `percent(record, metric)`, `share`, `table(name)`, `settings`, `records`."""
+
+    def shown(record: str, metric: str, write: Callable[[dict], str]) -> str:
+        """A number as a link to its record, which hovering tells about; what is missing reads so."""
+        found = records[record].result["metrics"].get(metric) if record in records else None
+        if found is None:
+            return "not measured"
+        run = records[record].run
+        about = (
+            f"{metric} of {record}: {tables.percent(found)}; commit {(run['commit'] or 'none')[:10]}, {run['created']}"
+        )
+        return f'<a class="result" href="_static/records/{record}.json" title="{html.escape(about)}">{write(found)}</a>'
 
     def percent(record: str, metric: str) -> str:
-        found = records[record].result["metrics"].get(metric) if record in records else None
-        return tables.percent(found)
+        return shown(record, metric, tables.percent)
 
     def share(record: str, metric: str) -> str:
-        found = records[record].result["metrics"].get(metric) if record in records else None
-        return "not measured" if found is None else f"{100 * found['value']:.1f} %"
-
-    def number(record: str, metric: str, digits: int = 2) -> str:
-        found = records[record].result["metrics"].get(metric) if record in records else None
-        return "not measured" if found is None else f"{found['value']:.{digits}f}"
+        return shown(record, metric, lambda found: f"{100 * found['value']:.1f} %")
 
     makers = {
         "claims": lambda: claims.scoreboard(evidence(settings) | companions(settings.profile)),
@@ -101,7 +112,6 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
         "records": records,
         "percent": percent,
         "share": share,
-        "number": number,
         "table": lambda name: to_markdown(makers[name]()),
         "environment": next(iter(records.values())).environment if records else {},
     }

@@ -165,6 +165,9 @@ def test_the_book_in_a_browser(built):
         assert not {name: problems for name, problems in found.items() if problems}
         page = chromium.new_page()
         page.goto(f"{address}/index.html")
+        numbers = page.eval_on_selector_all("a.result", "links => links.map(link => [link.href, link.title])")
+        assert len(numbers) >= 5 and all("commit" in title for _, title in numbers)
+        assert all(page.request.get(address).ok for address, _ in numbers)
         page.keyboard.press("Control+k")
         page.keyboard.type("importance")
         page.keyboard.press("Enter")

@@ -241,6 +241,16 @@ def test_publish_refuses_smoke_and_uncommitted_records(project):
     assert not (project / "results").exists()
 
 
+def test_a_number_on_a_page_links_to_its_record_and_tells_n_interval_and_commit():
+    from lorapar_utils import book
+
+    made = record("a-seed0", **{"stage1/accuracy": statistics.proportion([True, False] * 20)})
+    context = book.page_context(load_profile("smoke"), {"a-seed0": made})
+    text = book.render('{{ percent("a-seed0", "stage1/accuracy") }}, {{ share("b", "x") }}', context, "page.md")
+    assert 'href="_static/records/a-seed0.json"' in text and ">50.0 % [35.2, 64.8], n = 40</a>" in text
+    assert f"commit {(made.run['commit'] or 'none')[:10]}" in text and text.endswith(", not measured")
+
+
 def test_figures_need_no_torch():
     code = (
         "import sys, lorapar_utils.plots, lorapar_utils.tables, lorapar_utils.claims; sys.exit('torch' in sys.modules)"
