@@ -25,7 +25,7 @@ def code(*modules):
 
 SHOW = code("notebook", "plots", "tables", "statistics")
 VOTE = code("models", "voting", "teachers", "label_scores", "bundles", "summaries", "notebook", "plots", "tables")
-SCORE = code("phases", "models", "voting", "encoding", "importance", "partition", "summaries", "notebook", "plots")
+SCORE = code("phases", "models", "voting", "encoding", "importance", "partition", "summaries", "notebook", "plots", "explorer")
 TRAIN = code("phases", "models", "voting", "encoding", "importance", "partition", "optim", "bundles", "answer_head", "generation", "training", "rewards", "evaluation", "harness", "humaneval", "sandbox")
 
 

@@ -13,7 +13,7 @@ from statsmodels.stats.inter_rater import fleiss_kappa
 
 from lorapar_utils import statistics, voting
 from lorapar_utils.data import construction_system
-from lorapar_utils.partition import Partition
+from lorapar_utils.partition import Partition, build_partition
 from lorapar_utils.records import Record, new_record
 from lorapar_utils.settings import Settings
 
@@ -193,7 +193,8 @@ def importance_record(scores: Sequence[dict[str, torch.Tensor]], partition: Part
 
     Metrics: `active/…`, `jaccard`, `jaccard_chance` (expected of two random sets of these sizes),
     `region/…`. Tables: `map` (mean score of layer, module and matrix, scaled to mean 1 a system, and region
-    shares), `by_rank` (the same for ranks), `concentration`, `scatter`.
+    shares), `by_rank` (the same for ranks), `concentration`, `scatter`, `explorer` (counts of elements by theta, layer
+    and module; its columns are lists).
     """
     flat = [torch.cat([values.flatten() for values in one.values()]).double() for one in scores]
     total = flat[0].numel()
@@ -217,6 +218,7 @@ def importance_record(scores: Sequence[dict[str, torch.Tensor]], partition: Part
         "by_rank": _by_rank(scores, flat, partition),
         "concentration": _concentration(flat),
         "scatter": _scatter(flat, partition),
+        "explorer": _explorer(scores),
     }
     return new_record("importance", settings, metrics=metrics, tables=tables, notebook="02_importance.ipynb out.ipynb")
 
@@ -248,6 +250,32 @@ def _by_rank(scores: Sequence[dict[str, torch.Tensor]], flat: list[torch.Tensor]
         averages = {matrix: torch.stack(found).mean(0) / everything.mean() for matrix, found in means.items()}
         table[f"system{system}"] = [float(averages[row.matrix][row.rank]) for row in table.itertuples()]
     return table.round(6).to_dict("records")
+
+
+# What the theta explorer can be set to.
+EXPLORED_THETA = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+EXPLORED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def _explorer(scores: Sequence[dict[str, torch.Tensor]]) -> dict[str, list]:
+    """Elements of each layer and module in each region at every theta; active in a stage at every alpha and beta.
+
+    Columns `stage1_0` … `stage1_4` are those at `EXPLORED_SHARES`, from none to all of the shared elements.
+    """
+    frames = []
+    for theta in EXPLORED_THETA:
+        counts = []
+        for i, share in enumerate(EXPLORED_SHARES):
+            table = build_partition(*scores, theta=theta, alpha=share, beta=share).summary()
+            wanted = {f"stage{k}": f"stage{k}_{i}" for k in (1, 2)}
+            if i == 0:
+                wanted |= {region: region for region in ("system1_only", "system2_only", "shared")}
+            found = table[list(wanted)].mul(table["elements"], axis=0).rename(columns=wanted)
+            counts.append(found)
+        whole = pd.concat([table[["layer", "module", "elements"]], *counts], axis=1)
+        summed = whole.groupby(["layer", "module"], sort=False).sum().round().astype(int).reset_index()
+        frames.append(summed.assign(theta=theta))
+    return pd.concat(frames).to_dict("list")
 
 
 def _concentration(flat: list[torch.Tensor]) -> list[dict]:

@@ -33,7 +33,7 @@ modules = None  # QKV, GUD or QKVGUD
 # %%
 import pandas as pd
 
-from lorapar_utils import notebook, plots, summaries
+from lorapar_utils import explorer, notebook, plots, summaries
 from lorapar_utils.records import published_records, write_record
 
 settings = notebook.start(profile=profile, seed=seed, theta=theta, alpha=alpha, beta=beta, modules=modules)
@@ -86,6 +86,19 @@ figure = plots.importance_by_rank(record)
 figure = plots.importance_scatter(record)
 # %% mystnb={"image": {"alt": "Curves of the share of importance held by the most important share of elements, one for each system."}, "figure": {"caption": "The steeper the curve, the fewer elements a given theta needs.", "name": "fig-concentration"}}
 figure = plots.concentration(record)
+
+# %% [markdown]
+# ## Move theta, alpha and beta
+#
+# The same partition at other settings, from counts in the record. alpha is the share of the shared region that stage 1 trains, beta that of
+# stage 2. The map shows one of three shares of each layer's module.
+
+# %%
+explorer.Page(
+    explorer.theta_explorer(record),
+    plots.importance_map(record),
+    "Heat maps of layer against module: importance to System 1, to System 2, and their difference.",
+)
 
 # %% [markdown]
 # ## How many examples are enough?

@@ -147,6 +147,25 @@ def test_what_is_missing_is_made_though_an_earlier_phase_runs_again(built):
     assert trained == {path: path.stat().st_mtime_ns for path in trained}
 
 
+def explore(chromium, address):
+    """The theta explorer by keyboard, at a phone's width; and what is there without scripts."""
+    page = chromium.new_page(viewport={"width": 390, "height": 800})
+    page.goto(address)
+    words = page.locator(".explorer svg text", has_text="active in stage 1")
+    words.wait_for()
+    before = words.text_content()
+    page.locator(".explorer input[type=range]").first.focus()
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function(
+        "old => ![...document.querySelectorAll('.explorer svg text')].some(t => t.textContent === old)", arg=before
+    )
+    assert "theta 0.8" in words.text_content()
+    page.close()
+    plain = chromium.new_context(java_script_enabled=False).new_page()
+    plain.goto(address)
+    assert plain.locator("noscript img, .cell_output img[alt^='Heat maps']").first.is_visible()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(browser.chromium() is None, reason="no Chromium on this machine")
 def test_the_book_in_a_browser(built):
@@ -168,6 +187,7 @@ def test_the_book_in_a_browser(built):
         numbers = page.eval_on_selector_all("a.result", "links => links.map(link => [link.href, link.title])")
         assert len(numbers) >= 5 and all("commit" in title for _, title in numbers)
         assert all(page.request.get(address).ok for address, _ in numbers)
+        explore(chromium, f"{address}/02_importance.html")
         page.keyboard.press("Control+k")
         page.keyboard.type("importance")
         page.keyboard.press("Enter")
