@@ -7,6 +7,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+from axe_playwright_python.sync_playwright import Axe
+
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -17,6 +19,7 @@ FLAGS = [
     "--disable-sync",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
+SERIOUS = ("serious", "critical")
 # Mean and spread of an image's pixels: a blank one has no spread.
 SPREAD = """image => {
   const canvas = document.createElement('canvas');
@@ -62,7 +65,7 @@ def browser():
 
 
 def problems_of(page, address: str) -> list[str]:
-    """Console errors, failed requests, and images that are missing or blank, of one page."""
+    """Console errors, failed requests, images that are missing or blank, and barriers that axe-core finds, of one page."""
     found: list[str] = []
     page.on("console", lambda message: found.append(f"console: {message.text}") if message.type == "error" else None)
     page.on("pageerror", lambda error: found.append(f"error: {error}"))
@@ -76,4 +79,7 @@ def problems_of(page, address: str) -> list[str]:
             found.append(f"image blank: {source}")
         if not image.get_attribute("alt"):
             found.append(f"image without alt text: {source}")
-    return found
+    violations = Axe().run(page).response["violations"]
+    return found + [
+        f"accessibility: {v['id']}: {v['nodes'][0]['html'][:200]}" for v in violations if v["impact"] in SERIOUS
+    ]
