@@ -4,6 +4,7 @@ Deviation: the worked examples of a GSM8K prompt are the first of the training s
 draws others for each, so that what all prompts begin with is read once.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
@@ -26,6 +27,8 @@ from lorapar_utils.settings import Settings
 HUB = {"gsm8k": ("openai/gsm8k", "main"), "mmlu": ("cais/mmlu", "all")}
 FEWSHOT_SPLIT = {"gsm8k": "train", "mmlu": "dev"}
 TEXT = {"gsm8k": ("question", "answer"), "mmlu": ("question", "subject")}
+# It warns of a model that is passed to it and of data that is its own: both are meant here.
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 class LeanLM(HFLM):
