@@ -18,7 +18,8 @@ from lorapar_utils.records import Record
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Controls above the chart, whatever the page's width.
-STYLE = "<style>.explorer .vega-embed { display: flex !important; flex-direction: column-reverse !important; }</style>"
+STYLE = "<style>.vega-embed { display: flex !important; flex-direction: column-reverse !important; }</style>"
+FRAME = "width: 100%; height: 660px; border: 0; background: white"
 SHOWN = {"stage1": "active in stage 1", "stage2": "active in stage 2", "shared": "shared"}
 
 
@@ -115,16 +116,22 @@ def theta_explorer(record: Record) -> alt.VConcatChart:
 
 
 class Page:
-    """How Jupyter and the book show a chart: as HTML that needs no network, with a picture where scripts do not run."""
+    """How Jupyter and the book show a chart: as HTML that needs no network, with a picture where scripts do not run.
+
+    In a frame of its own: the chart's scripts and those of the page around it use the same names.
+    """
 
     def __init__(self, chart: alt.VConcatChart, picture: Figure, alt_text: str):
         self.chart, self.picture, self.alt_text = chart, picture, alt_text
         plt.close(picture)  # or a notebook would also show it by itself
 
     def _repr_html_(self) -> str:
-        drawn = self.chart.to_html(inline=True, fullhtml=False, embed_options={"actions": False, "renderer": "svg"})
+        drawn = self.chart.to_html(inline=True, embed_options={"actions": False, "renderer": "svg"})
         png = io.BytesIO()
         self.picture.savefig(png, format="png", dpi=80)
         source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-        fallback = f'<noscript><img alt="{html.escape(self.alt_text)}" src="{source}"></noscript>'
-        return f'{STYLE}<div class="explorer">{drawn}</div>{fallback}'
+        text = html.escape(self.alt_text)
+        fallback = f'<noscript><img alt="{text}" style="max-width: 100%" src="{source}"></noscript>'
+        inside = drawn.replace("<html>", '<html lang="en">').replace("<head>", f"<head><title>{text}</title>{STYLE}", 1)
+        inside = inside.replace("</body>", f"{fallback}</body>")
+        return f'<iframe title="{text}" srcdoc="{html.escape(inside)}" style="{FRAME}"></iframe>'

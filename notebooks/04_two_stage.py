@@ -102,7 +102,9 @@ shown.pivot_table(index="id", columns="stage", values="completion", aggfunc="fir
 # then stops chains too early, and that is what GRPO mends. Three seeds; the gain is paired over test items.
 
 # %%
-chains = [r for key, r in companions("cpu").items() if key.startswith("cpu-chains/") and r.run["parameters"].get("stages")]
+chains = [
+    r for key, r in companions("cpu").items() if key.startswith("cpu-chains/") and r.run["parameters"].get("stages")
+]
 tables.stage_table(chains) if chains else print("No record of cpu-chains is published yet.")
 
 # %%
