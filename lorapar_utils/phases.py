@@ -272,10 +272,10 @@ def _experiment_record(settings, spec, name: str, outcomes: dict[str, dict], jac
     for label, outcome in outcomes.items():
         metrics |= {f"{label}/{key}": value for key, value in evaluation.accuracy_metrics(outcome["items"]).items()}
         metrics |= {f"{label}/{key}": value for key, value in outcome["pass"].items()}
-        for name, found in outcome["benchmarks"].items():
-            scored = evaluation.benchmark_metrics(name, found)
-            metrics |= {f"{label}/{name}/{key}": value for key, value in scored.items()}
-            items += [{"stage": f"{label}/{name}", **item} for item in found]
+        for benchmark, found in outcome["benchmarks"].items():
+            scored = evaluation.benchmark_metrics(benchmark, found)
+            metrics |= {f"{label}/{benchmark}/{key}": value for key, value in scored.items()}
+            items += [{"stage": f"{label}/{benchmark}", **item} for item in found]
         if label != "base":
             metrics[f"active/{label}"] = {"value": outcome["active"], "n": outcome["elements"]}
             for key in ("train_seconds", "peak_bytes"):

@@ -181,6 +181,7 @@ def test_an_experiment_keeps_what_its_stages_scored_elsewhere():
     made = phases._experiment_record(
         settings, settings.experiments["lora_sft"], "lora_sft-seed0", {"stage1": outcome}, {}
     )
+    assert made.name == "lora_sft-seed0"
     assert made.metric("stage1/accuracy")["value"] == 1.0 and made.metric("stage1/mmlu/accuracy")["value"] == 0.25
     assert made.metric("stage1/peak_bytes")["value"] == 3
     assert mean_outcomes([made], "stage1") == {"a": 1.0}
