@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import DynamicCache, PreTrainedModel
 
 
@@ -91,8 +92,15 @@ def adapters_in_base_dtype(model: PreTrainedModel):
     low = model.dtype in (torch.bfloat16, torch.float16)
     stack = contextlib.ExitStack()
     stack.enter_context(torch.autocast(model.device.type, dtype=model.dtype, enabled=low))
-    stack.enter_context(disable_input_dtype_casting(model, active=low))
+    stack.enter_context(without_input_casts(model, active=low))
     return stack
+
+
+def without_input_casts(model: PreTrainedModel, active: bool):
+    """A context in which PEFT casts no adapter's input to fp32 and back. IA3 and SHiRA know no such casts."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    known = all(hasattr(layer, "cast_input_dtype_enabled") for layer in layers)
+    return disable_input_dtype_casting(model, active=active and known)
 
 
 def _read(model: PreTrainedModel, prompts) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:

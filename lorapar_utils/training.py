@@ -14,7 +14,6 @@ import datasets
 import torch
 from accelerate import PartialState
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from peft.helpers import disable_input_dtype_casting
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -27,7 +26,7 @@ from lorapar_utils.answer_head import drop_trl_head, use_answer_head
 from lorapar_utils.data import chat_messages
 from lorapar_utils.encoding import encode_examples
 from lorapar_utils.errors import InputError
-from lorapar_utils.generation import complete
+from lorapar_utils.generation import complete, without_input_casts
 from lorapar_utils.optim import ActiveAdamW
 from lorapar_utils.settings import Settings
 
@@ -342,7 +341,7 @@ def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[di
     last = TrainerState.load_from_json(finished[-1] / TRAINER_STATE_NAME) if finished else TrainerState()
     try:
         # Autocast multiplies adapters in bf16 anyway; PEFT's casts of their inputs to fp32 and back cost time only.
-        with disable_input_dtype_casting(trainer.model, active=trainer.args.bf16):
+        with without_input_casts(trainer.model, active=trainer.args.bf16):
             if finished and last.global_step >= last.max_steps:
                 # Nothing is left to train, and a trainer that is told its number of steps would make one more.
                 set_peft_model_state_dict(trainer.model, load_peft_weights(str(finished[-1])))

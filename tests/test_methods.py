@@ -79,3 +79,15 @@ def test_a_checkpointed_pissa_stage_resumes_over_the_same_residual(tmp_path):
         if not cut:
             (tmp_path / "checkpoint-4" / "finished").unlink()
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_and_answers_over_a_bfloat16_base(method):
+    """As on a CPU that multiplies bfloat16: some adapters know PEFT's input casts, others do not."""
+    chosen, tokenizer = settings(method).changed(model={"dtype": "bfloat16"}), make_tiny_tokenizer()
+    model = models.attach_adapter(make_tiny_base().to(torch.bfloat16), chosen)
+    masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters() if p.requires_grad}
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if n in masks}
+    training.run_sft(model, tokenizer, examples(), masks, chosen)
+    assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    assert len(evaluation.generate(model, tokenizer, ["1 + 2"], chosen)) == 1

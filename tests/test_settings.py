@@ -1,8 +1,10 @@
+import importlib.metadata
 import tomllib
 
 import pytest
 import yaml
 from conftest import ROOT
+from packaging.specifiers import SpecifierSet
 
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import load_profile
@@ -143,6 +145,15 @@ def test_conda_environment_pins_what_the_lock_pins():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + project["optional-dependencies"]["test"]
     assert len(listed) == len(wanted)
+
+
+def test_locked_packages_run_on_the_oldest_python_that_we_name():
+    """Debian 12 has Python 3.11.2; a package that wants 3.11.5 stops the install there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = project["requires-python"].removeprefix(">=") + ".0"
+    wanted = {d.name: d.metadata.get("Requires-Python") or "" for d in importlib.metadata.distributions()}
+    assert len(wanted) > 100
+    assert not {n: r for n, r in wanted.items() if not SpecifierSet(r).contains(oldest)}
 
 
 def test_lock_holds_every_direct_dependency_at_its_version():
