@@ -22,7 +22,11 @@ REPEATS, BATCH_SIZE = 3, 32
 def main(folder: Path, chosen: list[str]) -> None:
     asked = {
         "gsm8k": {"path": str(folder / "gsm8k"), "shots": 2, "items": 100, "max_new_tokens": 128},
-        "mmlu": {"path": str(folder / "mmlu"), "shots": 1, "items": 5},  # five take the stock model half an hour
+        "mmlu": {
+            "path": str(folder / "mmlu"),
+            "shots": 1,
+            "items": 5,
+        },  # with five the stock model needs too long for repeats
     }
     exact = load_profile("cpu", model={"dtype": "float32"}, evaluation=asked)
     low = load_profile("cpu", evaluation=asked)

@@ -221,16 +221,13 @@ def _external(pool: PoolSection) -> list[dict]:
 
 
 def _raw_splits(pool: PoolSection) -> Iterator[tuple[str, datasets.Dataset]]:
-    repository, config = HUB[pool.source], HUB_CONFIG.get(pool.source)
-    if pool.path is None:
-        yield from datasets.load_dataset(repository, config).items()
-        return
-    for split, table in read_tables("pool.path", pool.path, repository, config).items():
+    tables = read_tables("pool.path", pool.path, HUB[pool.source], HUB_CONFIG.get(pool.source))
+    for split, table in tables.items():
         yield ("test" if split == "test" else "train"), table
 
 
-def read_tables(field: str, folder: str, repository: str, config: str | None) -> dict[str, datasets.Dataset]:
-    """The splits of a local folder in the layout of a hub repository: its files, or those of `config` in it.
+def read_tables(field: str, folder: str | None, repository: str, config: str | None) -> dict[str, datasets.Dataset]:
+    """The splits of a hub repository's `config`, from the hub, or from a local folder in its layout.
 
     Parameters
     ----------
@@ -242,6 +239,8 @@ def read_tables(field: str, folder: str, repository: str, config: str | None) ->
     InputError
         No such folder, no table in it, or a file that cannot be read.
     """
+    if folder is None:
+        return datasets.load_dataset(repository, config)
     root = Path(folder).expanduser()
     if config and (root / config).is_dir():
         root = root / config

@@ -78,16 +78,16 @@ def benchmark_items(
 def benchmark_metrics(benchmark: str, items: Sequence[dict]) -> dict[str, dict]:
     """Metrics of a benchmark's outcomes, each with n and a 95 % interval.
 
-    `accuracy` and `truncated` (completions that never ended) for all; `accuracy_metrics` for the pool; `flexible` (the
-    last number, whatever the layout) for GSM8K; `macro` (the mean over subjects) for MMLU; for HumanEval with several
-    samples of each problem the unbiased `pass@1` and `pass@k`, k the number of samples, over problems.
+    `accuracy`, and `truncated` (completions that never ended) where it was noted; `accuracy_metrics` for the pool;
+    `flexible` (the last number, whatever the layout) for GSM8K; `macro` (the mean over subjects) for MMLU; with several
+    samples of each HumanEval problem the unbiased `pass@1` and `pass@k`, k the number of samples, over problems.
     """
     if benchmark == "pool":
         return accuracy_metrics(items)
-    fields = {"accuracy": "correct", "truncated": "truncated"} | (
-        {"flexible": "flexible"} if benchmark == "gsm8k" else {}
-    )
-    metrics = {key: statistics.proportion([item[field] for item in items]) for key, field in fields.items()}
+    metrics = {"accuracy": statistics.proportion([item["correct"] for item in items])}
+    for field in ("truncated", "flexible"):
+        if noted := [item[field] for item in items if item.get(field) is not None]:
+            metrics[field] = statistics.proportion(noted)
     if benchmark == "mmlu":
         metrics["macro"] = statistics.macro_average([(item["task"], item["correct"]) for item in items])
     hits: dict[str, list[bool]] = {}

@@ -19,12 +19,12 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm.auto import tqdm
 
-from lorapar_utils.data import read_tables
+from lorapar_utils import data
 from lorapar_utils.errors import InputError
 from lorapar_utils.generation import complete, has_virtual_tokens, next_token_logits
 from lorapar_utils.settings import Settings
 
-HUB = {"gsm8k": ("openai/gsm8k", "main"), "mmlu": ("cais/mmlu", "all")}
+HUB = {"gsm8k": (data.HUB["gsm8k"], data.HUB_CONFIG["gsm8k"]), "mmlu": ("cais/mmlu", "all")}
 FEWSHOT_SPLIT = {"gsm8k": "train", "mmlu": "dev"}
 TEXT = {"gsm8k": ("question", "answer"), "mmlu": ("question", "subject")}
 # It warns of a model that is passed to it and of data that is its own: both are meant here.
@@ -120,6 +120,7 @@ def score_harness(lm: HFLM, benchmark: str, settings: Settings) -> list[dict]:
     -------
     list of dict
         `id`, `task` (`gsm8k`, or the subject), `correct`, `completion`, `truncated`; for GSM8K also `flexible`.
+        `truncated` is None where nobody noted it: for letters, and where `HFLM` itself completes.
 
     Raises
     ------
@@ -134,7 +135,7 @@ def score_harness(lm: HFLM, benchmark: str, settings: Settings) -> list[dict]:
         by_filter = defaultdict(dict)
         for sample in found[name]:
             by_filter[sample["filter"]][sample["doc_id"]] = sample
-        cut = {instance.doc_id: getattr(instance, "truncated", False) for instance in task.instances}
+        cut = {instance.doc_id: getattr(instance, "truncated", None) for instance in task.instances}
         for number in range(len(task.eval_docs)):
             item = {"id": f"{name}/{number}", "task": name.removeprefix("mmlu_")}
             if benchmark == "mmlu":
@@ -154,10 +155,7 @@ def _tasks(benchmark: str, settings: Settings) -> dict[str, ConfigurableTask]:
     section = getattr(settings.evaluation, benchmark)
     repository, config = HUB[benchmark]
     field = f"evaluation.{benchmark}.path"
-    if section.path is None:
-        tables = datasets.load_dataset(repository, config)
-    else:
-        tables = read_tables(field, section.path, repository, config)
+    tables = data.read_tables(field, section.path, repository, config)
     shots, test = FEWSHOT_SPLIT[benchmark], "test"
     for split in (shots, test):
         if split not in tables:
@@ -165,7 +163,7 @@ def _tasks(benchmark: str, settings: Settings) -> dict[str, ConfigurableTask]:
         for number, row in enumerate(tables[split]):
             _check(benchmark, row, f"{field}: row {number} of {split}")
     if benchmark == "gsm8k":
-        return {"gsm8k": _task("gsm8k/gsm8k.yaml", tables, shots, section, settings)}
+        return {"gsm8k": _task("gsm8k/gsm8k.yaml", tables, shots, section)}
     subjects = dict.fromkeys(tables[test]["subject"])
     return {
         f"mmlu_{subject}": _task(
@@ -173,13 +171,12 @@ def _tasks(benchmark: str, settings: Settings) -> dict[str, ConfigurableTask]:
             {split: tables[split].filter(lambda row, s=subject: row["subject"] == s) for split in (shots, test)},
             shots,
             section,
-            settings,
         )
         for subject in subjects
     }
 
 
-def _task(definition: str, tables, shots: str, section, settings: Settings) -> ConfigurableTask:
+def _task(definition: str, tables, shots: str, section) -> ConfigurableTask:
     path = files("lm_eval") / "tasks" / definition
     if not path.is_file():
         raise InputError(f"evaluation.mmlu: lm-eval knows no task {definition!r}; check the column `subject`")

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 from conftest import ROOT, make_tiny_base, make_tiny_tokenizer
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
@@ -32,8 +34,7 @@ class Scripted(LM):
     def loglikelihood(self, requests, disable_tqdm=False):
         return [(self.logprobs.pop(0), False) for _ in requests]
 
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        raise NotImplementedError
+    loglikelihood_rolling = None  # neither benchmark asks for it
 
 
 def benchmark(tmp_path, **tables):
@@ -138,37 +139,36 @@ def test_real_items_score_as_with_the_stock_model_of_lm_eval(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning"])
-def test_adapters_score_as_with_the_stock_model_of_lm_eval(tmp_path, method):
+def test_adapters_answer_as_with_the_stock_model_of_lm_eval(method):
+    """Virtual tokens are left to `HFLM`; everything else is read with a shared beginning."""
     tokenizer = make_tiny_tokenizer()
-    settings = load_profile(
-        "smoke",
-        adapter={"r": 4, "virtual_tokens": 3} | METHODS[method],
-        evaluation={
-            "gsm8k": {"path": str(tmp_path), "shots": 1, "max_new_tokens": 6},
-            "mmlu": {"path": str(tmp_path), "shots": 0},
-        },
-    )
-    asked = [
-        {
-            "question": f"{a} + {b}",
-            "answer": f"#### {a}",
-            "subject": "anatomy",
-            "choices": list("1234"),
-            "answer_key": 0,
-        }
-        for a in "123"
-        for b in "123"
-    ]
-    rows = {"gsm8k": asked, "mmlu": [row | {"answer": row["answer_key"]} for row in asked]}
+    settings = load_profile("smoke", adapter={"r": 4, "virtual_tokens": 3} | METHODS[method])
+    torch.manual_seed(0)
     model = models.attach_adapter(make_tiny_base(), settings).eval()
-    for name, found in rows.items():
-        for split in ("train", "dev", "test"):
-            (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, found)))
-        ours, theirs = (
-            score_harness(kind(pretrained=model, tokenizer=tokenizer, batch_size=4), name, settings)
-            for kind in (LeanLM, HFLM)
-        )
-        assert [item["completion"] for item in ours] == [item["completion"] for item in theirs]
+    ours, theirs = (kind(pretrained=model, tokenizer=tokenizer, batch_size=4) for kind in (LeanLM, HFLM))
+    prompts = [
+        "user 1 + 2 assistant",
+        "user 1 + 3 + 3 assistant",
+        "user 1 + 1 system",
+        "user 1",
+        "user 1 + 2 assistant 3",
+    ]
+
+    def asked(kind, arguments):
+        return [Instance(kind, {}, given, i, metadata=("tiny", i, 1)) for i, given in enumerate(arguments)]
+
+    wanted = [(prompt, {"until": ["2", "system"], "max_gen_toks": 8}) for prompt in prompts]
+    completions = [lm.generate_until(asked("generate_until", wanted)) for lm in (ours, theirs)]
+    assert completions[0] == completions[1] and len(set(completions[0])) > 1
+    pairs = [(prompt, f" {digit}") for prompt in prompts for digit in (1, 2, 3)]
+    found = [lm.loglikelihood(asked("loglikelihood", pairs)) for lm in (ours, theirs)]
+    assert [likeliest for _, likeliest in found[0]] == [likeliest for _, likeliest in found[1]]
+    values = [[value for value, _ in answers] for answers in found]
+    assert values[0] == pytest.approx(values[1], abs=1e-4) and len({round(value, 4) for value in values[0]}) > 3
+    # The stock model does not note what was cut off.
+    sent = asked("generate_until", wanted)
+    ours.generate_until(sent)
+    assert {hasattr(request, "truncated") for request in sent} == {method == "lora"}
 
 
 def test_an_experiment_keeps_what_its_stages_scored_elsewhere():
