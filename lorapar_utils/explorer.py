@@ -34,26 +34,30 @@ def theta_explorer(record: Record) -> alt.VConcatChart:
     Returns
     -------
     altair.VConcatChart
-        Sliders theta (steps of a tenth), alpha and beta (share of the shared region, steps of a quarter).
+        Sliders theta, alpha and beta, in the steps that the record counts.
     """
     counts = pd.DataFrame(record.result["tables"]["explorer"])
+
+    # The record's own grid: evenly spaced up to 1, shares from none to all.
+    theta_step = 1 / counts["theta"].nunique()
+    shares = sum(column.startswith("stage1_") for column in counts) - 1
 
     def slider(name: str, value: float, low: float, step: float) -> alt.Parameter:
         return alt.param(name=name, value=value, bind=alt.binding_range(min=low, max=1, step=step, name=f"{name} "))
 
     choice = alt.binding_radio(options=list(SHOWN), labels=list(SHOWN.values()), name="map ")
     settings = [
-        slider("theta", 0.9, 0.1, 0.1),
-        slider("alpha", 1.0, 0.0, 0.25),
-        slider("beta", 1.0, 0.0, 0.25),
+        slider("theta", 0.9, theta_step, theta_step),
+        slider("alpha", 1.0, 0.0, 1 / shares),
+        slider("beta", 1.0, 0.0, 1 / shares),
         alt.param(name="shown", value="stage1", bind=choice),
     ]
     here = (
         alt.Chart(counts)
         .transform_filter("abs(datum.theta - theta) < 0.01")
         .transform_calculate(
-            stage1="datum['stage1_' + round(alpha * 4)]",
-            stage2="datum['stage2_' + round(beta * 4)]",
+            stage1=f"datum['stage1_' + round(alpha * {shares})]",
+            stage2=f"datum['stage2_' + round(beta * {shares})]",
             inactive="datum.elements - datum.system1_only - datum.system2_only - datum.shared",
         )
     )

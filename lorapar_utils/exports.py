@@ -15,15 +15,8 @@ def _swept(name: str) -> Callable[[dict[str, Record]], list[Record]]:
     return lambda records: [record for record in records.values() if record.run["parameters"].get("sweep") == name]
 
 
-def _elsewhere(records: dict[str, Record]) -> list[Record]:
-    """Experiments that were scored on other benchmarks than the pool; whatever pool they were trained on."""
-    return [record for key, record in records.items() if "-elsewhere/" in key]
-
-
-def _chains(records: dict[str, Record]) -> list[Record]:
-    """LoRA-PAR in both orders, where stage 2 has something to teach."""
-    found = [record for key, record in records.items() if "-chains/" in key]
-    return [record for record in found if record.run["parameters"].get("method") == "lorapar"]
+def _published_by(variant: str) -> Callable[[dict[str, Record]], list[Record]]:
+    return lambda records: [record for key, record in records.items() if f"-{variant}/" in key]
 
 
 def _all(records: dict[str, Record]) -> dict[str, Record]:
@@ -40,10 +33,10 @@ TABLES: dict[str, tuple[Callable, Callable]] = {
     "table6_methods": (plots.two_stage_records, tables.benchmark_table),
 }
 VARIED: dict[str, tuple[Callable, Callable]] = {
-    "table7_order": (_chains, tables.order_table),
-    "table4_gsm8k": (_elsewhere, lambda records: tables.benchmark_table(records, "gsm8k")),
-    "table4_mmlu": (_elsewhere, lambda records: tables.benchmark_table(records, "mmlu")),
-    "table4_humaneval": (_elsewhere, lambda records: tables.benchmark_table(records, "humaneval")),
+    "table7_order": (_published_by("chains"), tables.order_table),
+    "table4_gsm8k": (_published_by("elsewhere"), lambda records: tables.benchmark_table(records, "gsm8k")),
+    "table4_mmlu": (_published_by("elsewhere"), lambda records: tables.benchmark_table(records, "mmlu")),
+    "table4_humaneval": (_published_by("elsewhere"), lambda records: tables.benchmark_table(records, "humaneval")),
     "claims": (_all, claims.scoreboard),
 }
 

@@ -148,10 +148,10 @@ def companions(profile: str) -> dict[str, Record]:
     """
     folders = [path for path in sorted((project_root() / "results").glob(f"{profile}-*")) if path.is_dir()]
     return {
-        f"{folder.name}/{name}": record
+        f"{folder.name}/{record.name}": record
         for folder in folders
         if folder.name != f"{profile}-full"
-        for name, record in read_records(folder).items()
+        for record in published_records(folder.name)
     }
 
 

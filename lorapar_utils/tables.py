@@ -83,18 +83,14 @@ def budget_table(records: Iterable[Record]) -> pd.DataFrame:
                 "after": stage,
                 "items": "all" if system is None else f"System {system}",
                 "seeds": len(sides[0]),
-                "LoRA-PAR": percent(_mean_metric(sides[0], stage, system)),
-                "LoRA, all elements": percent(_mean_metric(sides[1], stage, system)),
+                "LoRA-PAR": _over_seeds(sides[0], stage, system),
+                "LoRA, all elements": _over_seeds(sides[1], stage, system),
                 "gap": _paired([mean_outcomes(side, stage, system) for side in sides]),
             }
             for stage in ("stage1", "stage2")
             for system in (1, 2, None)
         ]
     )
-
-
-def _mean_metric(runs: list[Record], stage: str, system: int | None) -> dict:
-    return statistics.mean(list(mean_outcomes(runs, stage, system).values()))
 
 
 def theta_table(records: Iterable[Record]) -> pd.DataFrame:
@@ -169,12 +165,14 @@ METHOD_ROWS = {
     "LoRA-PAR over OLoRA": (("lorapar", "olora", ("sft", "grpo")), None),
     "LoRA-PAR over PiSSA": (("lorapar", "pissa", ("sft", "grpo")), "LoRA-PAR, PiSSA, theta=0.9"),
 }
+# LoRA-PAR as the paper has it: anything else is an ablation.
+USUAL = {"selection": "importance", "theta": 0.9, "alpha": 1.0, "beta": 1.0, "split_by": None, "panel": None}
 # The paper's columns beside each of our benchmarks; its MMLU was trained on Dolly-15k.
 PUBLISHED = {"pool": "gsm8k", "gsm8k": "gsm8k", "mmlu": "mmlu_dolly", "humaneval": "humaneval"}
 
 
 def method_runs(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """The records of each row of Tables 4 and 6, one a seed; importance at theta = 0.9, alpha = beta = 1 only."""
+    """The records of each row of Tables 4 and 6, one a seed; of LoRA-PAR only those at `USUAL` parameters."""
     rows = {key: title for title, (key, _) in METHOD_ROWS.items()}
     found: dict[str, dict[int, Record]] = {}
     for record in records:
@@ -183,10 +181,9 @@ def method_runs(records: Iterable[Record]) -> dict[str, list[Record]]:
             continue
         stages = tuple(parameters["stages"])
         key = (parameters["method"], parameters.get("init", "normal"), stages) if stages else ("base", None, ())
-        usual = [parameters.get(name) for name in ("selection", "theta", "alpha", "beta", "split_by", "panel", "score")]
-        if key not in rows or (key[0] == "lorapar" and usual[:6] != ["importance", 0.9, 1.0, 1.0, None, None]):
-            continue
-        if key[0] == "lorapar" and usual[6] not in (None, "second_order"):
+        usual = {name: parameters.get(name) for name in USUAL} == USUAL
+        usual &= parameters.get("score") in (None, "second_order")
+        if key not in rows or (key[0] == "lorapar" and not usual):
             continue
         found.setdefault(rows[key], {}).setdefault(record.run["seed"], record)
     return {title: list(found[title].values()) for title in METHOD_ROWS if title in found}
@@ -205,7 +202,7 @@ def benchmark_table(records: Iterable[Record], benchmark: str = "pool") -> pd.Da
     for title, (_, row) in METHOD_ROWS.items():
         found = runs.get(title, [])
         last = _last(found)
-        ours = [_over_seeds(found, stage, benchmark) for stage in ("stage1", last)]
+        ours = [_over_seeds(found, _stage_of(stage, benchmark)) for stage in ("stage1", last)]
         first, second = published.get(row, (None, None))
         rows.append(
             {
@@ -271,13 +268,15 @@ def _stage_of(stage: str, benchmark: str) -> str:
     return stage if benchmark == "pool" else f"{stage}/{benchmark}"
 
 
-def _over_seeds(runs: list[Record], stage: str, benchmark: str) -> str:
-    outcomes = mean_outcomes(runs, _stage_of(stage, benchmark))
+def _over_seeds(runs: Iterable[Record], stage: str, system: int | None = None) -> str:
+    """Accuracy over the seeds, its interval over test items."""
+    outcomes = mean_outcomes(runs, stage, system)
     return percent(statistics.mean(list(outcomes.values())) if outcomes else None)
 
 
 def _truncated(runs: list[Record], stage: str) -> str:
     found = [item["truncated"] for run in runs for item in run.items if item["stage"] == stage]
+    found = [cut for cut in found if cut is not None]
     return f"{100 * sum(found) / len(found):.1f} %" if found else "–"
 
 
@@ -303,8 +302,8 @@ def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
                 "seeds": len(group),
                 "active (stage 1)": _share(group[0].metric("active/stage1")),
                 "active (stage 2)": _share(group[0].metric("active/stage2")),
-                "after SFT": percent(statistics.mean(list(mean_outcomes(group, "stage1").values()))),
-                "after RL": percent(statistics.mean(list(mean_outcomes(group, "stage2").values()))),
+                "after SFT": _over_seeds(group, "stage1"),
+                "after RL": _over_seeds(group, "stage2"),
                 "paper, after SFT %": published.get((alpha, beta), ["–"] * 4)[2],
                 "paper, after RL %": published.get((alpha, beta), ["–"] * 4)[3],
             }
@@ -314,11 +313,13 @@ def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def order_table(records: Iterable[Record]) -> pd.DataFrame:
-    """Table 7 at our scale: SFT then RL against RL then SFT, over the seeds, the paper's (Qwen-2.5-7B) beside it."""
+    """Table 7 at our scale: LoRA-PAR's stages in both orders, over the seeds, the paper's (Qwen-2.5-7B) beside."""
     published = {row[0]: row for row in paper("table7_order")["rows"]}
     runs: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        runs.setdefault(tuple(record.run["parameters"]["stages"]), []).append(record)
+        parameters = record.run["parameters"]
+        if parameters.get("method") == "lorapar" and set(parameters["stages"]) == {"sft", "grpo"}:
+            runs.setdefault(tuple(parameters["stages"]), []).append(record)
     rows = []
     for stages, group in sorted(runs.items(), reverse=True):
         row = published["SFT then RL (LoRA-PAR)" if stages == ("sft", "grpo") else "RL then SFT"]
@@ -326,8 +327,8 @@ def order_table(records: Iterable[Record]) -> pd.DataFrame:
             {
                 "schedule": " then ".join("RL" if stage == "grpo" else "SFT" for stage in stages),
                 "seeds": len(group),
-                "after phase 1": percent(statistics.mean(list(mean_outcomes(group, "stage1").values()))),
-                "after phase 2": percent(statistics.mean(list(mean_outcomes(group, "stage2").values()))),
+                "after phase 1": _over_seeds(group, "stage1"),
+                "after phase 2": _over_seeds(group, "stage2"),
                 "paper, phase 1 %": row[1],
                 "paper, phase 2 %": row[2],
             }
@@ -378,7 +379,7 @@ def voting_table(records: Iterable[Record]) -> pd.DataFrame:
             {
                 "split": runs[name][0].run["parameters"]["title"],
                 "seeds": len(runs[name]),
-                "ours, accuracy": percent(statistics.mean(list(mean_outcomes(runs[name], "stage1").values()))),
+                "ours, accuracy": _over_seeds(runs[name], "stage1"),
                 "each seed": ", ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies),
                 **{
                     f"gap to a random split{part}": _gap(runs[name], runs.get("split_random", []), system)

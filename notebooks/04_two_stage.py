@@ -32,7 +32,7 @@ from lorapar_utils import notebook, plots, tables
 
 settings = notebook.start(profile=profile)
 from lorapar_utils import phases
-from lorapar_utils.records import companions, published_records
+from lorapar_utils.records import published_records
 
 # %%
 chosen = [(name, seed) for name, seed in settings.experiment_runs() if settings.experiments[name].sweep == "two_stage"]
@@ -102,9 +102,7 @@ shown.pivot_table(index="id", columns="stage", values="completion", aggfunc="fir
 # then stops chains too early, and that is what GRPO mends. Three seeds; the gain is paired over test items.
 
 # %%
-chains = [
-    r for key, r in companions("cpu").items() if key.startswith("cpu-chains/") and r.run["parameters"].get("stages")
-]
+chains = [record for record in published_records("cpu-chains") if record.run["parameters"].get("stages")]
 tables.stage_table(chains) if chains else print("No record of cpu-chains is published yet.")
 
 # %%
@@ -130,8 +128,7 @@ tables.alpha_beta_table(grid) if grid else print("No record of this grid is publ
 
 # %%
 # The same pool and split for both orders, where stage 2 has something to teach.
-order = [r for r in chains if r.run["parameters"]["method"] == "lorapar"]
-tables.order_table(order) if order else print("No record of cpu-chains is published yet.")
+tables.order_table(chains) if chains else print("No record of cpu-chains is published yet.")
 
 # %% [markdown]
 # **Try it yourself**

@@ -30,7 +30,7 @@ from lorapar_utils import notebook, plots, tables
 
 settings = notebook.start(profile=profile)
 from lorapar_utils import phases
-from lorapar_utils.records import companions, evidence
+from lorapar_utils.records import evidence, published_records
 
 # %%
 wanted = [
@@ -70,7 +70,7 @@ figure = plots.pareto(longer)
 # book's pool: what training on one thing does elsewhere. The paper trains on GSM8K, Dolly-15k and CodeAlpaca, each for its own benchmark.
 
 # %%
-elsewhere = [record for key, record in companions("cpu").items() if key.startswith("cpu-elsewhere/")]
+elsewhere = published_records("cpu-elsewhere")
 tables.benchmark_table(elsewhere, "gsm8k").set_index("method")
 
 # %%

@@ -184,7 +184,7 @@ def test_the_book_in_a_browser(built):
         page.goto(f"{address}/index.html")
         numbers = page.eval_on_selector_all("a.result", "links => links.map(link => [link.href, link.title])")
         assert len(numbers) >= 5 and all("commit" in title for _, title in numbers)
-        assert all(page.request.get(address).ok for address, _ in numbers)
+        assert all(page.request.get(link).ok for link, _ in numbers)
         explore(chromium, f"{address}/02_importance.html")
         page.keyboard.press("Control+k")
         page.keyboard.type("importance")
