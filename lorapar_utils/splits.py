@@ -65,8 +65,9 @@ def system_examples(settings: Settings, system: int) -> list[dict]:
     InputError
         The system is empty.
     """
-    rows = list(votes(settings))
     by = settings.voting.split_by
+    # What the generators know needs no teacher.
+    rows = list(_training_split(settings) if by == "construction" else votes(settings))
     systems = [data.construction_system(row["steps"]) if by == "construction" else row["system"] for row in rows]
     if by == "random":
         random.Random(settings.seed).shuffle(systems)
@@ -86,8 +87,12 @@ def _vote_cache() -> Iterator[diskcache.Cache]:
         yield c
 
 
+def _training_split(settings: Settings) -> datasets.Dataset:
+    return data.load_pool(settings).filter(lambda row: row["split"] == "train")
+
+
 def _electorate(settings: Settings) -> tuple[datasets.Dataset, list[voting.Teacher]]:
-    pool = data.load_pool(settings).filter(lambda row: row["split"] == "train")
+    pool = _training_split(settings)
     return pool, teachers.build_teachers(settings, list(pool))
 
 

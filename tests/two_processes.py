@@ -13,6 +13,8 @@ def main(stage: str, folder: str) -> None:
     model, _, _ = train(stage)
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
     save_file(weights, Path(folder) / f"{stage}-{state.process_index}-of-{state.num_processes}.safetensors")
+    # Left open, the group's threads may still hold tensors when the interpreter ends, which then aborts.
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":
