@@ -6,6 +6,7 @@ Prose takes its numbers from records: `{{ percent("lorapar-seed0", "stage2/syste
 import argparse
 import html
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lorapar_utils import claims, plots, tables
 from lorapar_utils.records import Record, companions, evidence, read_records
 from lorapar_utils.settings import Settings, load_profile, project_root
 
+RECORD_LINK = re.compile(r'href="\.\./(?:runs/([\w.-]+)/records|results/([\w.-]+))/')
 EXTRAS = ("_config.yml", "_toc.yml", "references.bib", "claims.yaml")
 
 
@@ -47,14 +49,24 @@ def stage(settings: Settings, experiment: Path) -> Path:
     for name in EXTRAS:
         shutil.copy(book / name, source / name)
     shutil.copytree(book / "_static", source / "_static")
-    # What numbers on the pages link to.
-    (source / "_static" / "records").mkdir()
-    for path in (settings.runs / "records").glob("*.json"):
-        shutil.copy(path, source / "_static" / "records" / path.name)
+    _stage_records(settings, source / "_static" / "records")
     context = page_context(settings, records) | {"figures": {path.stem for path in figures}}
     for page in sorted(book.glob("*.md")):
         (source / page.name).write_text(render(page.read_text(), context, page.name))
     return source
+
+
+def _stage_records(settings: Settings, target: Path) -> None:
+    """What numbers and verdicts link to, a folder a profile: this run's records, published longer and varied ones."""
+    published = project_root() / "results"
+    shutil.copytree(settings.runs / "records", target / settings.profile)
+    for path in published.glob(f"{settings.profile}-*"):
+        shutil.copytree(path, target / path.name)
+
+
+def address(record: Record) -> str:
+    """Where the book keeps `record`, from its root."""
+    return f"_static/records/{record.run['profile']}/{record.name}.json"
 
 
 def build(settings: Settings, source: Path) -> int:
@@ -94,7 +106,7 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
         about = (
             f"{metric} of {record}: {tables.percent(found)}; commit {(run['commit'] or 'none')[:10]}, {run['created']}"
         )
-        return f'<a class="result" href="_static/records/{record}.json" title="{html.escape(about)}">{write(found)}</a>'
+        return f'<a class="result" href="{address(records[record])}" title="{html.escape(about)}">{write(found)}</a>'
 
     def percent(record: str, metric: str) -> str:
         return shown(record, metric, tables.percent)
@@ -103,7 +115,7 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
         return shown(record, metric, lambda found: f"{100 * found['value']:.1f} %")
 
     makers = {
-        "claims": lambda: claims.scoreboard(evidence(settings) | companions(settings.profile)),
+        "claims": lambda: claims.scoreboard(evidence(settings) | companions(settings.profile), link=address),
         "stages": lambda: tables.stage_table(plots.two_stage_records(records)),
         "status": lambda: status_table(records),
     }
@@ -139,7 +151,10 @@ def to_markdown(frame: pd.DataFrame) -> str:
 
 
 def _stage_notebook(path: Path, target: Path) -> None:
-    """Hide the injected cell, drop widget state and progress bars (they need scripts from the network)."""
+    """Hide the injected cell, drop widget state and progress bars (they need scripts from the network).
+
+    Links to records, which are relative to `notebooks/`, lead to the book's copies.
+    """
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
@@ -148,6 +163,8 @@ def _stage_notebook(path: Path, target: Path) -> None:
             tags.append("remove-cell")
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if not _is_progress(o)]
+            for data in (o.data for o in cell.outputs if "text/html" in o.get("data", {})):
+                data["text/html"] = RECORD_LINK.sub(r'href="_static/records/\1\2/', data["text/html"])
     target.write_text(json.dumps(notebook, indent=1))
 
 

@@ -1,15 +1,17 @@
 """The paper's claims, judged from records by criteria that were written down before the run."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import yaml
+from pandas.io.formats.style import Styler
 
 from lorapar_utils import statistics
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import Record, common_seeds, mean_outcomes
-from lorapar_utils.settings import project_root
+from lorapar_utils.settings import Settings, project_root
 
 # What a test compares, and with what weight each side enters its effect.
 SIDES = {
@@ -23,12 +25,25 @@ def load_claims(path: Path | None = None) -> list[dict]:
     return yaml.safe_load((path or project_root() / "book" / "claims.yaml").read_text())
 
 
-def scoreboard(records: dict[str, Record], claims: list[dict] | None = None) -> pd.DataFrame:
-    """One row a claim: verdict, effect with interval, n, and the records that it rests on."""
+def scoreboard(
+    records: dict[str, Record], claims: list[dict] | None = None, link: Callable[[Record], str] | None = None
+) -> pd.DataFrame:
+    """One row a claim: verdict, effect with interval, n, and the records that it rests on.
+
+    Parameters
+    ----------
+    records
+        By name, as `records.evidence` and `records.companions` give them.
+    claims
+        Those of `load_claims`, or some of them.
+    link
+        A record's address; with it, column `evidence` is HTML that links each record.
+    """
     rows = []
     for claim in load_claims() if claims is None else claims:
         verdict, effect, n = judge(claim, records)
         sides = [side["record"] for side in claim["test"].values() if isinstance(side, dict)]
+        named = {name: _named(records, name) for name in dict.fromkeys(sides)}
         rows.append(
             {
                 "claim": claim["claim"],
@@ -36,10 +51,37 @@ def scoreboard(records: dict[str, Record], claims: list[dict] | None = None) -> 
                 "verdict": verdict,
                 "effect": effect,
                 "n": "–" if n is None else f"{n:,}",
-                "records": ", ".join(dict.fromkeys(sides)) or "–",
+                "evidence": "; ".join(_cited(name, found, link) for name, found in named.items()) or "–",
             }
         )
     return pd.DataFrame(rows)
+
+
+def linked_scoreboard(records: dict[str, Record], settings: Settings, claims: list[dict] | None = None) -> Styler:
+    """`scoreboard` for a notebook: its evidence links to the records' files, as seen from `notebooks/`."""
+
+    def link(record: Record) -> str:
+        profile = record.run["profile"]
+        folder = f"runs/{profile}/records" if profile == settings.profile else f"results/{profile}"
+        return f"../{folder}/{record.name}.json"
+
+    style = scoreboard(records, claims, link).style.hide(axis="index")
+    return style.set_table_attributes('class="dataframe"')
+
+
+def _cited(name: str, found: list[Record], link: Callable[[Record], str] | None) -> str:
+    """An experiment and its seeds, or that it has no record."""
+    if not found:
+        return f"{name} (no record)"
+
+    def entry(text: str, record: Record) -> str:
+        about = f"{record.name} of profile {record.run['profile']}, made {record.run['created']}"
+        return text if link is None else f'<a class="result" href="{link(record)}" title="{about}">{text}</a>'
+
+    if len(found) == 1 and found[0].name == name.rpartition("/")[2]:
+        return entry(name, found[0])
+    seeds = ", ".join(entry(f"seed {record.run['seed']}", record) for record in found)
+    return f"{name} ({seeds})"
 
 
 def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None]:

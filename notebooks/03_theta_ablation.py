@@ -27,7 +27,6 @@
 profile = "cpu"  # a file of profiles/, or a path
 
 # %%
-import pandas as pd
 
 from lorapar_utils import claims, notebook, plots, tables
 from lorapar_utils.records import evidence
@@ -57,8 +56,8 @@ figure = plots.theta_curve(records) if records else None
 # ## Which of the paper's statements hold here?
 
 # %%
-pd.set_option("display.max_colwidth", None)
-claims.scoreboard(evidence(settings), [claim for claim in claims.load_claims() if claim["paper"] == "Table 3"])
+on_theta = [claim for claim in claims.load_claims() if claim["paper"] == "Table 3"]
+claims.linked_scoreboard(evidence(settings), settings, on_theta)
 
 # %% [markdown]
 # ## What would change our mind

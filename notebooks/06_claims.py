@@ -32,10 +32,7 @@ from lorapar_utils.records import companions, evidence
 settings = notebook.start(profile=profile)
 
 # %%
-import pandas as pd
-
-pd.set_option("display.max_colwidth", None)
-claims.scoreboard(evidence(settings) | companions(settings.profile))
+claims.linked_scoreboard(evidence(settings) | companions(settings.profile), settings)
 
 # %% [markdown]
 # ## How a verdict comes about

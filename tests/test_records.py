@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -225,6 +226,29 @@ def test_the_declared_claims_are_well_formed():
         assert claims.judge(claim, {})[0] == "not run"
 
 
+def test_a_verdict_links_to_every_record_that_it_rests_on(tmp_path):
+    from lorapar_utils import book
+
+    items = [{"id": str(i), "stage": "stage1", "system": 1, "correct": i < 3} for i in range(4)]
+    records = {f"a-seed{k}": record(f"a-seed{k}", items=items, seed=k) for k in (0, 1)}
+    records["smoke-chains/b-seed0"] = record("b-seed0", items=items)
+    sides = {"first": {"record": "a", "stage": "stage1"}, "second": {"record": "smoke-chains/b", "stage": "stage1"}}
+    claim = {"claim": "a beats b", "paper": "Table 0", "min_n": 1, "test": {"kind": "greater", "margin": 0, **sides}}
+    missing = {**claim, "test": {**claim["test"], "second": {"record": "c", "stage": "stage1"}}}
+    assert claims.scoreboard(records, [claim, missing])["evidence"].tolist() == [
+        "a (seed 0, seed 1); smoke-chains/b (seed 0)",
+        "a (seed 0, seed 1); c (no record)",
+    ]
+    shown = claims.linked_scoreboard(records, load_profile("smoke"), [claim]).to_html()
+    assert 'href="../runs/smoke/records/a-seed1.json"' in shown
+    executed = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell()])
+    executed.cells[0].outputs = [nbformat.v4.new_output("display_data", {"text/html": shown})]
+    nbformat.write(executed, tmp_path / "in.ipynb")
+    book._stage_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb")
+    staged = nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs[0].data["text/html"]
+    assert f'href="{book.address(records["a-seed1"])}"' in staged and "../runs" not in staged
+
+
 def test_publish_refuses_smoke_and_uncommitted_records(project):
     from lorapar_utils import publish
 
@@ -247,7 +271,7 @@ def test_a_number_on_a_page_links_to_its_record_and_tells_n_interval_and_commit(
     made = record("a-seed0", **{"stage1/accuracy": statistics.proportion([True, False] * 20)})
     context = book.page_context(load_profile("smoke"), {"a-seed0": made})
     text = book.render('{{ percent("a-seed0", "stage1/accuracy") }}, {{ share("b", "x") }}', context, "page.md")
-    assert 'href="_static/records/a-seed0.json"' in text and ">50.0 % [35.2, 64.8], n = 40</a>" in text
+    assert 'href="_static/records/smoke/a-seed0.json"' in text and ">50.0 % [35.2, 64.8], n = 40</a>" in text
     assert f"commit {(made.run['commit'] or 'none')[:10]}" in text and text.endswith(", not measured")
 
 
