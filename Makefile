@@ -17,7 +17,7 @@ test: $(VENV)/.installed
 	$(PY) -m pytest
 
 lab: $(VENV)/.installed
-	$(VENV)/bin/jupyter lab --notebook-dir=.
+	JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter $(VENV)/bin/jupyter lab notebooks/00_tour.ipynb
 
 figures: $(VENV)/.installed
 	@$(PY) -m lorapar_utils.plots results/$(PROFILE) figures

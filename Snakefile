@@ -13,7 +13,7 @@ PROFILE = SETTINGS.profile
 RUNS = f"runs/{PROFILE}"
 PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar -k python3"
 EXPERIMENTS = [f"{name}-seed{seed}" for name, seed in SETTINGS.experiment_runs()]
-PHASES = ["01_voting", "02_importance", "03_theta_ablation", "04_two_stage", "05_benchmarks", "06_claims"]
+PHASES = ["00_tour", "01_voting", "02_importance", "03_theta_ablation", "04_two_stage", "05_benchmarks", "06_claims"]
 # The longer and varied runs that pages show beside this one's.
 LONGER = sorted({*glob("results/cpu-*/*.json"), *glob(f"results/{PROFILE}-*/*.json")})
 PROFILE_FILES = [str(path.relative_to(project_root())) for path in profile_files(PROFILE)]
@@ -109,6 +109,26 @@ rule experiment:
     shell:
         "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook} {output.notebook}"
         " -p profile {params.common[profile]} -p name {params.name} -p seed {params.seed} > {log} 2>&1"
+
+
+rule tour:
+    input:
+        notebook="notebooks/00_tour.ipynb",
+        records=expand(f"{RUNS}/records/{{run}}.json", run=EXPERIMENTS),
+        longer=LONGER,
+        code=SCORE,
+        profile=PROFILE_FILES,
+    output:
+        notebook=f"{RUNS}/notebooks/00_tour.ipynb",
+    conda:
+        "environment.yml"
+    log:
+        f"{RUNS}/logs/00_tour.log",
+    params:
+        common=COMMON,
+    threads: SETTINGS.threads
+    shell:
+        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook} {output.notebook} -p profile {params.common[profile]} > {log} 2>&1"
 
 
 rule show:

@@ -95,7 +95,7 @@ def render(text: str, context: dict, name: str) -> str:
 
 
 def page_context(settings: Settings, records: dict[str, Record]) -> dict:
-    """What pages may use: `percent(record, metric)`, `share`, `table(name)`, `settings`, `records`."""
+    """What pages may use: `percent(record, metric)`, `share`, `points`, `table(name)`, `verdicts`, and records."""
 
     def shown(record: str, metric: str, write: Callable[[dict], str]) -> str:
         """A number as a link to its record, which hovering tells about; what is missing reads so."""
@@ -114,8 +114,12 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
     def share(record: str, metric: str) -> str:
         return shown(record, metric, lambda found: f"{100 * found['value']:.1f} %")
 
+    def points(record: str, metric: str) -> str:
+        return shown(record, metric, tables.points)
+
+    judged = claims.scoreboard(evidence(settings) | companions(settings.profile), link=address)
     makers = {
-        "claims": lambda: claims.scoreboard(evidence(settings) | companions(settings.profile), link=address),
+        "claims": lambda: judged,
         "stages": lambda: tables.stage_table(plots.two_stage_records(records)),
         "status": lambda: status_table(records),
     }
@@ -124,6 +128,8 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
         "records": records,
         "percent": percent,
         "share": share,
+        "points": points,
+        "verdicts": list(judged["verdict"].value_counts().items()),
         "table": lambda name: to_markdown(makers[name]()),
         "environment": next(iter(records.values())).environment if records else {},
     }

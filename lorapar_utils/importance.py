@@ -51,8 +51,8 @@ def score_importance(
     batch_size
         Examples a pass; changes speed and memory, not the result.
     score
-        `second_order`, the paper's; for the ablation `first_order` |g phi|, `fisher` F, `magnitude` |phi|, `random`
-        (uniform, from torch's global generator).
+        `second_order`, the paper's; for the ablation `first_order` (`|g phi|`), `fisher` (F), `magnitude` (`|phi|`),
+        `random` (uniform, from torch's global generator).
 
     Returns
     -------

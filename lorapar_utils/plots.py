@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 
 from lorapar_utils import tables
 from lorapar_utils.errors import InputError
@@ -33,9 +34,76 @@ STAGES = {"base": "base model", "stage1": "after stage 1", "stage2": "after stag
 
 
 def use_style() -> None:
-    """One look for every figure: colour-blind safe, readable at column width, reproducible SVG."""
-    sns.set_theme(style="whitegrid", context="notebook", palette="colorblind")
-    plt.rcParams.update({"figure.dpi": 110, "savefig.bbox": "tight", "svg.hashsalt": "lorapar", "font.size": 11})
+    """One look for every figure (`lorapar.mplstyle`), whatever was set before."""
+    plt.style.use(["default", Path(__file__).with_name("lorapar.mplstyle")])
+
+
+# Boxes of the pipeline: phase -> (left, bottom, what it says). A figure 12 wide and 3.6 high.
+PIPELINE = {
+    "data": (0.0, 1.3, "training\nexamples"),
+    "voting": (2.0, 1.3, "teachers vote\nfast or slow?"),
+    "system1": (4.1, 2.4, "System 1\nexamples"),
+    "system2": (4.1, 0.2, "System 2\nexamples"),
+    "importance": (6.2, 1.3, "score LoRA\nelements for\neach system"),
+    "theta": (8.3, 1.3, "keep the fewest\nthat hold theta\nof the score"),
+    "stage1": (10.4, 2.4, "stage 1\nSFT of its\nelements"),
+    "stage2": (10.4, 0.2, "stage 2\nGRPO of its\nelements"),
+}
+BOX = (1.65, 0.95)
+ARROWS = [
+    ("data", "voting"),
+    ("voting", "system1"),
+    ("voting", "system2"),
+    ("system1", "importance"),
+    ("system2", "importance"),
+    ("importance", "theta"),
+    ("theta", "stage1"),
+    ("theta", "stage2"),
+    ("stage1", "stage2"),
+]
+
+
+def pipeline(*here: str) -> Figure:
+    """The method from left to right; boxes named in `here` (keys of `PIPELINE`) are filled."""
+    if unknown := set(here) - PIPELINE.keys():
+        raise InputError(f"pipeline: no box {', '.join(sorted(unknown))}; use {', '.join(PIPELINE)}")
+    figure, axes = plt.subplots(figsize=(10.5, 3.3))
+    width, height = BOX
+    for name, (left, bottom, text) in PIPELINE.items():
+        colour = SYSTEM_COLOURS.get({"1": 1, "2": 2}.get(name[-1]), "#555555")
+        filled = name in here
+        box = FancyBboxPatch(
+            (left, bottom),
+            width,
+            height,
+            boxstyle="round,pad=0.05,rounding_size=0.12",
+            facecolor=colour if filled else "white",
+            edgecolor=colour,
+            linewidth=1.6,
+        )
+        axes.add_patch(box)
+        words = {"color": "white", "weight": "bold"} if filled else {"color": "#222222"}
+        axes.text(left + width / 2, bottom + height / 2, text, ha="center", va="center", fontsize=10, **words)
+    for start, end in ARROWS:
+        axes.annotate("", **_arrow(PIPELINE[start][:2], PIPELINE[end][:2]))
+    # Each stage also reads the examples of its system.
+    for system, stage, bend in (("system1", "stage1", -0.08), ("system2", "stage2", 0.08)):
+        style = {"arrowstyle": "-|>", "color": "#888888", "linestyle": "dashed", "connectionstyle": f"arc3,rad={bend}"}
+        y = PIPELINE[system][1] + (height * 0.8 if system == "system1" else height * 0.2)
+        axes.annotate("", (PIPELINE[stage][0] - 0.08, y), (PIPELINE[system][0] + width + 0.08, y), arrowprops=style)
+    axes.set(xlim=(-0.15, 12.2), ylim=(-0.1, 3.7))
+    axes.axis("off")
+    return figure
+
+
+def _arrow(start: tuple[float, float], end: tuple[float, float]) -> dict:
+    """From the right edge of one box to the left edge of the next, or downwards between boxes one above the other."""
+    width, height = BOX
+    if start[0] == end[0]:
+        ends = (end[0] + width / 2, end[1] + height + 0.08), (start[0] + width / 2, start[1] - 0.08)
+    else:
+        ends = (end[0] - 0.08, end[1] + height / 2), (start[0] + width + 0.08, start[1] + height / 2)
+    return {"xy": ends[0], "xytext": ends[1], "arrowprops": {"arrowstyle": "-|>", "color": "#555555", "linewidth": 1.4}}
 
 
 def votes_by_steps(record: Record) -> Figure:
@@ -51,7 +119,7 @@ def votes_by_steps(record: Record) -> Figure:
         axes.plot(x, points["system2_share"], marker=MARKERS[i % len(MARKERS)], linewidth=1.2, label=name)
     axes.set_xticks(range(len(panel)), panel.index)
     axes.set(xlabel="reasoning steps of the example", ylabel="share voted System 2", ylim=(0, 1.12))
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -87,7 +155,7 @@ def reliability(record: Record) -> Figure:
     for i, (name, points) in enumerate(rows.groupby("teacher", sort=False)):
         axes.plot(points["said"], points["share"], marker=MARKERS[i % len(MARKERS)], linewidth=1.2, label=name)
     axes.set(xlabel="P(System 2) from the calibrated margin", ylabel="share that is System 2", ylim=(0, 1), xlim=(0, 1))
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -183,7 +251,7 @@ def stability(rows: pd.DataFrame) -> Figure:
         axes.set(title=title, xlabel="examples scored", xscale="log", ylim=(min(0.0, rows[key].min()) - 0.05, 1.05))
         axes.set_xticks(sizes, sizes)
         axes.minorticks_off()
-    panels[0].legend(fontsize=8)
+    panels[0].legend(fontsize=9)
     figure.tight_layout()
     return figure
 
@@ -319,7 +387,7 @@ def stage_accuracy(records: list[Record]) -> Figure:
         axes.errorbar(
             part["value"], y, xerr=errors, fmt="o", capsize=3, color=SYSTEM_COLOURS[system], label=f"System {system}"
         )
-    axes.set_yticks(range(len(titles)), titles, fontsize=8)
+    axes.set_yticks(range(len(titles)), titles, fontsize=9)
     axes.invert_yaxis()
     axes.set(xlabel="test accuracy (95 % interval)", xlim=(-0.02, 1.02))
     axes.legend(loc="best")
@@ -358,7 +426,7 @@ def pareto(records: list[Record]) -> Figure:
         axes.set(xlabel=label, ylim=(-0.02, 1.02))
     all_axes[0].set(xscale="log", ylabel="accuracy at the end (95 % interval)")
     handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="center left", bbox_to_anchor=(0.92, 0.5))
+    figure.legend(handles, labels, fontsize=9, loc="center left", bbox_to_anchor=(0.92, 0.5))
     return figure
 
 
@@ -376,6 +444,7 @@ def stage1_records(records: dict[str, Record]) -> list[Record]:
 
 # What `make figures` and the book draw: figure name -> (what it needs, how to draw it).
 FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
+    "pipeline": lambda records: pipeline(),
     "votes_by_steps": lambda records: votes_by_steps(records["voting"]),
     "split_accuracy": lambda records: split_accuracy(records["voting"]),
     "reliability": lambda records: reliability(records["voting"]),

@@ -411,10 +411,10 @@ def _read_yaml(path: Path) -> dict:
 
 
 def _merge(base: dict, over: dict) -> dict:
-    """Sections merge key by key; lists, scalars and the experiments table are replaced whole, grids with the latter."""
+    """Sections merge key by key; lists, scalars, experiments and panels are replaced whole, grids with experiments."""
     merged = {key: value for key, value in base.items() if key != "grids" or "experiments" not in over}
     for key, value in over.items():
-        whole = key == "experiments" or not isinstance(value, dict) or not isinstance(base.get(key), dict)
+        whole = key in ("experiments", "panels") or not isinstance(value, dict) or not isinstance(base.get(key), dict)
         merged[key] = value if whole else _merge(base[key], value)
     return merged
 

@@ -33,6 +33,14 @@ def number(metric: dict | None) -> str:
     return f"{metric['value']:.2f}{interval}, n = {metric['n']:,}"
 
 
+def points(metric: dict | None) -> str:
+    """A difference of two shares: `+8.0 points [+2.0, +14.0], n = 150`; what is missing reads "not measured"."""
+    if metric is None:
+        return "not measured"
+    low, high = 100 * metric["low"], 100 * metric["high"]
+    return f"{100 * metric['value']:+.1f} points [{low:+.1f}, {high:+.1f}], n = {metric['n']:,}"
+
+
 def stage_table(records: Iterable[Record]) -> pd.DataFrame:
     """One row an experiment: System 1 and System 2 test accuracy after each stage, and the active share."""
     rows = []
@@ -61,7 +69,7 @@ def gain_table(records: Iterable[Record]) -> pd.DataFrame:
                 "experiment": record.run["parameters"]["title"],
                 "seed": record.run["seed"],
                 "system": system,
-                "gain": percent(gain),
+                "gain": points(gain),
                 "p": round(gain["p_value"], 3),
             }
             for record in records

@@ -35,6 +35,15 @@ from lorapar_utils.records import published_records, write_record
 settings = notebook.start(profile=profile)
 
 # %% [markdown]
+# ## The idea
+#
+# Some questions are answered at once, others need a chain of steps. Several language models, each in a role, say which an example needs;
+# what most of them call fast trains stage 1, what they call slow trains stage 2.
+
+# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: voting and the two sets of examples."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-01_voting"}}
+figure = plots.pipeline("voting", "system1", "system2")
+
+# %% [markdown]
 # ## What will be asked
 #
 # Nothing is asked twice: an answer is kept under teacher, prompt and example, as soon as it comes in.
@@ -155,7 +164,9 @@ table1.set_index("split") if len(table1) else print("No record of cpu-full is pu
 # A stronger teacher. The paper votes with reasoning models that are thousands of times larger. Where a small teacher's AUC stays near one
 # half, its split is close to a random one, and everything downstream inherits that.
 #
-# **Try it yourself**: what a profile's teachers would cost, and voting alone.
+# ## Try it yourself
+#
+# What a profile's teachers would cost, and voting alone.
 #
 # ```bash
 # python -m lorapar_utils.splits cpu --dry-run

@@ -40,6 +40,16 @@ settings = notebook.start(profile=profile, seed=seed, theta=theta, alpha=alpha, 
 from lorapar_utils import phases
 
 # %% [markdown]
+# ## The idea
+#
+# An element of the adapter matters to a system if the loss on its examples would change were the element zero. An estimate from the
+# gradients of single examples scores every element in one pass. The fewest that hold the share theta of a system's total are its own; those
+# that both systems choose are shared.
+
+# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: scoring and choosing elements."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-02_importance"}}
+figure = plots.pipeline("importance", "theta")
+
+# %% [markdown]
 # ## Score
 #
 # With gⱼ the mean and Fⱼⱼ the mean square of the per-example gradients of element φⱼ:
@@ -129,7 +139,7 @@ steady.groupby(["differ", "n", "system"])[agreements].mean().round(3).unstack() 
 # If the Jaccard index equalled its chance value, the two systems would choose independently; if it were one, there would be no two
 # systems to tell apart.
 #
-# **Try it yourself**
+# ## Try it yourself
 #
 # ```bash
 # papermill notebooks/02_importance.ipynb out.ipynb -p profile smoke -p theta 0.8

@@ -34,6 +34,15 @@ from lorapar_utils.records import evidence
 settings = notebook.start(profile=profile)
 from lorapar_utils import phases
 
+# %% [markdown]
+# ## The idea
+#
+# A larger theta trains more elements. If importance finds the right ones, a few of them should do most of the work, and a random choice of
+# as many should do worse.
+
+# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: choosing elements, and stage 1."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-03_theta_ablation"}}
+figure = plots.pipeline("theta", "stage1")
+
 # %%
 chosen = [
     (name, seed)
@@ -64,7 +73,7 @@ claims.linked_scoreboard(evidence(settings), settings, on_theta)
 #
 # Random selection of equal size doing as well over several seeds: then importance buys nothing at this scale.
 #
-# **Try it yourself**
+# ## Try it yourself
 #
 # ```bash
 # papermill notebooks/experiment.ipynb out.ipynb -p profile smoke -p name random_0.9

@@ -34,6 +34,15 @@ settings = notebook.start(profile=profile)
 from lorapar_utils import phases
 from lorapar_utils.records import published_records
 
+# %% [markdown]
+# ## The idea
+#
+# Stage 1 imitates worked System 1 solutions and moves the elements of System 1 only. Stage 2 starts from there, draws its own answers to
+# System 2 questions, and is rewarded for right ones; it moves the elements of System 2. All other elements stay as they are, to the bit.
+
+# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: stage 1 and stage 2."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-04_two_stage"}}
+figure = plots.pipeline("stage1", "stage2")
+
 # %%
 chosen = [(name, seed) for name, seed in settings.experiment_runs() if settings.experiments[name].sweep == "two_stage"]
 records = [phases.experiment(settings, name, seed) for name, seed in chosen]
@@ -131,7 +140,12 @@ tables.alpha_beta_table(grid) if grid else print("No record of this grid is publ
 tables.order_table(chains) if chains else print("No record of cpu-chains is published yet.")
 
 # %% [markdown]
-# **Try it yourself**
+# ## What would change our mind
+#
+# On stage 2: gains whose intervals lie above zero at every seed say that it teaches; a System 1 that falls as far says that it only moves the
+# skill. On the partition: if LoRA with every element ends above LoRA-PAR by more than the interval, freezing costs accuracy.
+#
+# ## Try it yourself
 #
 # ```bash
 # papermill notebooks/experiment.ipynb out.ipynb -p profile smoke -p name lorapar

@@ -32,6 +32,15 @@ settings = notebook.start(profile=profile)
 from lorapar_utils import phases
 from lorapar_utils.records import evidence, published_records
 
+# %% [markdown]
+# ## The idea
+#
+# LoRA trains every element of the adapter on all examples. LoRA-PAR trains fewer, each on what it matters to. Both are asked the same
+# questions, and compared question by question.
+
+# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: everything from the examples to stage 2."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-05_benchmarks"}}
+figure = plots.pipeline("system1", "system2", "importance", "theta", "stage1", "stage2")
+
 # %%
 wanted = [
     (name, seed)
@@ -84,7 +93,12 @@ tables.benchmark_table(elsewhere, "humaneval").set_index("method")
 #
 # Not run: Qwen-2.5-7B needs a GPU. `profiles/qwen2.5-7b.yaml` is its profile.
 #
-# **Try it yourself**
+# ## What would change our mind
+#
+# LoRA-PAR beside LoRA + RL at the same budget, ahead by more than the interval over several seeds, or level with it at a fraction of the
+# elements: then choosing elements buys something. One seed at this scale decides neither.
+#
+# ## Try it yourself
 #
 # ```bash
 # papermill notebooks/05_benchmarks.ipynb out.ipynb -p profile smoke

@@ -31,6 +31,12 @@ from lorapar_utils.records import companions, evidence
 
 settings = notebook.start(profile=profile)
 
+# %% [markdown]
+# ## The idea
+#
+# A claim becomes a comparison with a margin, written down in `book/claims.yaml` before anything is run. Records decide it, item by item; nobody
+# reads a table and judges.
+
 # %%
 claims.linked_scoreboard(evidence(settings) | companions(settings.profile), settings)
 
@@ -41,7 +47,12 @@ claims.linked_scoreboard(evidence(settings) | companions(settings.profile), sett
 # *Not reproduced*: it lies on the other side. *Inconclusive*: the interval covers the margin, or there are too few items.
 # *Not run*: neither this profile nor a published longer or varied one has such an experiment.
 #
-# **Try it yourself**
+# ## What would change our mind
+#
+# More seeds where a verdict is inconclusive, and a larger model where it is *not reproduced*: a claim about 7B models is not refuted by a small
+# one. The evidence column links to the records; a record names the command that makes it again.
+#
+# ## Try it yourself
 #
 # ```bash
 # papermill notebooks/06_claims.ipynb out.ipynb -p profile smoke

@@ -36,6 +36,14 @@ from lorapar_utils import notebook, plots, tables
 settings = notebook.start(profile=profile, show_rollouts=show_rollouts)
 from lorapar_utils import phases
 
+# %% [markdown]
+# ## The idea
+#
+# One line of the profile's experiments: a method, its stages, a seed. All that came before, votes and scores, is read back.
+
+# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: stage 1 and stage 2."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-experiment"}}
+figure = plots.pipeline("stage1", "stage2")
+
 # %%
 settings.for_experiment(name, seed).partition, settings.experiments[name]
 
@@ -64,7 +72,7 @@ few = items.drop_duplicates(["system", "task", "stage"]).head(10)
 few[["stage", "system", "task", "completion", "correct"]]
 
 # %% [markdown]
-# **Try it yourself**
+# ## Try it yourself
 #
 # ```bash
 # papermill notebooks/experiment.ipynb out.ipynb -p profile smoke -p name random_0.9 -p seed 1

@@ -10,11 +10,15 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
+from tokenizers.pre_tokenizers import Split, Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parent.parent
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
 
 
 def make_tiny_model():
@@ -60,6 +64,20 @@ def tiny_examples():
 
 
 @pytest.fixture
+def saved_model(tiny_model, tmp_path):
+    """A local folder in the hub's layout, chat template included."""
+    vocabulary = {f"t{i}": i for i in range(62)} | {"<unk>": 62, "<eos>": 63}
+    raw = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="<eos>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    folder = tmp_path / "model"
+    tiny_model.unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
 def project(tmp_path, monkeypatch):
     """A temporary copy of the project's profiles and book, as the working directory."""
     for name in ("profiles", "book"):
@@ -75,10 +93,7 @@ def make_tiny_tokenizer():
     tokens.pre_tokenizer = Split(" ", "removed")
     tokens.decoder = Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="<end>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
-        "{% if add_generation_prompt %}assistant {% endif %}"
-    )
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 

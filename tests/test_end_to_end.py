@@ -2,13 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import browser
+import jupytext
+import nbformat
 import pytest
 from conftest import ROOT
 
@@ -147,6 +151,39 @@ def test_what_is_missing_is_made_though_an_earlier_phase_runs_again(built):
     assert trained == {path: path.stat().st_mtime_ns for path in trained}
 
 
+def commands():
+    """Every shell command that a page, the README or a notebook shows in a block of its own."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md"))]
+    texts = [page.read_text() for page in pages]
+    for path in sorted((ROOT / "notebooks").glob("*.py")):
+        texts += [cell.source for cell in jupytext.read(path).cells if cell.cell_type == "markdown"]
+    blocks = [block for text in texts for block in re.findall(r"```bash\n(.*?)```", text, re.S)]
+    found = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    # The guide's own profile is made, and its commands run, by test_guide.
+    return sorted({command for command in found if command and "mine" not in command})
+
+
+@pytest.mark.slow
+def test_the_commands_that_are_shown_do_what_they_say(built):
+    assert len(commands()) >= 10
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in commands():
+        if command.startswith("make "):
+            command = f"make -n {command.removeprefix('make ')}"
+        done = subprocess.run(command, shell=True, cwd=built, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+def test_notebooks_print_nothing_that_a_reader_cannot_act_on(built):
+    executed = sorted((built / "runs/smoke/notebooks").rglob("*.ipynb"))
+    assert len(executed) >= 10
+    for path in executed:
+        streams = [o for c in nbformat.read(path, 4).cells for o in c.get("outputs", []) if o.get("name") == "stderr"]
+        lines = {line.strip() for stream in streams for line in re.split(r"[\r\n]", stream["text"])}
+        assert not [line for line in lines if line and not re.search(r"\d+%\||\d+ ?(it|examples)/s|\?it/s", line)], path
+
+
 def explore(chromium, address):
     """The theta explorer by keyboard, at a phone's width; and what is there without scripts."""
     page = chromium.new_page(viewport={"width": 390, "height": 800})
@@ -169,9 +206,16 @@ def explore(chromium, address):
 def test_the_book_in_a_browser(built):
     html = built / "book/_build/html"
     pages = sorted(path.name for path in html.glob("*.html"))
-    assert {"index.html", "01_voting.html", "experiment.html", "06_claims.html", "status.html", "lab_log.html"} <= set(
-        pages
-    )
+    assert {
+        "index.html",
+        "00_tour.html",
+        "api.html",
+        "01_voting.html",
+        "experiment.html",
+        "06_claims.html",
+        "status.html",
+        "lab_log.html",
+    } <= set(pages)
     assert "injected-parameters" not in (html / "02_importance.html").read_text()
     with browser.served(html) as address, browser.browser() as chromium:
         found = {}
@@ -183,7 +227,9 @@ def test_the_book_in_a_browser(built):
         page = chromium.new_page()
         page.goto(f"{address}/index.html")
         numbers = page.eval_on_selector_all("a.result", "links => links.map(link => [link.href, link.title])")
-        assert len(numbers) >= 5 and all("commit" in title for _, title in numbers)
+        assert len(numbers) >= 5 and all("commit" in title or "made" in title for _, title in numbers)
+        page.goto(f"{address}/06_claims.html")
+        numbers += page.eval_on_selector_all("a.result", "links => links.map(link => [link.href, link.title])")
         assert all(page.request.get(link).ok for link, _ in numbers)
         explore(chromium, f"{address}/02_importance.html")
         page.keyboard.press("Control+k")

@@ -3,26 +3,11 @@ import types
 
 import pytest
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as tokenizer_models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from lorapar_utils import models
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import load_profile
-
-
-@pytest.fixture
-def saved_model(tiny_model, tmp_path):
-    """A local folder in the hub's layout."""
-    vocabulary = {f"t{i}": i for i in range(62)} | {"<unk>": 62, "<eos>": 63}
-    raw = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="<eos>")
-    folder = tmp_path / "model"
-    tiny_model.unload().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def local(folder, **more):

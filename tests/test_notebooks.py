@@ -26,8 +26,9 @@ def typed_results(text: str) -> list[str]:
     return RESULT.findall(text)
 
 
-def test_all_seven_are_there():
+def test_every_notebook_is_there():
     expected = [
+        "00_tour",
         "01_voting",
         "02_importance",
         "03_theta_ablation",
