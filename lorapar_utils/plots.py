@@ -2,13 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
@@ -45,7 +46,7 @@ PIPELINE = {
     "system1": (4.1, 2.4, "System 1\nexamples"),
     "system2": (4.1, 0.2, "System 2\nexamples"),
     "importance": (6.2, 1.3, "score LoRA\nelements for\neach system"),
-    "theta": (8.3, 1.3, "keep the fewest\nthat hold theta\nof the score"),
+    "theta": (8.3, 1.3, "fewest that\nhold theta of\nthe score"),
     "stage1": (10.4, 2.4, "stage 1\nSFT of its\nelements"),
     "stage2": (10.4, 0.2, "stage 2\nGRPO of its\nelements"),
 }
@@ -463,23 +464,33 @@ FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
 LONGER = ("stability", "theta_curve", "pareto")
 
 
-def save_all(records: dict[str, Record], joined: dict[str, Record], folder: Path) -> list[Path]:
-    """Draw every figure whose records are there, as SVG, PDF and PNG; the same records give the same bytes.
+# Formats and what keeps two runs' bytes equal in each.
+FORMATS = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
+
+
+def save_all(
+    records: dict[str, Record],
+    joined: dict[str, Record],
+    folder: Path,
+    names: Sequence[str] = tuple(FIGURES),
+    formats: Sequence[str] = tuple(FORMATS),
+) -> list[Path]:
+    """Draw the figures `names` whose records are there, in each format; the same records give the same bytes.
 
     `joined` are `records` with those of the longer profile (see `records.with_longer`), for the figures in `LONGER`.
     """
     use_style()
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, draw in FIGURES.items():
+    for name in names:
         try:
-            figure = draw(joined if name in LONGER else records)
+            figure = FIGURES[name](joined if name in LONGER else records)
         except KeyError as missing:
             print(f"{name}: skipped, there is no record {missing}")
             continue
-        for suffix, metadata in (("svg", {"Date": None}), ("pdf", {"CreationDate": None}), ("png", {})):
+        for suffix in formats:
             temporary = folder / f".{name}.{suffix}"
-            figure.savefig(temporary, format=suffix, metadata=metadata)
+            figure.savefig(temporary, format=suffix, metadata=FORMATS.get(suffix))
             written.append(temporary.replace(folder / f"{name}.{suffix}"))
         plt.close(figure)
     return written
@@ -493,12 +504,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("records", type=Path)
     parser.add_argument("figures", type=Path)
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="FIGURE")
+    known = FigureCanvasBase.get_supported_filetypes()
+    parser.add_argument("--formats", nargs="+", choices=known, default=list(FORMATS), metavar="FORMAT")
     chosen = parser.parse_args(arguments)
     records = read_records(chosen.records)
     if not records:
         print(f"{chosen.records}: no records; run `make book` and `make publish` first", file=sys.stderr)
         return 2
-    for path in save_all(records, with_longer(records, chosen.records.name), chosen.figures):
+    joined = with_longer(records, chosen.records.name)
+    for path in save_all(records, joined, chosen.figures, chosen.only, chosen.formats):
         print(path)
     return 0
 

@@ -27,7 +27,7 @@ profile = "cpu"  # a file of profiles/, or a path
 examples = 4  # of each system, to score
 theta = 0.9
 
-# %%
+# %% tags=["hide-input"]
 from lorapar_utils import notebook, plots, tables
 from lorapar_utils.records import evidence, published_records
 

@@ -30,7 +30,7 @@ alpha = None
 beta = None
 modules = None  # QKV, GUD or QKVGUD
 
-# %%
+# %% tags=["hide-input"]
 import pandas as pd
 
 from lorapar_utils import explorer, notebook, plots, summaries

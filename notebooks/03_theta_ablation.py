@@ -26,7 +26,7 @@
 # %% tags=["parameters"]
 profile = "cpu"  # a file of profiles/, or a path
 
-# %%
+# %% tags=["hide-input"]
 
 from lorapar_utils import claims, notebook, plots, tables
 from lorapar_utils.records import evidence

@@ -25,7 +25,7 @@
 # %% tags=["parameters"]
 profile = "cpu"  # a file of profiles/, or a path
 
-# %%
+# %% tags=["hide-input"]
 import pandas as pd
 
 from lorapar_utils import notebook, plots, tables

@@ -25,7 +25,7 @@
 # %% tags=["parameters"]
 profile = "cpu"  # a file of profiles/, or a path
 
-# %%
+# %% tags=["hide-input"]
 from lorapar_utils import claims, notebook
 from lorapar_utils.records import companions, evidence
 

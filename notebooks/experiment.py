@@ -28,7 +28,7 @@ name = "lorapar"  # one of the experiments of the profile
 seed = 0
 show_rollouts = 0  # completions to print at each GRPO step, with their rewards
 
-# %%
+# %% tags=["hide-input"]
 import pandas as pd
 
 from lorapar_utils import notebook, plots, tables

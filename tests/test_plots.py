@@ -126,3 +126,12 @@ def test_pipeline_fills_the_boxes_that_it_is_told_and_no_others():
     assert len(filled) == 2
     with pytest.raises(InputError, match="no box votes; use data, voting"):
         plots.pipeline("votes")
+
+
+def test_one_figure_in_another_format(tmp_path, capsys):
+    command = [str(ROOT / "results" / "cpu"), str(tmp_path), "--only", "theta_curve", "--formats", "eps", "jpg"]
+    assert plots.main(command) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theta_curve.eps", "theta_curve.jpg"]
+    with pytest.raises(SystemExit):
+        plots.main([*command[:3], "theta_curv"])
+    assert "invalid choice: 'theta_curv'" in capsys.readouterr().err
