@@ -17,7 +17,7 @@ test: $(VENV)/.installed
 	$(PY) -m pytest
 
 lab: $(VENV)/.installed
-	JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter $(VENV)/bin/jupyter lab notebooks/00_tour.ipynb
+	JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter $(VENV)/bin/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
 
 figures: $(VENV)/.installed
 	@$(PY) -m lorapar_utils.plots results/$(PROFILE) figures
