@@ -27,6 +27,7 @@ def settings():
     return load_profile(
         "smoke",
         checkpoint_every=2,
+        evaluation={"watch_every": 1},
         model={"dtype": "float32", "system_prompt": "system"},
         sft={"epochs": 3, "batch_size": 4, "accumulation": 2, "weight_decay": 0.1, "max_grad_norm": 0.5},
         grpo={
@@ -59,11 +60,11 @@ def sparse_masks(model):
     return masks
 
 
-def train(stage, folder=None):
+def train(stage, folder=None, watch=None):
     model = make_tiny_policy()
     masks = sparse_masks(model)
     run = {"sft": training.run_sft, "grpo": training.run_grpo}[stage]
-    history = run(model, make_tiny_tokenizer(), examples(), masks, settings(), folder)
+    history = run(model, make_tiny_tokenizer(), examples(), masks, settings(), folder, watch)
     return model, masks, history
 
 
@@ -149,6 +150,23 @@ def test_a_stage_killed_after_its_last_checkpoint_trains_no_step_more(stage, tmp
     assert weights_hash(again) == weights_hash(model) and read_back == history
     # Nor do the hooks of the stage's optimizer outlive it.
     assert not any(p._backward_hooks for p in again.parameters())
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_stage_that_is_interrupted_by_hand_goes_on_in_the_same_kernel(stage, tmp_path):
+    straight, _, _ = train(stage)
+    steps = iter(range(3))
+
+    def stop_button():
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(stage, tmp_path, stop_button)
+    assert [path.name for path in training._finished(tmp_path)] == ["checkpoint-2"]
+    again, _, _ = train(stage, tmp_path)
+    assert weights_hash(again) == weights_hash(straight)
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path):
