@@ -22,6 +22,7 @@ from lorapar_utils.records import Record, companions, evidence, read_records
 from lorapar_utils.settings import Settings, load_profile, project_root
 
 RECORD_LINK = re.compile(r'href="\.\./(?:runs/([\w.-]+)/records|results/([\w.-]+))/')
+ICON_SCRIPT = re.compile(r'<script [^>]*src="[^"]*/fontawesome\.js[^"]*"></script>')
 EXTRAS = ("_config.yml", "_toc.yml", "references.bib", "claims.yaml")
 
 
@@ -77,6 +78,7 @@ def build(settings: Settings, source: Path) -> int:
     done = subprocess.run([*command, "--path-output", str(out), str(source)])
     if done.returncode:
         return done.returncode
+    _drop_icon_script(out / "_build" / "html")
     target = project_root() / "book" / "_build"
     target.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(target / "html", ignore_errors=True)
@@ -85,6 +87,14 @@ def build(settings: Settings, source: Path) -> int:
         stamp.unlink()
     (target / f"{settings.profile}.stamp").write_text("")
     return 0
+
+
+def _drop_icon_script(html_folder: Path) -> None:
+    """The theme brings its icons as a font and again as a script, which is more than half of a page's bytes."""
+    for page in html_folder.rglob("*.html"):
+        page.write_text(ICON_SCRIPT.sub("", page.read_text()))
+    for script in (html_folder / "_static" / "scripts").glob("fontawesome.js*"):
+        script.unlink()
 
 
 def render(text: str, context: dict, name: str) -> str:
@@ -136,11 +146,11 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
 
 
 def status_table(records: dict[str, Record]) -> pd.DataFrame:
-    """When each record was made, from which commit, and how long it took."""
+    """When each record was made, from which commit, and how long it took; each links to its file."""
     return pd.DataFrame(
         [
             {
-                "record": r.name,
+                "record": f'<a class="result" href="{address(r)}">{r.name}</a>',
                 "made": r.run["created"],
                 "seconds": r.run["seconds"],
                 "commit": (r.run["commit"] or "no git")[:10] + ("+changes" if r.run["dirty"] else ""),

@@ -52,8 +52,10 @@ def theta_explorer(record: Record) -> alt.VConcatChart:
         slider("beta", 1.0, 0.0, 1 / shares),
         alt.param(name="shown", value="stage1", bind=choice),
     ]
+    # As CSV: a third of what a row with its column names takes.
+    data = alt.InlineData(values=counts.to_csv(index=False), format=alt.CsvDataFormat(type="csv"))
     here = (
-        alt.Chart(counts)
+        alt.Chart(data)
         .transform_filter("abs(datum.theta - theta) < 0.01")
         .transform_calculate(
             stage1=f"datum['stage1_' + round(alpha * {shares})]",
@@ -138,4 +140,6 @@ class Page:
         fallback = f'<noscript><img alt="{text}" style="max-width: 100%" src="{source}"></noscript>'
         inside = drawn.replace("<html>", '<html lang="en">').replace("<head>", f"<head><title>{text}</title>{STYLE}", 1)
         inside = inside.replace("</body>", f"{fallback}</body>")
-        return f'<iframe title="{text}" srcdoc="{html.escape(inside)}" style="{FRAME}"></iframe>'
+        # Between single quotes: scripts and data are full of double ones.
+        quoted = inside.replace("&", "&amp;").replace("'", "&#x27;")
+        return f'<iframe title="{text}" srcdoc=\'{quoted}\' style="{FRAME}"></iframe>'

@@ -151,6 +151,13 @@ def test_what_is_missing_is_made_though_an_earlier_phase_runs_again(built):
     assert trained == {path: path.stat().st_mtime_ns for path in trained}
 
 
+DARK = ("index.html", "02_importance.html", "06_claims.html", "api.html")
+HEAVIEST = 3_000_000
+# Bytes of a page and of all that it loads.
+WEIGHT = """() => ["navigation", "resource"].flatMap(kind => performance.getEntriesByType(kind))
+  .reduce((sum, entry) => sum + entry.decodedBodySize, 0)"""
+
+
 def commands():
     """Every shell command that a page, the README or a notebook shows in a block of its own."""
     pages = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md"))]
@@ -218,12 +225,19 @@ def test_the_book_in_a_browser(built):
     } <= set(pages)
     assert "injected-parameters" not in (html / "02_importance.html").read_text()
     with browser.served(html) as address, browser.browser() as chromium:
-        found = {}
+        found, weight = {}, {}
         for name in pages:
             page = chromium.new_page()
             found[name] = browser.problems_of(page, f"{address}/{name}")
+            weight[name] = page.evaluate(WEIGHT)
+            page.close()
+        for name in DARK:
+            page = chromium.new_page(color_scheme="dark")
+            found[f"{name}, dark"] = browser.problems_of(page, f"{address}/{name}")
+            assert page.evaluate("document.documentElement.dataset.theme") == "dark"
             page.close()
         assert not {name: problems for name, problems in found.items() if problems}
+        assert not {name: size for name, size in weight.items() if size > HEAVIEST}
         page = chromium.new_page()
         page.goto(f"{address}/index.html")
         numbers = page.eval_on_selector_all("a.result", "links => links.map(link => [link.href, link.title])")
