@@ -1,20 +1,25 @@
 # make book | test | lab | figures | bench | publish   (PROFILE=cpu unless given; see profiles/)
+# make book CLUSTER=slurm sends the jobs to a cluster (see profiles/cluster/); make test-slurm tries that on a Slurm of its own.
 PROFILE ?= cpu
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 CORES ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))" 2>/dev/null || echo 2)
 
-.PHONY: book test lab figures bench publish plan
+.PHONY: book test test-slurm lab figures bench publish plan
 
 book: $(VENV)/.installed
-	@$(PY) -m lorapar_utils.build $(PROFILE) --cores $(CORES)
+	@$(PY) -m lorapar_utils.build $(PROFILE) --cores $(CORES) $(if $(CLUSTER),--cluster $(CLUSTER))
 
 plan: $(VENV)/.installed
 	@$(PY) -m lorapar_utils.build $(PROFILE) --cores $(CORES) --dry-run
 
 test: $(VENV)/.installed
 	$(PY) -m pytest
+
+test-slurm: $(VENV)/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[cluster]'
+	$(PY) -m pytest tests/cluster
 
 lab: $(VENV)/.installed
 	JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter $(VENV)/bin/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb

@@ -1,6 +1,7 @@
 """`python -m lorapar_utils.build PROFILE`: check what can be checked, then let Snakemake run the DAG."""
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
 from filelock import FileLock, Timeout
 
 from lorapar_utils.errors import InputError
@@ -21,22 +23,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("profile", nargs="?", default="cpu")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--cluster", default="", help="a folder of profiles/cluster: send the jobs there")
     parser.add_argument("--dry-run", action="store_true")
     chosen = parser.parse_args(arguments)
     try:
-        return build(chosen.profile, chosen.cores, dry_run=chosen.dry_run)
+        return build(chosen.profile, chosen.cores, cluster=chosen.cluster, dry_run=chosen.dry_run)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
 
 
-def build(profile: str, cores: int, *, dry_run: bool = False) -> int:
+def build(profile: str, cores: int, *, cluster: str = "", dry_run: bool = False) -> int:
     """Run the DAG of `profile`; returns Snakemake's exit code.
+
+    Parameters
+    ----------
+    cores
+        Of this machine, for jobs that run here.
+    cluster
+        A folder of `profiles/cluster`, whose executor runs the jobs; empty: this machine does.
 
     Raises
     ------
     InputError
-        An invalid profile, a `runs/` that cannot be written or has no space, or another build under way.
+        An invalid profile, an unknown cluster or one whose executor is not installed, a `runs/` that cannot be written
+        or has no space, or another build under way.
     """
     settings = load_profile(profile)
     root = project_root()
@@ -45,6 +56,8 @@ def build(profile: str, cores: int, *, dry_run: bool = False) -> int:
     command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--config", f"profile={settings.profile}"]
     # Our own lock is released by the system when a process dies; Snakemake's would outlive a kill -9.
     command += ["--nolock", "--rerun-incomplete"] + (["--dry-run"] if dry_run else [])
+    if cluster:
+        command += ["--workflow-profile", str(_cluster_profile(cluster))]
     try:
         with FileLock(runs / ".lock", timeout=0):
             code = subprocess.run(command, cwd=root).returncode
@@ -61,6 +74,17 @@ def build(profile: str, cores: int, *, dry_run: bool = False) -> int:
     elif not dry_run:
         print(f"The book: {root / 'book' / '_build' / 'html' / 'index.html'}")
     return code
+
+
+def _cluster_profile(name: str) -> Path:
+    folder = project_root() / "profiles" / "cluster" / name
+    if not (folder / "config.yaml").is_file():
+        known = sorted(path.parent.name for path in folder.parent.glob("*/config.yaml"))
+        raise InputError(f"cluster: there is no profiles/cluster/{name}/config.yaml; there is {', '.join(known)}")
+    executor = yaml.safe_load((folder / "config.yaml").read_text())["executor"]
+    if not importlib.util.find_spec(f"snakemake_executor_plugin_{executor}"):
+        raise InputError(f"cluster: the executor {executor!r} is not installed; .venv/bin/pip install -e '.[cluster]'")
+    return folder
 
 
 def _is_done(command: list[str]) -> bool:

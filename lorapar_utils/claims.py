@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ from pandas.io.formats.style import Styler
 
 from lorapar_utils import statistics
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, common_seeds, mean_outcomes
+from lorapar_utils.records import Record, beside_notebooks, cite, common_seeds, mean_outcomes
 from lorapar_utils.settings import Settings, project_root
 
 # What a test compares, and with what weight each side enters its effect.
@@ -51,7 +52,7 @@ def scoreboard(
                 "verdict": verdict,
                 "effect": effect,
                 "n": "–" if n is None else f"{n:,}",
-                "evidence": "; ".join(_cited(name, found, link) for name, found in named.items()) or "–",
+                "evidence": "; ".join(cite(name, found, link) for name, found in named.items()) or "–",
             }
         )
     return pd.DataFrame(rows)
@@ -59,29 +60,8 @@ def scoreboard(
 
 def linked_scoreboard(records: dict[str, Record], settings: Settings, claims: list[dict] | None = None) -> Styler:
     """`scoreboard` for a notebook: its evidence links to the records' files, as seen from `notebooks/`."""
-
-    def link(record: Record) -> str:
-        profile = record.run["profile"]
-        folder = f"runs/{profile}/records" if profile == settings.profile else f"results/{profile}"
-        return f"../{folder}/{record.name}.json"
-
-    style = scoreboard(records, claims, link).style.hide(axis="index")
+    style = scoreboard(records, claims, partial(beside_notebooks, settings=settings)).style.hide(axis="index")
     return style.set_table_attributes('class="dataframe"')
-
-
-def _cited(name: str, found: list[Record], link: Callable[[Record], str] | None) -> str:
-    """An experiment and its seeds, or that it has no record."""
-    if not found:
-        return f"{name} (no record)"
-
-    def entry(text: str, record: Record) -> str:
-        about = f"{record.name} of profile {record.run['profile']}, made {record.run['created']}"
-        return text if link is None else f'<a class="result" href="{link(record)}" title="{about}">{text}</a>'
-
-    if len(found) == 1 and found[0].name == name.rpartition("/")[2]:
-        return entry(name, found[0])
-    seeds = ", ".join(entry(f"seed {record.run['seed']}", record) for record in found)
-    return f"{name} ({seeds})"
 
 
 def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None]:

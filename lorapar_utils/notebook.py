@@ -1,13 +1,18 @@
-"""What every notebook of the book does first."""
+"""What every notebook of the book does first, and last."""
 
 import ast
 import sys
 import warnings
+from collections.abc import Iterable
+from functools import partial
 
+import pandas as pd
 from IPython import get_ipython
+from pandas.io.formats.style import Styler
 
 from lorapar_utils import plots
 from lorapar_utils.errors import InputError
+from lorapar_utils.records import Record, beside_notebooks, cite
 from lorapar_utils.settings import Settings, load_profile
 
 
@@ -34,6 +39,20 @@ def start(*, profile: str, **parameters) -> Settings:
     if not settings.publishable:
         print("This profile is for testing the pipeline: its numbers mean nothing.")
     return settings
+
+
+def sources(records: Iterable[Record], settings: Settings) -> Styler:
+    """The records behind a page, a row an experiment, each seed a link to its file."""
+    groups: dict[tuple[str, str], dict[int, Record]] = {}
+    for record in records:
+        name = record.name.rsplit("-seed", 1)[0]
+        groups.setdefault((record.run["profile"], name), {})[record.run["seed"]] = record
+    link = partial(beside_notebooks, settings=settings)
+    rows = [
+        {"profile": profile, "record": cite(name, [found[seed] for seed in sorted(found)], link)}
+        for (profile, name), found in sorted(groups.items())
+    ]
+    return pd.DataFrame(rows).style.hide(axis="index").set_table_attributes('class="dataframe"')
 
 
 def _reject_unknown_parameters() -> None:

@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -153,6 +153,31 @@ def companions(profile: str) -> dict[str, Record]:
         if folder.name != f"{profile}-full"
         for record in published_records(folder.name)
     }
+
+
+def cite(name: str, found: Sequence[Record], link: Callable[[Record], str] | None) -> str:
+    """An experiment and its seeds, or that it has no record; as HTML where `link` gives a record's address."""
+    if not found:
+        return f"{name} (no record)"
+
+    def entry(text: str, record: Record) -> str:
+        run = record.run
+        about = (
+            f"{record.name} of profile {run['profile']}, commit {(run['commit'] or 'none')[:10]}, made {run['created']}"
+        )
+        return text if link is None else f'<a class="result" href="{link(record)}" title="{about}">{text}</a>'
+
+    if len(found) == 1 and found[0].name == name.rpartition("/")[2]:
+        return entry(name, found[0])
+    seeds = ", ".join(entry(f"seed {record.run['seed']}", record) for record in found)
+    return f"{name} ({seeds})"
+
+
+def beside_notebooks(record: Record, settings: Settings) -> str:
+    """Where `record` lies as seen from `notebooks/`: among the runs of `settings.profile`, or published by another."""
+    profile = record.run["profile"]
+    folder = f"runs/{profile}/records" if profile == settings.profile else f"results/{profile}"
+    return f"../{folder}/{record.name}.json"
 
 
 def common_seeds(sides: Sequence[Sequence[Record]]) -> list[list[Record]]:

@@ -172,3 +172,12 @@ table1.set_index("split") if len(table1) else print("No record of cpu-full is pu
 # python -m lorapar_utils.splits cpu --dry-run
 # papermill notebooks/01_voting.ipynb out.ipynb -p profile smoke
 # ```
+
+# %% [markdown]
+# ## The records behind this page
+#
+# Every number and figure above is drawn from these files. Hovering tells commit and date.
+
+# %% tags=["hide-input"]
+splits_compared = [r for r in published_records("cpu-full") if r.run["parameters"].get("sweep") == "voting"]
+notebook.sources([record, *splits_compared], settings)

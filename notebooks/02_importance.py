@@ -144,3 +144,12 @@ steady.groupby(["differ", "n", "system"])[agreements].mean().round(3).unstack() 
 # ```bash
 # papermill notebooks/02_importance.ipynb out.ipynb -p profile smoke -p theta 0.8
 # ```
+
+# %% [markdown]
+# ## The records behind this page
+#
+# Every number and figure above is drawn from these files. Hovering tells commit and date.
+
+# %% tags=["hide-input"]
+stable = [r for r in published_records("cpu-full") if r.name == "stability"]
+notebook.sources([record, *stable], settings)

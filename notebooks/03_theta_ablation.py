@@ -78,3 +78,11 @@ claims.linked_scoreboard(evidence(settings), settings, on_theta)
 # ```bash
 # papermill notebooks/experiment.ipynb out.ipynb -p profile smoke -p name random_0.9
 # ```
+
+# %% [markdown]
+# ## The records behind this page
+#
+# Every number and figure above is drawn from these files. Hovering tells commit and date.
+
+# %% tags=["hide-input"]
+notebook.sources(records, settings) if records else None

@@ -150,3 +150,11 @@ tables.order_table(chains) if chains else print("No record of cpu-chains is publ
 # ```bash
 # papermill notebooks/experiment.ipynb out.ipynb -p profile smoke -p name lorapar
 # ```
+
+# %% [markdown]
+# ## The records behind this page
+#
+# Every number and figure above is drawn from these files. Hovering tells commit and date.
+
+# %% tags=["hide-input"]
+notebook.sources([*base, *records, *chains, *grid], settings)

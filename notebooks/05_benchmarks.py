@@ -103,3 +103,12 @@ tables.benchmark_table(elsewhere, "humaneval").set_index("method")
 # ```bash
 # papermill notebooks/05_benchmarks.ipynb out.ipynb -p profile smoke
 # ```
+
+# %% [markdown]
+# ## The records behind this page
+#
+# Every number and figure above is drawn from these files. Hovering tells commit and date.
+
+# %% tags=["hide-input"]
+shown = [r for r in longer if r.run["parameters"].get("sweep") in ("baseline", "two_stage")]
+notebook.sources([*shown, *elsewhere], settings)

@@ -77,3 +77,11 @@ few[["stage", "system", "task", "completion", "correct"]]
 # ```bash
 # papermill notebooks/experiment.ipynb out.ipynb -p profile smoke -p name random_0.9 -p seed 1
 # ```
+
+# %% [markdown]
+# ## The records behind this page
+#
+# Every number and figure above is drawn from these files. Hovering tells commit and date.
+
+# %% tags=["hide-input"]
+notebook.sources([record], settings)

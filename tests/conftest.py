@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,25 @@ def saved_model(tiny_model, tmp_path):
     folder = tmp_path / "model"
     tiny_model.unload().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+KEEP = ("Makefile", "Snakefile", "environment.yml", "pyproject.toml", "requirements.lock", "README.md")
+
+
+def copy_project(folder: Path) -> Path:
+    """The project in a folder of its own, where `make` finds a complete .venv: the one that runs the tests."""
+    for name in ("lorapar_utils", "notebooks", "profiles", "book"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_build", "__pycache__"))
+    for name in KEEP:
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, folder / name)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    for tool in ("python", "jupyter"):
+        script = folder / ".venv" / "bin" / tool
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable.removesuffix("python") + tool}" "$@"\n')
+        script.chmod(0o755)
+    (folder / ".venv" / ".installed").touch()
     return folder
 
 

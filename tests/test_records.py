@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -247,6 +248,19 @@ def test_a_verdict_links_to_every_record_that_it_rests_on(tmp_path):
     book._stage_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb")
     staged = nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs[0].data["text/html"]
     assert f'href="{book.address(records["a-seed1"])}"' in staged and "../runs" not in staged
+
+
+def test_the_records_behind_a_page_are_one_row_an_experiment_with_a_link_for_each_seed():
+    from lorapar_utils import notebook
+
+    made = [record("a-seed1", seed=1), record("a-seed0"), record("voting"), record("a-seed0")]
+    shown = notebook.sources(made, load_profile("smoke"))
+    assert shown.data["profile"].tolist() == ["smoke", "smoke"]
+    first, second = shown.data["record"]
+    assert re.sub("<.*?>", "", first) == "a (seed 0, seed 1)" and re.sub("<.*?>", "", second) == "voting"
+    assert first.count('href="../runs/smoke/records/a-seed') == 2 and "commit" in second
+    elsewhere = notebook.sources(made, load_profile("cpu"))
+    assert 'href="../results/smoke/voting.json"' in elsewhere.data["record"][1]
 
 
 def test_publish_refuses_smoke_and_uncommitted_records(project):
