@@ -4,11 +4,12 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+# `srun` inside a job finds its configuration only here.
+SYSTEM_CONFIG = Path("/etc/slurm/slurm.conf")
 PACKAGES = ["slurm-wlm", "munge"]
 CONFIG = """
 ClusterName=book
@@ -59,9 +60,14 @@ class Slurm:
         (home / "state").mkdir(parents=True)
         config = CONFIG.format(host=socket.gethostname(), home=home, controller=ports[0], first=ports[1], last=ports[2])
         (home / "slurm.conf").write_text(config)
-        self.environment = os.environ | {"SLURM_CONF": str(home / "slurm.conf")}
+        self.environment = dict(os.environ)
 
     def start(self) -> None:
+        if SYSTEM_CONFIG.exists():
+            raise FileExistsError(f"{SYSTEM_CONFIG} is there: this machine belongs to a cluster; try this on another")
+        SYSTEM_CONFIG.parent.mkdir(exist_ok=True)
+        SYSTEM_CONFIG.unlink(missing_ok=True)  # a link that an earlier run left, whose folder is gone
+        SYSTEM_CONFIG.symlink_to(self.home / "slurm.conf")
         key = self.home / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
@@ -104,6 +110,7 @@ class Slurm:
         return [tuple(line.split("|")) for line in lines]
 
     def stop(self) -> None:
+        SYSTEM_CONFIG.unlink(missing_ok=True)
         for process in reversed(list(self.processes.values())):
             process.terminate()
         for process in self.processes.values():
@@ -162,11 +169,3 @@ def read(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
-
-
-if __name__ == "__main__":
-    install()
-    with running(Path(sys.argv[1])) as slurm:
-        print(f"export SLURM_CONF={slurm.home}/slurm.conf", flush=True)
-        while True:
-            time.sleep(60)
