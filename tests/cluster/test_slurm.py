@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import slurm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import copy_project
 
+STARTED: list[subprocess.Popen] = []
 # What may differ between two runs of the same settings.
 TIMES = ("created", "seconds", "command", "commit", "dirty")
 
@@ -38,7 +40,19 @@ def project(folder: Path) -> Path:
 def build(folder: Path, environment: dict, *arguments: str) -> subprocess.Popen:
     command = ["make", "book", "PROFILE=smoke", *arguments]
     log = (folder / "build.log").open("a")
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_build_outlives_its_test():
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def records(folder: Path) -> dict[str, dict]:
@@ -67,7 +81,7 @@ def local(tmp_path_factory):
 
 def wait_for_job(cluster, words: str, process: subprocess.Popen, unlike: str = "") -> tuple[str, str]:
     """(id, node) of a running job whose comment holds `words`."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1200
     while time.monotonic() < deadline and process.poll() is None:
         for number, state, node, comment in cluster.jobs():
             if state == "RUNNING" and words in comment and number != unlike:
