@@ -8,6 +8,8 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 # `srun` inside a job finds its configuration only here.
 SYSTEM_CONFIG = Path("/etc/slurm/slurm.conf")
 PACKAGES = ["slurm-wlm", "munge"]
@@ -51,16 +53,14 @@ def install() -> None:
 
 
 class Slurm:
-    """Controller and nodes as child processes; `environment` is what their commands need."""
+    """Controller and nodes as child processes."""
 
     def __init__(self, home: Path):
         self.home, self.processes = home, {}
         ports = free_ports(3)
-        self.ports = ports
         (home / "state").mkdir(parents=True)
         config = CONFIG.format(host=socket.gethostname(), home=home, controller=ports[0], first=ports[1], last=ports[2])
         (home / "slurm.conf").write_text(config)
-        self.environment = dict(os.environ)
 
     def start(self) -> None:
         if SYSTEM_CONFIG.exists():
@@ -92,17 +92,19 @@ class Slurm:
     def lose_node(self, name: str) -> None:
         """A node goes down with all that runs on it, as if its power had failed."""
         slurmd = self.processes.pop(f"slurmd {name}")
-        for child in descendants(slurmd.pid):
-            kill(child)
+        below = psutil.Process(slurmd.pid).children(recursive=True)
+        # What a step has started is no child of slurmd's any more.
+        steps = [
+            p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("SLURMD_NODENAME") == name
+        ]
         slurmd.kill()
         slurmd.wait()
-        # What a step has started is no child of slurmd's any more.
-        for step in Path("/proc").glob("[0-9]*"):
-            if f"SLURMD_NODENAME={name}" in read(step / "environ"):
-                kill(int(step.name))
+        for process in [*below, *steps]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def ask(self, *command: str) -> str:
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True).stdout
+        return subprocess.run(command, capture_output=True, text=True).stdout
 
     def jobs(self) -> list[tuple[str, str, str, str]]:
         """(id, state, node, comment) of every job that is queued or runs."""
@@ -110,7 +112,8 @@ class Slurm:
         return [tuple(line.split("|")) for line in lines]
 
     def stop(self) -> None:
-        SYSTEM_CONFIG.unlink(missing_ok=True)
+        if SYSTEM_CONFIG.is_symlink() and SYSTEM_CONFIG.readlink() == self.home / "slurm.conf":
+            SYSTEM_CONFIG.unlink()
         for process in reversed(list(self.processes.values())):
             process.terminate()
         for process in self.processes.values():
@@ -120,15 +123,15 @@ class Slurm:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                logs = "\n".join(f"{path.name}: {read(path)[-1500:]}" for path in self.home.glob("*.log"))
-                raise TimeoutError(f"{what} did not come within {seconds} s\n{logs}")
+                logs = [f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in self.home.glob("*.log")]
+                raise TimeoutError("\n".join([f"{what} did not come within {seconds} s", *logs]))
             time.sleep(0.2)
 
     def _run(self, program: str, *arguments: str) -> None:
         label = f"{program} {arguments[-1]}" if program == "slurmd" else program
         log = (self.home / f"{label.replace(' ', '-')}.out").open("w")
         self.processes[label] = subprocess.Popen(
-            [shutil.which(program) or f"/usr/sbin/{program}", *arguments], env=self.environment, stdout=log, stderr=log
+            [shutil.which(program) or f"/usr/sbin/{program}", *arguments], stdout=log, stderr=log
         )
 
 
@@ -152,20 +155,3 @@ def free_ports(count: int) -> list[int]:
         if not taken:
             return list(range(first, first + count))
     raise OSError("no free ports")
-
-
-def descendants(pid: int) -> list[int]:
-    children = [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in read(task).split()]
-    return children + [below for child in children for below in descendants(child)]
-
-
-def kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, 9)
-
-
-def read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

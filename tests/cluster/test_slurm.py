@@ -4,19 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import slurm
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import copy_project
-
-STARTED: list[subprocess.Popen] = []
-# What may differ between two runs of the same settings.
-TIMES = ("created", "seconds", "command", "commit", "dirty")
 
 
 @pytest.fixture(scope="module")
@@ -37,29 +31,25 @@ def project(folder: Path) -> Path:
     return folder
 
 
-def build(folder: Path, environment: dict, *arguments: str) -> subprocess.Popen:
+@contextmanager
+def building(folder: Path, *arguments: str):
+    """`make book` in the background; it does not outlive the block."""
     command = ["make", "book", "PROFILE=smoke", *arguments]
-    log = (folder / "build.log").open("a")
-    process = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    STARTED.append(process)
-    return process
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_build_outlives_its_test():
-    yield
-    for process in STARTED:
+    with (folder / "build.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield process
+    finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
 def records(folder: Path) -> dict[str, dict]:
+    """Every record less what says when it was made, how long it took, and how much memory."""
     found = {}
     for path in sorted((folder / "runs/smoke/records").glob("*.json")):
         record = json.loads(path.read_text())
-        for key in TIMES:
+        for key in ("created", "seconds"):
             record["run"].pop(key)
         metrics = record["result"]["metrics"]
         for key in [key for key in metrics if key.endswith(("_seconds", "peak_bytes"))]:
@@ -75,7 +65,8 @@ def records(folder: Path) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
     folder = project(tmp_path_factory.mktemp("local"))
-    assert build(folder, dict(os.environ)).wait() == 0, (folder / "build.log").read_text()[-3000:]
+    with building(folder) as process:
+        assert process.wait() == 0, (folder / "build.log").read_text()[-3000:]
     return records(folder)
 
 
@@ -93,20 +84,19 @@ def wait_for_job(cluster, words: str, process: subprocess.Popen, unlike: str = "
 def test_a_sweep_makes_what_this_machine_makes_whatever_happens_to_its_jobs(cluster, local, tmp_path):
     """A second user is refused, a job is cancelled, a node is lost with all that runs on it: they cost time only."""
     folder = project(tmp_path)
-    process = build(folder, cluster.environment, "CLUSTER=slurm")
-    _, node = wait_for_job(cluster, "voting", process)
-    assert node in ("node1", "node2")
-    second = subprocess.run(
-        ["make", "book", "PROFILE=smoke", "CLUSTER=slurm"],
-        cwd=folder, env=cluster.environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert second.returncode != 0 and "another build is running" in second.stderr
-    cancelled, _ = wait_for_job(cluster, "lorapar-seed0", process)
-    cluster.ask("scancel", cancelled)
-    _, node = wait_for_job(cluster, "lorapar-seed0", process, unlike=cancelled)
-    cluster.lose_node(node)
-    cluster.wait_until(lambda: node in cluster.ask("sinfo", "-h", "-N", "-t", "down", "-o", "%N"), "a lost node")
-    cluster.start_node(node)
-    assert process.wait() == 0, (folder / "build.log").read_text()[-5000:]
+    with building(folder, "CLUSTER=slurm") as process:
+        _, node = wait_for_job(cluster, "voting", process)
+        assert node in ("node1", "node2")
+        second = subprocess.run(
+            ["make", "book", "PROFILE=smoke", "CLUSTER=slurm"], cwd=folder, capture_output=True, text=True
+        )
+        assert second.returncode != 0 and "another build is running" in second.stderr
+        cancelled, _ = wait_for_job(cluster, "lorapar-seed0", process)
+        cluster.ask("scancel", cancelled)
+        _, node = wait_for_job(cluster, "lorapar-seed0", process, unlike=cancelled)
+        cluster.lose_node(node)
+        cluster.wait_until(lambda: node in cluster.ask("sinfo", "-h", "-N", "-t", "down", "-o", "%N"), "a lost node")
+        cluster.start_node(node)
+        assert process.wait() == 0, (folder / "build.log").read_text()[-5000:]
     assert len(local) >= 7 and records(folder) == local
     assert (folder / "book/_build/html/index.html").is_file()
