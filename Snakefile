@@ -20,7 +20,8 @@ PROFILE_FILES = [str(path.relative_to(project_root())) for path in profile_files
 
 
 def code(*modules):
-    return [f"lorapar_utils/{module}.py" for module in ("settings", "data", "manifests", "splits", "records", *modules)]
+    used = ("settings", "data", "manifests", "splits", "records", *modules)
+    return [f"lorapar_utils/{module}.py" for module in used] + ["lorapar_utils/lorapar.mplstyle"] * ("plots" in modules)
 
 
 SHOW = code("notebook", "plots", "tables", "statistics")
@@ -116,7 +117,7 @@ rule tour:
         notebook="notebooks/00_tour.ipynb",
         records=expand(f"{RUNS}/records/{{run}}.json", run=EXPERIMENTS),
         longer=LONGER,
-        code=SCORE,
+        code=[*SCORE, *code("evaluation", "generation", "tables")],
         profile=PROFILE_FILES,
     output:
         notebook=f"{RUNS}/notebooks/00_tour.ipynb",
@@ -160,8 +161,9 @@ rule book:
         experiment=f"{RUNS}/notebooks/experiments/{EXPERIMENTS[min(1, len(EXPERIMENTS) - 1)]}.ipynb",
         pages=glob_wildcards("book/{page}.md").page and expand("book/{page}.md", page=glob_wildcards("book/{page,[^/]+}.md").page),
         longer=LONGER,
-        setup=["book/_config.yml", "book/_toc.yml", "book/references.bib"],
-        code=code("book", "plots", "tables", "claims"),
+        setup=["book/_config.yml", "book/_toc.yml", "book/references.bib", *glob("book/_static/*")],
+        # All of it: the API reference is made from the docstrings.
+        code=[*glob("lorapar_utils/*.py"), "lorapar_utils/lorapar.mplstyle"],
     output:
         f"book/_build/{PROFILE}.stamp",
     conda:
