@@ -2,17 +2,15 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import yaml
-from pandas.io.formats.style import Styler
 
 from lorapar_utils import statistics
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, beside_notebooks, cite, common_seeds, mean_outcomes
-from lorapar_utils.settings import Settings, project_root
+from lorapar_utils.records import Record, cite, common_seeds, mean_outcomes
+from lorapar_utils.settings import project_root
 
 # What a test compares, and with what weight each side enters its effect.
 SIDES = {
@@ -56,12 +54,6 @@ def scoreboard(
             }
         )
     return pd.DataFrame(rows)
-
-
-def linked_scoreboard(records: dict[str, Record], settings: Settings, claims: list[dict] | None = None) -> Styler:
-    """`scoreboard` for a notebook: its evidence links to the records' files, as seen from `notebooks/`."""
-    style = scoreboard(records, claims, partial(beside_notebooks, settings=settings)).style.hide(axis="index")
-    return style.set_table_attributes('class="dataframe"')
 
 
 def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None]:

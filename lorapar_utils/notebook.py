@@ -10,7 +10,7 @@ import pandas as pd
 from IPython import get_ipython
 from pandas.io.formats.style import Styler
 
-from lorapar_utils import plots
+from lorapar_utils import claims, plots
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import Record, beside_notebooks, cite
 from lorapar_utils.settings import Settings, load_profile
@@ -52,7 +52,17 @@ def sources(records: Iterable[Record], settings: Settings) -> Styler:
         {"profile": profile, "record": cite(name, [found[seed] for seed in sorted(found)], link)}
         for (profile, name), found in sorted(groups.items())
     ]
-    return pd.DataFrame(rows).style.hide(axis="index").set_table_attributes('class="dataframe"')
+    return _as_html(pd.DataFrame(rows))
+
+
+def scoreboard(records: dict[str, Record], settings: Settings, judged: list[dict] | None = None) -> Styler:
+    """`claims.scoreboard` (of the claims `judged`, or all) with links to the records' files."""
+    return _as_html(claims.scoreboard(records, judged, partial(beside_notebooks, settings=settings)))
+
+
+def _as_html(frame: pd.DataFrame) -> Styler:
+    """A frame whose cells are HTML; it looks like any other."""
+    return frame.style.hide(axis="index").set_table_attributes('class="dataframe"')
 
 
 def _reject_unknown_parameters() -> None:

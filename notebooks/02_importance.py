@@ -122,11 +122,11 @@ explorer.Page(
 # %% mystnb={"image": {"alt": "Three panels against the number of scored examples, by system: rank correlation of elements, of matrix means, and Jaccard index, for two samples of examples and for two adapters."}, "figure": {"caption": "The curves level off where more examples stop changing the selection. Where the crosses lie far below the lines, importance hangs on the draw of the adapter.", "name": "fig-stability"}}
 rows = phases.stability(settings)
 if rows:
-    write_record(summaries.stability_record(rows, settings), records / "stability.json")
-published = [
-    record.result["tables"]["stability"] for record in published_records("cpu-full") if record.name == "stability"
-]
-steady = pd.DataFrame(rows or (published[0] if published else []))
+    stable = [summaries.stability_record(rows, settings)]
+    write_record(stable[0], records / "stability.json")
+else:
+    stable = [record for record in published_records("cpu-full") if record.name == "stability"]
+steady = pd.DataFrame(stable[0].result["tables"]["stability"] if stable else [])
 figure = plots.stability(steady) if len(steady) else print("No stability record yet.")
 
 # %%
@@ -151,5 +151,5 @@ steady.groupby(["differ", "n", "system"])[agreements].mean().round(3).unstack() 
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
 # %% tags=["hide-input"]
-stable = [r for r in published_records("cpu-full") if r.name == "stability"]
-notebook.sources([record, *stable], settings)
+# What was explored is kept apart from the records, in `explored`.
+notebook.sources([*([] if custom else [record]), *stable], settings)

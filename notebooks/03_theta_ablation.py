@@ -66,7 +66,7 @@ figure = plots.theta_curve(records) if records else None
 
 # %%
 on_theta = [claim for claim in claims.load_claims() if claim["paper"] == "Table 3"]
-claims.linked_scoreboard(evidence(settings), settings, on_theta)
+notebook.scoreboard(evidence(settings), settings, on_theta)
 
 # %% [markdown]
 # ## What would change our mind

@@ -26,7 +26,7 @@
 profile = "cpu"  # a file of profiles/, or a path
 
 # %% tags=["hide-input"]
-from lorapar_utils import claims, notebook
+from lorapar_utils import notebook
 from lorapar_utils.records import companions, evidence
 
 settings = notebook.start(profile=profile)
@@ -38,7 +38,7 @@ settings = notebook.start(profile=profile)
 # reads a table and judges.
 
 # %%
-claims.linked_scoreboard(evidence(settings) | companions(settings.profile), settings)
+notebook.scoreboard(evidence(settings) | companions(settings.profile), settings)
 
 # %% [markdown]
 # ## How a verdict comes about

@@ -228,7 +228,7 @@ def test_the_declared_claims_are_well_formed():
 
 
 def test_a_verdict_links_to_every_record_that_it_rests_on(tmp_path):
-    from lorapar_utils import book
+    from lorapar_utils import book, notebook
 
     items = [{"id": str(i), "stage": "stage1", "system": 1, "correct": i < 3} for i in range(4)]
     records = {f"a-seed{k}": record(f"a-seed{k}", items=items, seed=k) for k in (0, 1)}
@@ -240,7 +240,7 @@ def test_a_verdict_links_to_every_record_that_it_rests_on(tmp_path):
         "a (seed 0, seed 1); smoke-chains/b (seed 0)",
         "a (seed 0, seed 1); c (no record)",
     ]
-    shown = claims.linked_scoreboard(records, load_profile("smoke"), [claim]).to_html()
+    shown = notebook.scoreboard(records, load_profile("smoke"), [claim]).to_html()
     assert 'href="../runs/smoke/records/a-seed1.json"' in shown
     executed = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell()])
     executed.cells[0].outputs = [nbformat.v4.new_output("display_data", {"text/html": shown})]
