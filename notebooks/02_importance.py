@@ -151,5 +151,6 @@ steady.groupby(["differ", "n", "system"])[agreements].mean().round(3).unstack() 
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
 # %% tags=["hide-input"]
-# What was explored is kept apart from the records, in `explored`.
-notebook.sources([*([] if custom else [record]), *stable], settings)
+# What was explored here is kept apart from the records, in `explored`.
+behind = [r for r in (record, *stable) if not custom or r.run["profile"] != settings.profile]
+notebook.sources(behind, settings)
