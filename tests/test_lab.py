@@ -22,7 +22,9 @@ def lab(tmp_path):
     """The recipe of `make lab` in a copy of the project, on a free port; yields its address."""
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     shutil.copytree(ROOT / ".jupyter", tmp_path / ".jupyter")
-    recipe = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    # Under `make test` this is a make within a make, which would name its folder after the recipe.
+    asked = ["make", "--no-print-directory", "-n", "lab"]
+    recipe = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     setting, _, *arguments = shlex.split(recipe.splitlines()[-1])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
