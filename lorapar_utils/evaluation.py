@@ -2,16 +2,18 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorapar_utils import data, statistics
+from lorapar_utils import data, processes, statistics
 from lorapar_utils.encoding import prompt_text
 from lorapar_utils.errors import InputError
-from lorapar_utils.generation import complete
+from lorapar_utils.generation import complete, uniform, whole_base
 from lorapar_utils.harness import LeanLM, score_harness
 from lorapar_utils.humaneval import score_humaneval
 from lorapar_utils.records import Record, new_record
@@ -70,9 +72,12 @@ def benchmark_items(
             f"split = {split!r}: {benchmark} is scored on test only; choose settings on the pool's validation"
         )
     if benchmark == "humaneval":
-        return score_humaneval(model, tokenizer, settings)
-    lm = LeanLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.evaluation.batch_size)
-    return score_harness(lm, benchmark, settings)
+        score = partial(score_humaneval, model, tokenizer, settings)
+    else:
+        lm = LeanLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.evaluation.batch_size)
+        score = partial(score_harness, lm, benchmark, settings)
+    with whole_base(model):
+        return processes.by_first(score)
 
 
 def benchmark_metrics(benchmark: str, items: Sequence[dict]) -> dict[str, dict]:
@@ -146,7 +151,7 @@ def pass_at(
 ) -> dict[str, dict]:
     """Sampled pass@1 and pass@k (k = `evaluation.pass_k`, temperature 1) with bootstrap intervals over prompts."""
     k = settings.evaluation.pass_k
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.seed)  # virtual tokens are sampled by PEFT, from the global generator
     completions = generate(model, tokenizer, [e["prompt"] for e in examples], settings, samples=k)
     hits = [
         sum(is_correct(text, example["answer"]) for text, _ in group)
@@ -174,6 +179,8 @@ def generate(
 ) -> list[list[tuple[str, bool]]]:
     """Completions of each prompt, in order: one greedy, or `samples` drawn at temperature 1.
 
+    Under `accelerate launch` each process completes its share of the prompts, and all return everybody's.
+
     Returns
     -------
     list of list of (text, truncated)
@@ -185,18 +192,25 @@ def generate(
     # By length, so little is padded.
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     size = max(1, settings.evaluation.batch_size // max(1, samples))
-    results: list[list[tuple[str, bool]]] = [[] for _ in texts]
-    for start in tqdm(range(0, len(order), size), desc="generating", leave=False):
-        chosen = order[start : start + size]
-        completions = complete(
-            model,
-            [encoded[i] for i in chosen],
-            ends=[tokenizer.eos_token_id],
-            max_new_tokens=settings.evaluation.max_new_tokens,
-            samples=max(1, samples),
-            temperature=1.0 if samples else None,
-        )
-        for row, tokens in enumerate(completions):
-            text = tokenizer.decode(tokens, skip_special_tokens=True)
-            results[chosen[row // max(1, samples)]].append((text, tokens[-1] != tokenizer.eos_token_id))
-    return results
+    limit = settings.evaluation.max_new_tokens
+    draws = uniform(len(encoded) * samples, limit, settings.seed).view(len(encoded), samples, limit)
+    own = processes.state()
+    starts = range(0, len(order), size)[own.process_index :: own.num_processes]
+    found: list[tuple[int, list[tuple[str, bool]]]] = []
+    with whole_base(model):
+        for start in tqdm(starts, desc="generating", leave=False):
+            chosen = order[start : start + size]
+            completions = complete(
+                model,
+                [encoded[i] for i in chosen],
+                ends=[tokenizer.eos_token_id],
+                max_new_tokens=limit,
+                samples=max(1, samples),
+                temperature=1.0 if samples else None,
+                draws=draws[chosen].flatten(0, 1) if samples else None,
+            )
+            written = tokenizer.batch_decode(completions, skip_special_tokens=True)
+            cut = [tokens[-1] != tokenizer.eos_token_id for tokens in completions]
+            each = list(zip(written, cut, strict=True))
+            found += [(i, each[row * max(1, samples) :][: max(1, samples)]) for row, i in enumerate(chosen)]
+    return [completions for _, completions in sorted(gather_object(found))]

@@ -2,16 +2,19 @@
 
 Deviation: not `model.generate`, which reads every sample of a prompt, and a beginning that all prompts share, once for
 each row, and decodes a finished row to the end of the longest. Equal to it token by token where nothing is drawn
-(tested); draws are the same distribution.
+(tested); draws are the same distribution. What is drawn depends on numbers given for each row, not on how rows are
+batched, nor on which process has them.
 """
 
 import contextlib
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 
 
@@ -24,6 +27,7 @@ def complete(
     max_new_tokens: int,
     samples: int = 1,
     temperature: float | None = None,
+    draws: torch.Tensor | None = None,
     stopped: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Completions of each prompt, greedy or drawn.
@@ -37,7 +41,9 @@ def complete(
     samples
         Completions of each prompt.
     temperature
-        Logits are divided by it and a token is drawn (global generator); None takes the likeliest token.
+        Logits are divided by it and a token is drawn; None takes the likeliest token.
+    draws
+        What decides each drawn token: numbers in [0, 1), shape (prompts x samples, max_new_tokens); see `uniform`.
     stopped
         Whether a completion so far has ended, beside `ends`; asked after each of its tokens.
 
@@ -53,13 +59,13 @@ def complete(
     completions: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
     rows = torch.arange(len(completions), device=model.device)
     # As in training: adapters are kept in fp32 and multiplied in the dtype of the base.
-    with adapters_in_base_dtype(model):
+    with adapters_in_base_dtype(model), whole_base(model):
         logits, mask, cache = _read(model, prompts)
         if samples > 1:
             cache.batch_repeat_interleave(samples)
             logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
         for step in range(max_new_tokens):
-            tokens = logits.argmax(-1) if temperature is None else _draw(logits, temperature)
+            tokens = logits.argmax(-1) if temperature is None else _draw(logits, temperature, draws[rows.cpu(), step])
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
                 completions[row].append(token)
             going = ~torch.isin(tokens, ends)
@@ -75,6 +81,11 @@ def complete(
     return completions
 
 
+def uniform(rows: int, tokens: int, *seed: int) -> torch.Tensor:
+    """Numbers in [0, 1) for `complete`, shape (rows, tokens), fixed by the integers of `seed`."""
+    return torch.from_numpy(np.random.default_rng(seed).random((rows, tokens), dtype=np.float32))
+
+
 @torch.no_grad()
 def next_token_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Logits of the token after each prompt, shape (prompts, vocabulary), in the dtype of the base."""
@@ -85,6 +96,27 @@ def next_token_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) 
 def has_virtual_tokens(model: PreTrainedModel) -> bool:
     """Whether an adapter puts trained tokens before each prompt, which only PEFT's own methods know how to do."""
     return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+
+
+@contextlib.contextmanager
+def whole_base(model: PreTrainedModel):
+    """A context in which a base that is shared out over processes (FSDP) is whole in each.
+
+    Processes complete different prompts in different numbers of steps: they cannot collect it layer by layer together.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    apart = [layer for layer in layers if not getattr(layer, "_kept_whole", False)]
+    for layer in apart:
+        layer._kept_whole = True
+        layer.set_reshard_after_forward(False)
+        layer.unshard()
+    try:
+        yield
+    finally:
+        for layer in apart:
+            layer._kept_whole = False
+            layer.set_reshard_after_forward(True)
+            layer.reshard()
 
 
 def adapters_in_base_dtype(model: PreTrainedModel):
@@ -154,8 +186,8 @@ def _next(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: 
     ).logits[:, -1]
 
 
-def _draw(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def _draw(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:
     """One token a row by inverting the cumulative distribution: one random number a row, not one a vocabulary entry."""
     cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
-    uniform = torch.rand(len(logits), 1, device=logits.device) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, uniform, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    places = uniform.to(logits.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, places, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorapar_utils import sandbox
 from lorapar_utils.errors import InputError
-from lorapar_utils.generation import complete
+from lorapar_utils.generation import complete, uniform
 from lorapar_utils.settings import Settings
 
 NEXT_STATEMENT = re.compile(r"\n(?=class|def|#|if|print|```)")
@@ -60,8 +60,9 @@ def score_humaneval(
     chosen = [known[name] for name in problems or known]
     prompts = [tokenizer(problem["prompt"].rstrip()).input_ids for problem in chosen]
     ends = tokenizer.eos_token_id
-    samples = settings.evaluation.humaneval.samples
-    torch.manual_seed(settings.seed)
+    samples, limit = settings.evaluation.humaneval.samples, settings.evaluation.humaneval.max_new_tokens
+    torch.manual_seed(settings.seed)  # virtual tokens are sampled by PEFT, from the global generator
+    draws = uniform(len(prompts) * samples, limit, settings.seed)
     completions = []
     size = max(1, settings.evaluation.batch_size // max(1, samples))
     for start in tqdm(range(0, len(prompts), size), desc="HumanEval", leave=False):
@@ -69,9 +70,10 @@ def score_humaneval(
             model.eval(),
             prompts[start : start + size],
             ends=[ends],
-            max_new_tokens=settings.evaluation.humaneval.max_new_tokens,
+            max_new_tokens=limit,
             samples=max(1, samples),
             temperature=0.8 if samples else None,
+            draws=draws[start * samples :][: size * samples] if samples else None,
             # As soon as the next statement shows, whatever is written after it.
             stopped=lambda tokens: NEXT_STATEMENT.search(tokenizer.decode(tokens[-8:])) is not None,
         )

@@ -14,12 +14,12 @@ Under `accelerate launch` each process scores its share of the examples, and all
 from collections.abc import Sequence
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
+from lorapar_utils import processes
 from lorapar_utils.encoding import IGNORED
 from lorapar_utils.errors import InputError
 from lorapar_utils.models import lora_parameters
@@ -73,10 +73,11 @@ def score_importance(
     parameters = {name: p for name, p in lora_parameters(model).items() if name.split(".")[-2] in active}
     if not parameters:
         raise InputError("model: it has no LoRA matrices; attach an adapter first")
-    processes = PartialState(cpu=not torch.cuda.is_available())
-    share = _batches(examples, batch_size)[processes.process_index :: processes.num_processes]
-    if score in WITHOUT_GRADIENTS:
-        share = []
+    own = processes.state()
+    batches = [] if score in WITHOUT_GRADIENTS else _batches(examples, batch_size)
+    share = batches[own.process_index :: own.num_processes]
+    # A base that is shared out is collected by all processes together, so each makes as many passes.
+    uncounted = batches[: -(-len(batches) // own.num_processes) - len(share)]
     gradient = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     fisher = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
 
@@ -97,6 +98,10 @@ def score_importance(
         for p in model.parameters():
             p.requires_grad_(False)
         for batch in tqdm(share, desc="importance", leave=False):
+            _pass(model, batch)
+        for hook in hooks:
+            hook.remove()
+        for batch in uncounted:
             _pass(model, batch)
     finally:
         for hook in hooks:

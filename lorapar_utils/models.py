@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -28,8 +29,16 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from platformdirs import user_cache_path
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch.distributed.fsdp import fully_shard
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from lorapar_utils import processes
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import Settings
 
@@ -56,6 +65,7 @@ def load_base(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     source, options = _resolve(settings)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        options |= _quantized(settings)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=compute_dtype(settings), **options)
     except (OSError, HFValidationError) as error:
         raise InputError(
@@ -64,13 +74,33 @@ def load_base(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if torch.cuda.is_available():
-        model = model.to("cuda")
+    if torch.cuda.is_available() and settings.model.quantization is None:
+        model = model.to(processes.state().device)
     # Hidden states cut to the last tokens are strided; torch then copies the whole bf16 head once per row, which
     # doubled the time of a CPU step. A contiguous copy of the few hidden states avoids it.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     model.requires_grad_(False)
     return model.eval(), tokenizer
+
+
+def _quantized(settings: Settings) -> dict:
+    """How the base is read in 4 bits, as QLoRA does; nothing for a base of full width."""
+    if settings.model.quantization is None:
+        return {}
+    if not importlib.util.find_spec("bitsandbytes"):
+        raise InputError(
+            f"model.quantization = {settings.model.quantization!r}: bitsandbytes is not installed; "
+            "pip install -e '.[qlora]'"
+        )
+    return {
+        "device_map": {"": processes.state().device},
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.model.quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype(settings),
+        ),
+    }
 
 
 def compute_dtype(settings: Settings) -> torch.dtype:
@@ -99,7 +129,22 @@ def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
             if isinstance(module, LoraLayer):
                 for part in (*module.lora_A.values(), *module.lora_B.values()):
                     torch.nn.init.normal_(part.weight, std=0.01)
+    if settings.model.sharded and processes.state().num_processes > 1:
+        _share_out(wrapped)
     return wrapped
+
+
+def _share_out(model: PeftModel) -> None:
+    """Leave each process a part of every decoder layer's frozen weights (FSDP2), collected when the layer is passed.
+
+    Adapters, embeddings and head stay whole: DDP averages the adapters' gradients as without shards, and masks and
+    optimizer state are those of one process.
+    """
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    trained = {p for p in model.parameters() if p.requires_grad}
+    for layer in model.get_base_model().base_model.layers:
+        fully_shard(layer, ignored_params=trained)
+    model._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in model.named_buffers())]
 
 
 def _adapter_config(settings: Settings) -> PeftConfig:

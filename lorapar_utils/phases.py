@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from transformers import PreTrainedTokenizerBase
 
-from lorapar_utils import data, evaluation, models, statistics, training
+from lorapar_utils import data, evaluation, models, processes, statistics, training
 from lorapar_utils.encoding import encode_examples
 from lorapar_utils.importance import score_importance
 from lorapar_utils.manifests import completed, inputs_of, is_current
@@ -37,11 +37,10 @@ def scores(settings: Settings) -> tuple[Scores, Scores]:
     folder = settings.scores_folder
     inputs = _scores_inputs(settings)
     if not is_current(folder, inputs):
-        count = settings.importance.examples
-        found = _score(settings, [_shuffled(system_examples(settings, k), settings)[:count] for k in (1, 2)])
-        with completed(folder, inputs) as scratch:
-            for system, values in enumerate(found, start=1):
-                save_file(values, scratch / f"system{system}.safetensors")
+        if processes.are_to_start(settings):
+            processes.launch("scores", settings)
+        else:
+            _make_scores(settings, folder, inputs)
     order = None
     loaded = []
     for system in (1, 2):
@@ -49,6 +48,18 @@ def scores(settings: Settings) -> tuple[Scores, Scores]:
         order = order or _model_order(values)
         loaded.append({name: values[name] for name in order})
     return loaded[0], loaded[1]
+
+
+def _make_scores(settings: Settings, folder: Path, inputs: dict) -> None:
+    count = settings.importance.examples
+    found = _score(settings, [_shuffled(system_examples(settings, k), settings)[:count] for k in (1, 2)])
+
+    def keep():
+        with completed(folder, inputs) as scratch:
+            for system, values in enumerate(found, start=1):
+                save_file(values, scratch / f"system{system}.safetensors")
+
+    processes.by_first(keep)
 
 
 def stability(settings: Settings) -> list[dict]:
@@ -126,19 +137,26 @@ def experiment(settings: Settings, name: str, seed: int) -> Record:
         Metrics `STAGE/system1`, `STAGE/system2`, `STAGE/accuracy`, … for STAGE in `base` (no training), `stage1`,
         `stage2`; `active/stage1`, …; tables `history_STAGE` and `samples`; items with test outcomes.
     """
-    spec = settings.experiments.get(name)
+    spec, profile = settings.experiments.get(name), settings
     settings = settings.for_experiment(name, seed)
     folder = settings.runs / "experiments" / f"{name}-seed{seed}"
     path = settings.runs / "records" / f"{name}-seed{seed}.json"
     inputs = _experiment_inputs(settings, spec)
     if path.is_file() and is_current(folder, inputs):
         return read_record(path)
+    if processes.are_to_start(settings):
+        processes.launch("experiment", profile, name, seed)
+        return read_record(path)
     stages = _Stages(settings, spec, folder, inputs)
     outcomes = {"base": stages.score_base()} if not spec.stages else stages.run()
-    record = _experiment_record(settings, spec, f"{name}-seed{seed}", outcomes, stages.jaccard())
-    write_record(record, path)
-    write_atomically(folder / "manifest.json", json.dumps(inputs, indent=1))
-    return record
+
+    def keep():
+        record = _experiment_record(settings, spec, f"{name}-seed{seed}", outcomes, stages.jaccard())
+        write_record(record, path)
+        write_atomically(folder / "manifest.json", json.dumps(inputs, indent=1))
+
+    processes.by_first(keep)
+    return read_record(path)
 
 
 class _Stages:
@@ -174,12 +192,16 @@ class _Stages:
         wanted = {**self.inputs, **about}
         if not is_current(home, wanted):
             outcome = make()
-            with completed(home, wanted) as scratch:
-                if self._model is not None:
-                    models.save_adapter(self._model, scratch, self.folder / ".initial" if self._converts else None)
-                write_atomically(scratch / "outcome.json", json.dumps(outcome))
-            for unneeded in self.folder.glob(f".{name}-steps-*"):
-                shutil.rmtree(unneeded)
+
+            def keep():
+                with completed(home, wanted) as scratch:
+                    if self._model is not None:
+                        models.save_adapter(self._model, scratch, self.folder / ".initial" if self._converts else None)
+                    write_atomically(scratch / "outcome.json", json.dumps(outcome))
+                for unneeded in self.folder.glob(f".{name}-steps-*"):
+                    shutil.rmtree(unneeded)
+
+            processes.by_first(keep)
         return json.loads((home / "outcome.json").read_text())
 
     def _train_and_score(self, name: str, stage: str, previous: Path | None) -> dict:
@@ -206,7 +228,7 @@ class _Stages:
             self._model = models.attach_adapter(base, self.settings)
             self._trainable = [name for name, p in self._model.named_parameters() if p.requires_grad]
             if self._converts:
-                self._model.save_pretrained(self.folder / ".initial")
+                processes.by_first(lambda: self._model.save_pretrained(self.folder / ".initial"))
             if previous is not None:
                 models.restore_adapter(self._model, previous)
         return self._model, self._tokenizer

@@ -69,6 +69,8 @@ class ModelSection(Section):
     target_name: str
     system_prompt: str
     dtype: Literal["auto", "float32", "bfloat16"]
+    quantization: Literal["nf4"] | None
+    sharded: bool
 
 
 class SplitSizes(Section):
@@ -228,6 +230,15 @@ class GrpoSection(Section):
     scale_rewards: Literal["group", "batch", "none"]
     mask_truncated_completions: bool
     gradient_checkpointing: bool
+    rollouts: Literal["here", "vllm-colocate", "vllm-server"]
+    vllm_memory: Share
+    vllm_server: str | None
+
+    @model_validator(mode="after")
+    def _server_is_named(self):
+        if self.rollouts == "vllm-server" and self.vllm_server is None:
+            raise ValueError("vllm_server is null; give the address of `trl vllm-serve`, such as http://localhost:8000")
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self):
@@ -297,6 +308,7 @@ class Settings(Section):
     seed: int
     seeds: tuple[int, ...]
     threads: Positive
+    processes: Positive
     checkpoint_every: Positive
     show_rollouts: Annotated[int, Field(ge=0)]
     model: ModelSection
@@ -309,6 +321,16 @@ class Settings(Section):
     grpo: GrpoSection
     evaluation: EvaluationSection
     experiments: dict[str, ExperimentSection]
+
+    @model_validator(mode="after")
+    def _base_can_be_had(self):
+        if self.model.sharded and self.processes == 1:
+            raise ValueError("model.sharded = true shares the base over processes; set processes above 1")
+        if self.model.quantization and self.model.sharded:
+            raise ValueError("model.quantization: a 4-bit base cannot be shared out; set model.sharded to false")
+        if self.model.quantization and self.adapter.init in ("olora", "pissa"):
+            raise ValueError(f"adapter.init = {self.adapter.init} changes the base's weights, which 4 bits cannot take")
+        return self
 
     @property
     def runs(self) -> Path:

@@ -4,6 +4,7 @@ Deviation: everything outside a stage's mask is frozen to the bit (see `optim`),
 system's examples, and the KL term is off (`beta=0` in TRL's sense; the paper's beta is a partition setting).
 """
 
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import datasets
 import torch
-from accelerate import PartialState
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback, TrainerState
@@ -21,14 +21,14 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.models import unwrap_model_for_generation
 
-from lorapar_utils import rewards
+from lorapar_utils import processes, rewards
 from lorapar_utils.answer_head import drop_trl_head, use_answer_head
 from lorapar_utils.data import chat_messages
 from lorapar_utils.encoding import encode_examples
 from lorapar_utils.errors import InputError
-from lorapar_utils.generation import complete, without_input_casts
+from lorapar_utils.generation import complete, uniform, without_input_casts
 from lorapar_utils.optim import ActiveAdamW
-from lorapar_utils.settings import Settings
+from lorapar_utils.settings import GrpoSection, Settings
 
 
 def run_sft(
@@ -166,7 +166,7 @@ def run_grpo(
             shuffle_dataset=True,
             remove_unused_columns=False,
             pad_to_multiple_of=None,
-            use_vllm=False,
+            **_rollouts(grpo),
             log_completions=settings.show_rollouts > 0,
             num_completions_to_print=settings.show_rollouts,
             **_common(settings, model),
@@ -198,6 +198,10 @@ class LeanGRPOTrainer(GRPOTrainer):
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
+        # Every process draws the numbers of all and uses those of its rows: any number of them samples the same.
+        rows, width = len(prompt_ids), self.max_completion_length
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        draws = uniform(world * rows, width, self.args.seed, self.state.global_step)[rank * rows :][:rows]
         prompts = list(dict.fromkeys(map(tuple, prompt_ids)))
         samples = len(prompt_ids) // len(prompts)
         if [prompt for prompt in prompts for _ in range(samples)] != list(map(tuple, prompt_ids)):
@@ -213,9 +217,10 @@ class LeanGRPOTrainer(GRPOTrainer):
                 model,
                 prompts,
                 ends=self.eos_token_ids,
-                max_new_tokens=self.max_completion_length,
+                max_new_tokens=width,
                 samples=samples,
                 temperature=self.temperature,
+                draws=draws,
             )
         return completions, None
 
@@ -264,12 +269,28 @@ def _text(completion: list[dict]) -> str:
     return completion[0]["content"]
 
 
+def _rollouts(grpo: GrpoSection) -> dict:
+    """Who samples: this process, or vLLM, whose probabilities differ a little, which TRL corrects by their ratio."""
+    if grpo.rollouts == "here":
+        return {"use_vllm": False}
+    if not importlib.util.find_spec("vllm"):
+        raise InputError(f"grpo.rollouts = {grpo.rollouts!r}: vllm is not installed; pip install -e '.[vllm]'")
+    return {
+        "use_vllm": True,
+        "vllm_mode": grpo.rollouts.removeprefix("vllm-"),
+        "vllm_gpu_memory_utilization": grpo.vllm_memory,
+        "vllm_server_base_url": grpo.vllm_server,
+        "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": "sequence_mask",
+    }
+
+
 def _each_process(field: str, batch: int) -> int:
     """One process's part of a batch: as many processes as there are compute the same step together."""
-    processes = PartialState().num_processes
-    if batch % processes:
-        raise InputError(f"{field} = {batch} cannot be shared by {processes} processes; make it a multiple of that")
-    return batch // processes
+    count = processes.state().num_processes
+    if batch % count:
+        raise InputError(f"{field} = {batch} cannot be shared by {count} processes; make it a multiple of that")
+    return batch // count
 
 
 def _common(settings: Settings, model: PeftModel) -> dict:
@@ -295,7 +316,7 @@ def _checkpointing(folder: Path | None, settings: Settings) -> Iterator[dict]:
         with tempfile.TemporaryDirectory() as scratch:
             yield {"output_dir": scratch, "save_strategy": "no"}
         return
-    with PartialState().main_process_first():
+    with processes.state().main_process_first():
         folder.mkdir(parents=True, exist_ok=True)
         for unfinished in set(folder.glob("checkpoint-*")) - set(_finished(folder)):
             shutil.rmtree(unfinished)
@@ -309,10 +330,21 @@ def _finished(folder: Path) -> list[Path]:
     return sorted((mark.parent for mark in folder.glob("checkpoint-*/finished")), key=lambda p: int(p.name[11:]))
 
 
+def _check_processes(checkpoint: Path) -> None:
+    """Each process goes on from its own random state, so there have to be as many as before."""
+    before, now = max(1, len(list(checkpoint.glob("rng_state_*.pth")))), processes.state().num_processes
+    if before != now:
+        raise InputError(
+            f"processes = {now}: {checkpoint} was written by {before}; set processes to {before} to go on from it, "
+            f"or delete {checkpoint.parent} to train this stage from its start"
+        )
+
+
 class _MarkFinished(TrainerCallback):
     """The trainer writes a checkpoint file by file: a killed one leaves some of them."""
 
     def on_save(self, args, state, control, **kwargs):
+        processes.state().wait_for_everyone()  # each writes the state of its own random numbers
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "finished").touch()
 
@@ -338,6 +370,8 @@ def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[di
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_MarkFinished)
     finished = _finished(Path(trainer.args.output_dir))
+    if finished:
+        _check_processes(finished[-1])
     last = TrainerState.load_from_json(finished[-1] / TRAINER_STATE_NAME) if finished else TrainerState()
     try:
         # Autocast multiplies adapters in bf16 anyway; PEFT's casts of their inputs to fp32 and back cost time only.

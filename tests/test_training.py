@@ -60,8 +60,8 @@ def sparse_masks(model):
     return masks
 
 
-def train(stage, folder=None, watch=None):
-    model = make_tiny_policy()
+def train(stage, folder=None, watch=None, model=None):
+    model = model or make_tiny_policy()
     masks = sparse_masks(model)
     run = {"sft": training.run_sft, "grpo": training.run_grpo}[stage]
     history = run(model, make_tiny_tokenizer(), examples(), masks, settings(), folder, watch)
