@@ -12,7 +12,7 @@ book: $(VENV)/.installed
 	@$(PY) -m lorapar_utils.build $(PROFILE) --cores $(CORES) $(if $(CLUSTER),--cluster $(CLUSTER))
 
 plan: $(VENV)/.installed
-	@$(PY) -m lorapar_utils.build $(PROFILE) --cores $(CORES) --dry-run
+	@$(PY) -m lorapar_utils.build $(PROFILE) --cores $(CORES) --dry-run $(if $(MACHINE),--machine $(MACHINE))
 
 test: $(VENV)/.installed
 	$(PY) -m pytest
@@ -33,6 +33,7 @@ bench: $(VENV)/.installed
 	$(PY) benchmarks/partition.py
 	$(PY) benchmarks/voting.py
 	$(PY) benchmarks/training.py
+	$(PY) benchmarks/costs.py
 	$(if $(DATA),$(PY) benchmarks/harness.py $(DATA))
 
 publish: $(VENV)/.installed

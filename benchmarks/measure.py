@@ -20,6 +20,11 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return _status("VmHWM") - before
 
 
+def peak_resident() -> int:
+    """The most memory that this process has had (Linux)."""
+    return _status("VmHWM")
+
+
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])

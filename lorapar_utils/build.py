@@ -24,9 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("profile", nargs="?", default="cpu")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--cluster", default="", help="a folder of profiles/cluster: send the jobs there")
-    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--dry-run", action="store_true", help="show what it would take and what would run")
+    parser.add_argument("--machine", default="here", help="of --dry-run: here, or a GPU of machines.yaml")
     chosen = parser.parse_args(arguments)
     try:
+        if chosen.dry_run:
+            print_plan(chosen.profile, chosen.machine)
         return build(chosen.profile, chosen.cores, cluster=chosen.cluster, dry_run=chosen.dry_run)
     except InputError as error:
         print(error, file=sys.stderr)
@@ -46,13 +49,18 @@ def build(profile: str, cores: int, *, cluster: str = "", dry_run: bool = False)
     Raises
     ------
     InputError
-        An invalid profile, an unknown cluster or one whose executor is not installed, a `runs/` that cannot be written
-        or has no space, or another build under way.
+        An invalid profile, one that this machine has no memory for, an unknown cluster or one whose executor is not
+        installed, a `runs/` that cannot be written or has no space, or another build under way.
     """
     settings = load_profile(profile)
     root = project_root()
     runs = root / "runs"
     _check_writable(runs)
+    # A cluster's nodes are not this machine, and the test profile fits any.
+    if settings.publishable and not cluster and not dry_run:
+        from lorapar_utils import plans  # imports torch and transformers, which nothing else here needs
+
+        plans.check_fits(settings, plans.memory_here())
     command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--config", f"profile={settings.profile}"]
     # Our own lock is released by the system when a process dies; Snakemake's would outlive a kill -9.
     command += ["--nolock", "--rerun-incomplete"] + (["--dry-run"] if dry_run else [])
@@ -74,6 +82,20 @@ def build(profile: str, cores: int, *, cluster: str = "", dry_run: bool = False)
     elif not dry_run:
         print(f"The book: {root / 'book' / '_build' / 'html' / 'index.html'}")
     return code
+
+
+def print_plan(profile: str, machine_name: str) -> None:
+    """Memory and time of every phase on a machine; an `InputError` if it has no memory for one of them."""
+    from lorapar_utils import plans
+
+    settings = load_profile(profile)
+    fits_on = plans.memory_here() if machine_name == "here" else plans.machine_named(machine_name, settings)
+    plans.check_fits(settings, fits_on)
+    if machine_name == "here":
+        print("timing one operation of each kind on this machine (a minute or two) …", flush=True)
+    machine = plans.machine_named(machine_name, settings)
+    phases = plans.phases_of(settings, machine)
+    print(f"{plans.table(phases).round(2).to_string()}\n\n{plans.summary(settings, machine, phases)}\n")
 
 
 def _cluster_profile(name: str) -> Path:

@@ -6,52 +6,104 @@ memory that is held. A machine turns that into seconds: an operation takes as lo
 whichever is longer, and a fixed time to call it.
 """
 
+import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
+from statistics import median
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True)
+class Shaped:
+    """A tensor's layout, in place of the tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A call of a torch operator: what it computes (operations, bytes), and enough to call it again."""
+
+    function: Any
+    leaves: tuple
+    call: Any = field(compare=False, repr=False)  # (args, kwargs) with `Shaped` for tensors
+    flops: int
+    moved: int
+
+
+@dataclass(frozen=True)
 class Work:
-    """What a pass costs on any machine.
+    """What a pass costs on any machine: how often it calls what, and the most bytes that it holds at once."""
 
-    Attributes
-    ----------
-    operations
-        (floating-point operations, bytes read and written) of each call.
-    peak
-        Bytes held at once at the most, beyond what was there before.
-    """
-
-    operations: tuple[tuple[int, int], ...]
+    operations: Counter[Operation]
     peak: int
 
     @property
     def flops(self) -> int:
-        return sum(flops for flops, _ in self.operations)
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.operations + other.operations, max(self.peak, other.peak))
+        return sum(count * operation.flops for operation, count in self.operations.items())
 
     def seconds(self, machine: "Machine") -> float:
-        return sum(max(f / machine.flops, b / machine.bandwidth) + machine.call for f, b in self.operations)
+        return sum(count * machine.seconds(operation) for operation, count in self.operations.items())
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What one process has: bytes of memory, operations and bytes a second, seconds a call, bytes taken by libraries."""
+    """What one process has to work with.
+
+    Attributes
+    ----------
+    memory, libraries
+        Bytes there are, and bytes that the libraries take themselves.
+    flops, bandwidth
+        Operations and bytes a second; None: operations are timed here, one of each kind.
+    overhead
+        Seconds that a call takes beside its operation.
+    """
 
     name: str
     memory: float
-    flops: float
-    bandwidth: float
-    call: float
     libraries: float
+    overhead: float
+    flops: float | None = None
+    bandwidth: float | None = None
+
+    def seconds(self, operation: Operation) -> float:
+        if self.flops is None:
+            return timed_here(operation) + self.overhead
+        return max(operation.flops / self.flops, operation.moved / self.bandwidth) + self.overhead
+
+
+@cache
+def timed_here(operation: Operation) -> float:
+    """Seconds of an operation on this machine's CPU, on tensors of its shapes: the median of three calls."""
+
+    def tensor(like: Shaped) -> torch.Tensor:
+        size = (
+            1 + sum((n - 1) * step for n, step in zip(like.shape, like.stride, strict=True)) if all(like.shape) else 0
+        )
+        fill = torch.ones if like.dtype.is_floating_point else torch.zeros
+        return fill(size, dtype=like.dtype).as_strided(like.shape, like.stride)
+
+    args, kwargs = tree_map_only(Shaped, tensor, operation.call)
+    if "device" in kwargs:
+        kwargs["device"] = "cpu"
+    operation.function(*args, **kwargs)
+    taken = []
+    for _ in range(3):
+        began = time.perf_counter()
+        operation.function(*args, **kwargs)
+        taken.append(time.perf_counter() - began)
+    return median(taken)
 
 
 class Trace(TorchDispatchMode):
@@ -59,24 +111,27 @@ class Trace(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operations: list[tuple[int, int]] = []
+        self.operations: Counter[Operation] = Counter()
         self.held = self.peak = 0
         self._known = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        before = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        # Noted before the call: one in place may change what it is given.
+        call = tree_map_only(torch.Tensor, _shaped, (tuple(args), dict(kwargs)))
         result = function(*args, **kwargs)
-        after = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        storages = {t.untyped_storage()._cdata for t in before}
-        written = [t for t in after if t.untyped_storage()._cdata not in storages]
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        known = {tensor.untyped_storage()._cdata for tensor in read}
+        written = [tensor for tensor in made if tensor.untyped_storage()._cdata not in known]
         for tensor in written:
             self._hold(tensor.untyped_storage())
         if written or function._schema.is_mutable:
             counted = flop_registry.get(function.overloadpacket)
             flops = counted(*args, **kwargs, out_val=result) if counted else 0
-            moved = sum(t.numel() * t.element_size() for t in (*before, *(written or after)))
-            self.operations.append((flops, moved))
+            moved = sum(tensor.numel() * tensor.element_size() for tensor in (*read, *(written or made)))
+            leaves = tuple(str(leaf) if isinstance(leaf, torch.device) else leaf for leaf in tree_leaves(call))
+            self.operations[Operation(function, leaves, call, flops, moved)] += 1
         return result
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
@@ -92,8 +147,12 @@ class Trace(TorchDispatchMode):
         self.held -= size
 
 
+def _shaped(tensor: torch.Tensor) -> Shaped:
+    return Shaped(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
 def traced(function: Callable[[], object]) -> Work:
     """The work of one call of `function`."""
     with Trace() as trace:
         function()
-    return Work(tuple(trace.operations), trace.peak)
+    return Work(trace.operations, trace.peak)

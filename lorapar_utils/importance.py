@@ -81,18 +81,9 @@ def score_importance(
     gradient = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     fisher = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
 
-    def accumulate(name: str, inputs: torch.Tensor, grad_output: torch.Tensor) -> None:
-        # [batch, out, tokens] @ [batch, tokens, in]: one gradient per example, never the batch's sum.
-        each = torch.bmm(grad_output.transpose(1, 2).float(), inputs.float())
-        gradient[name] += each.sum(0)
-        fisher[name] += each.square_().sum(0)
-
     was_training = model.training
     model.eval()
-    hooks = [
-        model.get_submodule(name.removesuffix(".weight")).register_forward_hook(_capture(name, accumulate))
-        for name in parameters
-    ]
+    hooks = accumulating_hooks(model, gradient, fisher)
     trainable = {p: p.requires_grad for p in model.parameters()}
     try:
         for p in model.parameters():
@@ -116,6 +107,21 @@ def score_importance(
         scores[name] = SCORES[score](g, f, phi.detach().float()).cpu()
     _check_scores(scores)
     return scores
+
+
+def accumulating_hooks(model: PeftModel, gradient: dict, fisher: dict) -> list:
+    """Hooks that add each example's gradient, and its square, of every matrix named to these sums; to be removed."""
+
+    def accumulate(name: str, inputs: torch.Tensor, grad_output: torch.Tensor) -> None:
+        # [batch, out, tokens] @ [batch, tokens, in]: one gradient per example, never the batch's sum.
+        each = torch.bmm(grad_output.transpose(1, 2).float(), inputs.float())
+        gradient[name] += each.sum(0)
+        fisher[name] += each.square_().sum(0)
+
+    return [
+        model.get_submodule(name.removesuffix(".weight")).register_forward_hook(_capture(name, accumulate))
+        for name in gradient
+    ]
 
 
 def _capture(name, accumulate):
