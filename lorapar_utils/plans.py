@@ -33,7 +33,7 @@ ASSUMED_LENGTHS = (150, 200, 31)
 TEACHER_TOKENS = 90  # persona, template and question around the example
 # What Python and the libraries take: resident memory on a CPU, the context and kernels on a GPU.
 LIBRARIES = {"cpu": 0.58e9, "cuda": 0.8e9}
-DEPTHS = (2, 4)
+DEPTHS = (3, 6)  # layers of the models that are traced
 GPU_CALL = 8e-6  # seconds to launch a kernel from Python, assumed
 
 

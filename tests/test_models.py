@@ -94,3 +94,9 @@ def test_gemma_is_used_only_where_its_terms_are_accepted(tmp_path, monkeypatch):
     monkeypatch.setenv("LORAPAR_GEMMA_TERMS", "accepted")
     weights = models._gemma_weights()
     assert weights.read_bytes() == b"weights" and weights.name == "gemma.gguf"
+
+
+def test_four_bits_without_bitsandbytes_names_the_extra(saved_model, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"bitsandbytes is not installed; pip install -e '.\[qlora\]'"):
+        models.load_base(local(saved_model).changed(model={"quantization": "nf4"}))

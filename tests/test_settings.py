@@ -161,3 +161,17 @@ def test_lock_holds_every_direct_dependency_at_its_version():
     for dependency in project["dependencies"] + project["optional-dependencies"]["test"]:
         name, _, version = dependency.partition("==")
         assert locked()[name] == version if version else name in locked(), dependency
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model": {"sharded": True}}, "model.sharded = true shares the base over processes; set processes above 1"),
+        ({"model": {"sharded": True, "quantization": "nf4"}, "processes": 2}, "a 4-bit base cannot be shared out"),
+        ({"model": {"quantization": "nf4"}, "adapter": {"init": "pissa"}}, "which 4 bits cannot take"),
+        ({"grpo": {"rollouts": "vllm-server"}}, "vllm_server is null; give the address"),
+    ],
+)
+def test_bases_and_samplers_that_cannot_be_had_are_refused(overrides, message):
+    with pytest.raises(InputError, match=message):
+        load_profile("smoke", **overrides)

@@ -18,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from lorapar_utils import training
 from lorapar_utils.answer_head import use_answer_head
+from lorapar_utils.errors import InputError
 from lorapar_utils.settings import load_profile
 
 STEPS = {"sft": 9, "grpo": 6}
@@ -235,3 +236,13 @@ def test_grpo_loss_gradients_and_metrics_equal_those_of_trl(tmp_path, loss_type,
     assert measured.keys() == metrics.keys()
     for name, values in metrics.items():
         assert measured[name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
+
+
+def test_rollouts_by_vllm_name_the_extra_or_reach_trl(monkeypatch):
+    chosen = settings().changed(grpo={"rollouts": "vllm-colocate", "vllm_memory": 0.4}).grpo
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"vllm is not installed; pip install -e '.\[vllm\]'"):
+        training._rollouts(chosen)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    config = GRPOConfig(use_cpu=True, bf16=False, **training._rollouts(chosen))
+    assert (config.use_vllm, config.vllm_mode, config.vllm_gpu_memory_utilization) == (True, "colocate", 0.4)

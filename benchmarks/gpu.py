@@ -1,0 +1,155 @@
+"""LLaMA-2-7B's architecture with random weights on a GPU: scoring, partition, training, rollouts, memory, utilisation.
+
+    python benchmarks/gpu.py OUT.json [ARCHITECTURE]
+
+Speed needs no trained weights. Needs a GPU and what `requirements.lock` installs. Pairs are timed in turns, median of
+`REPEATS`. Utilisation counts the traced arithmetic of a step over the peak that `machines.yaml` lists for the card.
+"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+
+import torch
+import yaml
+from measure import timed
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lorapar_utils import importance, models
+from lorapar_utils.generation import complete, uniform
+from lorapar_utils.optim import ActiveAdamW
+from lorapar_utils.partition import build_partition
+from lorapar_utils.plans import Passes
+from lorapar_utils.settings import load_profile, project_root
+
+REPEATS = 5
+BATCH, PROMPT, ANSWER, SAMPLES, TOKENS = 8, 98, 123, 8, 64
+
+
+def main(out: str, architecture: str = "Llama-2-7b-hf") -> None:
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks/gpu.py: this machine has no GPU that torch can use; nothing was measured")
+    settings = load_profile("llama2-7b", model={"source": f"random/{architecture}"})
+    kept = json.loads((project_root() / "profiles" / "architectures" / f"{architecture}.json").read_text())
+    with torch.device("cuda"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**kept), dtype=torch.bfloat16)
+    model = models.attach_adapter(base.requires_grad_(False).eval(), settings)
+    examples = random_examples(BATCH * 2, kept["vocab_size"])
+    found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "architecture": architecture}
+    found["scoring"], scores = scoring(model, examples)
+    found["partition_seconds"] = median(
+        timed(lambda: build_partition(scores, scores, theta=0.9)) for _ in range(REPEATS)
+    )
+    found["training"] = training(model, examples[:BATCH], build_partition(scores, scores, theta=0.9), settings)
+    found["rollout"] = rollout(model, kept["vocab_size"])
+    Path(out).write_text(json.dumps(found, indent=1))
+    print(json.dumps(found, indent=1))
+
+
+def random_examples(count: int, vocabulary: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocabulary, (count, PROMPT + ANSWER), generator=generator).tolist()
+    return [{"input_ids": row, "labels": [-100] * PROMPT + row[PROMPT:]} for row in ids]
+
+
+def scoring(model, examples) -> tuple[dict, dict]:
+    """Scores in batches, against one plain forward and backward of the same, and against one example at a time."""
+
+    def plain():
+        for start in range(0, len(examples), BATCH):
+            one_pass(model, examples[start : start + BATCH]).backward()
+        model.zero_grad(set_to_none=True)
+
+    ways = {
+        "batched": lambda: importance.score_importance(model, examples, batch_size=BATCH),
+        "one_by_one": lambda: importance.score_importance(model, examples, batch_size=1),
+        "plain_pass": plain,
+    }
+    taken = in_turns(ways)
+    torch.cuda.reset_peak_memory_stats()
+    scores = ways["batched"]()
+    about = {"examples": len(examples), "seconds": taken, "peak_bytes": torch.cuda.max_memory_allocated()}
+    about["batched_over_plain"] = taken["batched"] / taken["plain_pass"]
+    about["one_by_one_over_batched"] = taken["one_by_one"] / taken["batched"]
+    return about, scores
+
+
+def training(model, batch, partition, settings) -> dict:
+    """A step of LoRA-PAR's SFT against one of plain LoRA with fused AdamW."""
+    named = list(models.lora_parameters(model).items())
+    everything = [parameter for _, parameter in named]
+    active = ActiveAdamW(named, partition.stage_mask(1))
+    for parameter in everything:
+        parameter.requires_grad_(True)
+    dense = torch.optim.AdamW(everything, fused=True)
+
+    def step(optimizer):
+        one_pass(model, batch).backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    taken = in_turns({"lora_par": lambda: step(active), "lora": lambda: step(dense)})
+    torch.cuda.reset_peak_memory_stats()
+    step(active)
+    passes = Passes(settings.changed(sft={"batch_size": len(batch)}), bundles=False, lengths=(PROMPT, ANSWER, 0))
+    cards = yaml.safe_load((project_root() / "profiles" / "architectures" / "machines.yaml").read_text())
+    card = next((of for name, of in cards.items() if name in torch.cuda.get_device_name()), None)
+    flops = passes.work("train_sft").flops
+    return {
+        "tokens": len(batch) * (PROMPT + ANSWER),
+        "seconds": taken,
+        "lora_par_over_lora": taken["lora_par"] / taken["lora"],
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "optimizer_bytes": active.state_bytes(),
+        "flops": flops,
+        "utilisation": flops / taken["lora_par"] / card["flops"] if card else None,
+    }
+
+
+def rollout(model, vocabulary: int) -> dict:
+    """Completions of `BATCH` prompts, `SAMPLES` each, none of which ends early, against `model.generate`."""
+    prompts = torch.randint(3, vocabulary, (BATCH, PROMPT), generator=torch.Generator().manual_seed(1))
+    draws = uniform(BATCH * SAMPLES, TOKENS, 0)
+    wanted = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "num_return_sequences": SAMPLES, "do_sample": True}
+
+    def ours():
+        ids = prompts.tolist()
+        complete(model, ids, ends=[], max_new_tokens=TOKENS, samples=SAMPLES, temperature=1.0, draws=draws)
+
+    def theirs():
+        model.generate(input_ids=prompts.cuda(), attention_mask=torch.ones_like(prompts).cuda(), top_k=0, **wanted)
+
+    taken = in_turns({"complete": ours, "generate": theirs})
+    torch.cuda.reset_peak_memory_stats()
+    ours()
+    return {
+        "completions": BATCH * SAMPLES,
+        "tokens_each": TOKENS,
+        "seconds": taken,
+        "completions_a_second": BATCH * SAMPLES / taken["complete"],
+        "generate_over_complete": taken["generate"] / taken["complete"],
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+    }
+
+
+def one_pass(model, batch) -> torch.Tensor:
+    ids = torch.tensor([example["input_ids"] for example in batch], device="cuda")
+    labels = torch.tensor([example["labels"] for example in batch], device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        return model(input_ids=ids, labels=labels, use_cache=False).loss
+
+
+def in_turns(ways: dict) -> dict[str, float]:
+    """Median seconds of each, timed one after the other in every round; the first round only warms up."""
+
+    def whole(way):
+        way()
+        torch.cuda.synchronize()
+
+    rounds = [{name: timed(lambda way=way: whole(way)) for name, way in ways.items()} for _ in range(REPEATS + 1)]
+    return {name: median(one[name] for one in rounds[1:]) for name in ways}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
