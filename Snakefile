@@ -25,9 +25,9 @@ def code(*modules):
 
 
 SHOW = code("notebook", "plots", "tables", "statistics")
-VOTE = code("models", "voting", "teachers", "label_scores", "bundles", "summaries", "notebook", "plots", "tables")
-SCORE = code("phases", "models", "voting", "encoding", "importance", "partition", "summaries", "notebook", "plots", "explorer")
-TRAIN = code("phases", "models", "voting", "encoding", "importance", "partition", "optim", "bundles", "answer_head", "generation", "training", "rewards", "evaluation", "harness", "humaneval", "sandbox")
+VOTE = code("models", "processes", "voting", "teachers", "label_scores", "bundles", "summaries", "notebook", "plots", "tables")
+SCORE = code("phases", "models", "processes", "voting", "encoding", "importance", "partition", "summaries", "notebook", "plots", "explorer")
+TRAIN = code("phases", "models", "processes", "voting", "encoding", "importance", "partition", "optim", "bundles", "answer_head", "generation", "training", "rewards", "evaluation", "harness", "humaneval", "sandbox")
 
 
 # What every notebook job is told; in `params`, so that a change of one reruns what it concerns.
