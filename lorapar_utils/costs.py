@@ -68,6 +68,8 @@ class Machine:
         Operations and bytes a second; None: operations are timed here, one of each kind.
     overhead
         Seconds that a call takes beside its operation.
+    cpu
+        Whether what sequences share is read once (`bundles`); elsewhere batches are padded.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Machine:
     overhead: float
     flops: float | None = None
     bandwidth: float | None = None
+    cpu: bool = False
 
     def seconds(self, operation: Operation) -> float:
         if self.flops is None:

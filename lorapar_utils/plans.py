@@ -77,12 +77,13 @@ def memory_here() -> Machine:
     if torch.cuda.is_available():
         total, libraries = torch.cuda.get_device_properties(0).total_memory, LIBRARIES["cuda"]
         return Machine(torch.cuda.get_device_name(), total, libraries, 0.0, math.inf, math.inf)
-    return Machine("this machine's CPU", psutil.virtual_memory().total, LIBRARIES["cpu"], 0.0, math.inf, math.inf)
+    total = psutil.virtual_memory().total
+    return Machine("this machine's CPU", total, LIBRARIES["cpu"], 0.0, math.inf, math.inf, cpu=True)
 
 
 def phases_of(settings: Settings, machine: Machine) -> list[Phase]:
     """Every phase of `make book` for one profile, experiments of one kind together."""
-    here = Passes(settings, bundles=not machine.name.startswith("one "))
+    here = Passes(settings, bundles=machine.cpu)
     found = [_voting(settings, machine, here), _importance(settings, machine, here)]
     kinds: dict[tuple, int] = {}
     for name, _ in settings.experiment_runs():

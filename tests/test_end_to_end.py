@@ -36,7 +36,7 @@ def make(folder, *arguments, **options):
     )
 
 
-def stop_at(folder, path, limit=240):
+def stop_at(folder, path, limit=1200):
     """Kill the whole process group with SIGKILL as soon as `path` exists."""
     process = make(folder)
     deadline = time.monotonic() + limit
