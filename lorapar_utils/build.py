@@ -60,7 +60,8 @@ def build(profile: str, cores: int, *, cluster: str = "", dry_run: bool = False)
     if settings.publishable and not cluster and not dry_run:
         from lorapar_utils import plans  # imports torch and transformers, which nothing else here needs
 
-        plans.check_fits(settings, plans.memory_here())
+        here = plans.memory_here()
+        plans.check_fits(settings, here, plans.Passes(settings, bundles=here.cpu))
     command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--config", f"profile={settings.profile}"]
     # Our own lock is released by the system when a process dies; Snakemake's would outlive a kill -9.
     command += ["--nolock", "--rerun-incomplete"] + (["--dry-run"] if dry_run else [])
@@ -90,11 +91,12 @@ def print_plan(profile: str, machine_name: str) -> None:
 
     settings = load_profile(profile)
     fits_on = plans.memory_here() if machine_name == "here" else plans.machine_named(machine_name, settings)
-    plans.check_fits(settings, fits_on)
+    passes = plans.Passes(settings, bundles=fits_on.cpu)
+    plans.check_fits(settings, fits_on, passes)
     if machine_name == "here":
         print("timing one operation of each kind on this machine (a minute or two) …", flush=True)
     machine = plans.machine_named(machine_name, settings)
-    phases = plans.phases_of(settings, machine)
+    phases = plans.phases_of(settings, machine, passes)
     print(f"{plans.table(phases).round(2).to_string()}\n\n{plans.summary(settings, machine, phases)}\n")
 
 

@@ -130,11 +130,11 @@ def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
                 for part in (*module.lora_A.values(), *module.lora_B.values()):
                     torch.nn.init.normal_(part.weight, std=0.01)
     if settings.model.sharded and processes.state().num_processes > 1:
-        _share_out(wrapped)
+        share_out(wrapped)
     return wrapped
 
 
-def _share_out(model: PeftModel) -> None:
+def share_out(model: PeftModel) -> None:
     """Leave each process a part of every decoder layer's frozen weights (FSDP2), collected when the layer is passed.
 
     Adapters, embeddings and head stay whole: DDP averages the adapters' gradients as without shards, and masks and

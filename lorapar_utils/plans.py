@@ -28,8 +28,8 @@ from lorapar_utils.settings import Settings, project_root
 
 # Mean tokens of a chat prompt, of a solution, and of what every prompt begins with (SmolLM2's tokenizer; `builtin` and
 # `gsm8k` counted, the others assumed).
-LENGTHS = {"builtin": (47, 9, 31), "gsm8k": (98, 123, 31)}
-ASSUMED_LENGTHS = (150, 200, 31)
+LENGTHS = {"builtin": (47, 9, 33), "gsm8k": (98, 123, 33)}
+ASSUMED_LENGTHS = (150, 200, 33)
 TEACHER_TOKENS = 90  # persona, template and question around the example
 # What Python and the libraries take: resident memory on a CPU, the context and kernels on a GPU.
 LIBRARIES = {"cpu": 0.58e9, "cuda": 0.8e9}
@@ -81,17 +81,16 @@ def memory_here() -> Machine:
     return Machine("this machine's CPU", total, LIBRARIES["cpu"], 0.0, math.inf, math.inf, cpu=True)
 
 
-def phases_of(settings: Settings, machine: Machine) -> list[Phase]:
+def phases_of(settings: Settings, machine: Machine, passes: "Passes") -> list[Phase]:
     """Every phase of `make book` for one profile, experiments of one kind together."""
-    here = Passes(settings, bundles=machine.cpu)
-    found = [_voting(settings, machine, here), _importance(settings, machine, here)]
+    found = [_voting(settings, machine, passes), _importance(settings, machine, passes)]
     kinds: dict[tuple, int] = {}
     for name, _ in settings.experiment_runs():
         spec = settings.experiments[name]
         key = (spec.stages, spec.method == "lorapar")
         kinds[key] = kinds.get(key, 0) + 1
-    for (stages, partial_), runs in kinds.items():
-        found.append(_experiment(settings, machine, here, stages, partial_, runs))
+    for (stages, lorapar), runs in kinds.items():
+        found.append(_experiment(settings, machine, passes, stages, lorapar, runs))
     return [phase for phase in found if phase.runs]
 
 
@@ -115,10 +114,10 @@ def summary(settings: Settings, machine: Machine, phases: list[Phase]) -> str:
     )
 
 
-def check_fits(settings: Settings, machine: Machine) -> None:
+def check_fits(settings: Settings, machine: Machine, passes: "Passes") -> None:
     """Refuse a profile that the machine has no memory for, with the arithmetic; nothing is timed."""
     untimed = replace(machine, overhead=0.0, flops=math.inf, bandwidth=math.inf)
-    worst = max(phases_of(settings, untimed), key=lambda phase: phase.bytes)
+    worst = max(phases_of(settings, untimed, passes), key=lambda phase: phase.bytes)
     if worst.bytes > machine.memory:
         parts = " + ".join(f"{part} {size / 1e9:.1f}" for part, size in worst.memory.items() if size)
         raise InputError(
@@ -131,39 +130,39 @@ def check_fits(settings: Settings, machine: Machine) -> None:
 # --- phases ----------------------------------------------------------------------------------------------------
 
 
-def _voting(settings: Settings, machine: Machine, here: "Passes") -> Phase:
+def _voting(settings: Settings, machine: Machine, passes: "Passes") -> Phase:
     teachers = [t for t in settings.voting.teachers if t.kind == "local"]
     batch = settings.voting.batch_size
     examples = sum(system.train for system in (settings.pool.system1, settings.pool.system2))
-    work = here.work("read", batch, 2, TEACHER_TOKENS)
+    work = passes.work("read", batch, 2, TEACHER_TOKENS)
     seconds = len(teachers) * examples / batch * work.seconds(machine)
-    memory = here.memory(machine, work)
+    memory = passes.memory(machine, work)
     return Phase("voting by local teachers", int(bool(teachers)), seconds, memory)
 
 
-def _importance(settings: Settings, machine: Machine, here: "Passes") -> Phase:
+def _importance(settings: Settings, machine: Machine, passes: "Passes") -> Phase:
     chosen = settings.importance
-    work = here.work("score", chosen.batch_size)
+    work = passes.work("score", chosen.batch_size)
     seconds = 2 * chosen.examples / chosen.batch_size * work.seconds(machine)
     # g and F of every element.
-    return Phase("importance", 1, seconds, here.memory(machine, work, optimizer=8 * here.elements))
+    return Phase("importance", 1, seconds, passes.memory(machine, work, optimizer=8 * passes.elements))
 
 
-def _experiment(settings, machine, here: "Passes", stages: tuple, partial_: bool, runs: int) -> Phase:
+def _experiment(settings, machine, passes: "Passes", stages: tuple, lorapar: bool, runs: int) -> Phase:
     sizes = (settings.pool.system1, settings.pool.system2)
     evaluation, sft, grpo = settings.evaluation, settings.sft, settings.grpo
     test = sum(size.test for size in sizes)
-    answer = here.work("complete", evaluation.batch_size, evaluation.max_new_tokens)
+    answer = passes.work("complete", evaluation.batch_size, evaluation.max_new_tokens)
     seconds = max(1, len(stages)) * test / evaluation.batch_size * answer.seconds(machine)
     works = [answer]
     # About the share of elements that theta = 0.9 leaves active; all of them for a baseline.
-    active = here.elements * (0.4 if partial_ else 1.0)
-    update = here.update(int(active)).seconds(machine)
+    active = passes.elements * (0.4 if lorapar else 1.0)
+    update = passes.update(int(active)).seconds(machine)
     for stage in stages:
         if stage == "grpo":
             batch = grpo.prompts_per_step * grpo.completions
-            rollout = here.work("complete", grpo.prompts_per_step, grpo.max_completion_length, grpo.completions)
-            loss = here.work("train_grpo")
+            rollout = passes.work("complete", grpo.prompts_per_step, grpo.max_completion_length, grpo.completions)
+            loss = passes.work("train_grpo")
             seconds += grpo.steps * (
                 rollout.seconds(machine) + batch / grpo.micro_batch * loss.seconds(machine) + update
             )
@@ -172,16 +171,16 @@ def _experiment(settings, machine, here: "Passes", stages: tuple, partial_: bool
             works += [rollout, loss]
         else:
             examples = sizes[0].train + (sizes[1].train if stage == "sft_all" else 0)
-            loss = here.work("train_sft")
+            loss = passes.work("train_sft")
             steps = sft.epochs * examples / sft.batch_size
             seconds += steps * (loss.seconds(machine) + update / sft.accumulation)
             works.append(loss)
     fullest = max(works, key=lambda work: work.peak)
     # fp32 gradients; two fp32 moments and an 8-byte place for each active element; masks of a byte.
-    optimizer = 4 * here.elements + 16 * active + here.elements if stages else 0
+    optimizer = 4 * passes.elements + 16 * active + passes.elements if stages else 0
     name = " then ".join(stages) or "base model"
-    memory = here.memory(machine, fullest, optimizer=optimizer)
-    return Phase(f"{name}{', LoRA-PAR' if partial_ else ''}", runs, runs * seconds, memory)
+    memory = passes.memory(machine, fullest, optimizer=optimizer)
+    return Phase(f"{name}{', LoRA-PAR' if lorapar else ''}", runs, runs * seconds, memory)
 
 
 # --- passes ----------------------------------------------------------------------------------------------------

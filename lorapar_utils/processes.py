@@ -40,6 +40,14 @@ def are_to_start(settings: Settings) -> bool:
     return settings.processes > 1 and "LOCAL_RANK" not in os.environ
 
 
+def launcher(count: int) -> list[str]:
+    """The command that starts what follows it as `count` processes of this machine."""
+    # `--multi_gpu` is how accelerate starts several processes on one machine; without a GPU they meet by gloo.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*command, "--main_process_port", "0"]
+
+
 def launch(phase: str, settings: Settings, *arguments: object) -> None:
     """Run `phases.<phase>(settings, *arguments)` in `settings.processes` processes; what they print is printed here.
 
@@ -55,10 +63,7 @@ def launch(phase: str, settings: Settings, *arguments: object) -> None:
         given = {"settings": settings.model_dump(mode="json"), "phase": phase, "arguments": arguments}
         json.dump(given, task)
         task.flush()
-        # `--multi_gpu` is how accelerate starts several processes on one machine; without a GPU they meet by gloo.
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0", "-m", "lorapar_utils.processes", task.name]
+        command = [*launcher(count), "-m", "lorapar_utils.processes", task.name]
         threads = str(max(1, settings.threads // count))
         running = subprocess.Popen(
             command,

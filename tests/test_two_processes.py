@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from conftest import make_tiny_policy
 from safetensors.torch import load_file
 from test_training import sparse_masks
 
-from lorapar_utils import phases
+from lorapar_utils import phases, processes
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import load_profile
 
@@ -25,11 +24,8 @@ from lorapar_utils.settings import load_profile
 def launched(tmp_path_factory):
     """The folder in which two processes left what they ended with."""
     here, folder = Path(__file__).parent, tmp_path_factory.mktemp("both")
-    # accelerate starts several processes on one machine by this flag alone; each then finds that it has no GPU.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run(
-        [*command, str(here / "two_processes.py"), str(folder)],
+        [*processes.launcher(2), str(here / "two_processes.py"), str(folder)],
         capture_output=True,
         text=True,
         timeout=300,

@@ -12,12 +12,12 @@ from test_training import settings, train
 
 from lorapar_utils import evaluation
 from lorapar_utils.importance import score_importance
-from lorapar_utils.models import _share_out
+from lorapar_utils.models import share_out
 
 
 def shared_out(model, wanted):
     if wanted:
-        _share_out(model)
+        share_out(model)
         whole = [p.numel() for layer in model.get_base_model().model.layers for p in layer.parameters()]
         held = [p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters()]
         assert sum(held) < sum(p.numel() for p in model.parameters()) - sum(whole) / 5
