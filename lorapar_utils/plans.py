@@ -259,28 +259,28 @@ class _Shallow:
 
     def read(self, batch: int, scored: int, more: int = 0) -> Work:
         """Forward only: logits of the last `scored` tokens of `batch` prompts."""
-        return self._traced("read", self._sequences(batch, self.prompt + more), batch * scored, False, False)
+        return self._traced("read", self._sequences(batch, self.prompt + more), batch * scored)
 
     def score(self, batch: int) -> Work:
         """Forward and backward through activations, and every example's gradient of every element."""
         rows = ((batch, self.prompt + self.solution),)
-        return self._traced("score", rows, batch * self.solution, True, False)
+        return self._traced("score", rows, batch * self.solution)
 
     def train_sft(self) -> Work:
         sft = self.settings.sft
-        rows = self._sequences(sft.batch_size, self.prompt + self.solution)
-        return self._traced("train", rows, sft.batch_size * self.solution, True, sft.gradient_checkpointing)
+        mine = self._share(sft.batch_size)
+        rows = self._sequences(mine, self.prompt + self.solution)
+        return self._traced("train", rows, mine * self.solution, sft.gradient_checkpointing)
 
     def train_grpo(self) -> Work:
         grpo = self.settings.grpo
-        groups = max(1, grpo.micro_batch // grpo.completions)
-        each = min(grpo.completions, grpo.micro_batch)
-        length = grpo.max_completion_length
-        rows = self._sequences(groups * each, self.prompt + length, each, self.prompt)
-        return self._traced("train", rows, groups * each * length, True, grpo.gradient_checkpointing)
+        mine, length = self._share(grpo.micro_batch), grpo.max_completion_length
+        rows = self._sequences(mine, self.prompt + length, grpo.completions, self.prompt)
+        return self._traced("train", rows, mine * length, grpo.gradient_checkpointing)
 
     def complete(self, prompts: int, tokens: int, samples: int = 1) -> Work:
         """Prefill of the prompts, then `tokens` steps of all completions; steps cost what the middle one does."""
+        prompts = self._share(prompts)
         rows = prompts * samples
         prefill = self._cached(prompts, self.prompt, 0)
         middle = self._cached(rows, 1, self.prompt + tokens // 2)
@@ -291,28 +291,31 @@ class _Shallow:
         # The last step's trace holds the cache: each layer's is written anew, longer by a token.
         return Work(operations, max(prefill.peak, last.peak))
 
+    def _share(self, batch: int) -> int:
+        """One process's part of what a step sees in all."""
+        return -(-batch // self.settings.processes)
+
     def _sequences(self, rows: int, length: int, group: int = 1, prefix: int = 0) -> tuple[tuple[int, int], ...]:
         """(rows, tokens) of each pass that these sequences take: padded together, or bundled by what they share."""
         if not self.bundles:
             return ((rows, length),)
         made = []
         for row in range(rows):
-            unique = 2 + row // group if prefix else 2 + row
-            start = [1] * self.shared + [unique] * (max(prefix, self.shared) - self.shared)
+            start = [1] * self.shared + [2 + row // group] * (max(prefix, self.shared) - self.shared)
             made.append(start + [1000 + row] * (length - len(start)))
         return tuple(
             (1, bundle.prefix + sum(len(made[row]) - bundle.prefix for row in bundle.rows)) for bundle in bundled(made)
         )
 
     @cache  # noqa: B019
-    def _traced(self, kind: str, rows: tuple[tuple[int, int], ...], scored: int, backward: bool, checkpointing: bool):
+    def _traced(self, kind: str, rows: tuple[tuple[int, int], ...], scored: int, checkpointing: bool = False):
         base = self.model.get_base_model()
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             base.train()
         hooks = self._scoring_hooks() if kind == "score" else []
         try:
-            return traced(lambda: self._pass(rows, scored, backward, kind))
+            return traced(lambda: self._pass(rows, scored, kind))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -320,8 +323,9 @@ class _Shallow:
                 base.gradient_checkpointing_disable()
                 base.eval()
 
-    def _pass(self, rows, scored: int, backward: bool, kind: str) -> None:
-        base = self.model.get_base_model()
+    def _pass(self, rows, scored: int, kind: str) -> None:
+        """One pass of each (rows, tokens), then the log-probabilities of `scored` tokens of them together."""
+        base, backward = self.model.get_base_model(), kind != "read"
         states = []
         low = self.dtype != torch.float32
         with torch.autocast("cpu", dtype=self.dtype, enabled=low), torch.set_grad_enabled(backward):
@@ -336,6 +340,7 @@ class _Shallow:
                 ).last_hidden_state
                 states.append(hidden.flatten(0, 1))
             chosen = torch.cat(states)
+            # A prefix that is read once still predicts the first token of each sequence that shares it.
             chosen = chosen[:scored] if len(chosen) >= scored else chosen.repeat(-(-scored // len(chosen)), 1)[:scored]
             log_probs = base.get_output_embeddings()(chosen).float().log_softmax(-1)
             targets = torch.empty(scored, 1, dtype=torch.long, device="meta")
@@ -381,10 +386,9 @@ class _Shallow:
 
     def _weights(self) -> float:
         """Bytes of the frozen base in one process."""
-        layers = {id(p): p for p in self.model.get_base_model().base_model.layers.parameters() if not p.requires_grad}
-        whole = {id(p): p for p in self.model.parameters() if not p.requires_grad}
-        inside = sum(p.numel() for p in layers.values())
-        outside = sum(p.numel() for p in whole.values()) - inside
+        layers = self.model.get_base_model().base_model.layers
+        inside = sum(p.numel() for p in layers.parameters() if not p.requires_grad)
+        outside = sum(p.numel() for p in self.model.parameters() if not p.requires_grad) - inside
         each = self.dtype.itemsize
         if self.settings.model.quantization:
             each_inside = 0.5 + 1 / 64 + 4 / (64 * 256)  # nf4, a byte a block of 64, double quantisation

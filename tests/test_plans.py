@@ -72,6 +72,12 @@ def test_what_a_batch_adds_and_what_checkpointing_saves():
     assert four.flops < saved.flops < 1.6 * four.flops
 
 
+def test_a_process_takes_its_share_of_a_step():
+    alone = Passes(load_profile("smoke", sft={"batch_size": 8}), bundles=False).work("train_sft")
+    halved = Passes(load_profile("smoke", sft={"batch_size": 8}, processes=2), bundles=False).work("train_sft")
+    assert halved.flops == pytest.approx(alone.flops / 2, rel=0.01)
+
+
 def test_a_profile_that_cannot_fit_is_refused_with_the_arithmetic():
     laptop = Machine("a laptop", 8e9, 0.6e9, 0.0, 1.0, 1.0)
     large, small = load_profile("llama2-7b"), load_profile("smoke")
