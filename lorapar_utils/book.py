@@ -130,7 +130,6 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
     judged = claims.scoreboard(evidence(settings) | companions(settings.profile), link=address)
     makers = {
         "claims": lambda: judged[["claim", "verdict", "effect"]],
-        "stages": lambda: tables.stage_table(plots.two_stage_records(records)),
         "status": lambda: status_table(records),
     }
     return {

@@ -54,7 +54,8 @@ def save_all(records: dict[str, Record], varied: dict[str, Record], folder: Path
             print(f"{name}: skipped, there is no record of it")
             continue
         frame = make(chosen)
-        texts = {"html": frame.to_html(index=False, border=0), "csv": frame.to_csv(index=False), "tex": _latex(frame)}
+        shown = frame.drop(columns="records", errors="ignore")  # the .csv alone says where each row comes from
+        texts = {"html": shown.to_html(index=False, border=0), "csv": frame.to_csv(index=False), "tex": _latex(shown)}
         for suffix, text in texts.items():
             write_atomically(folder / f"{name}.{suffix}", text)
             written.append(folder / f"{name}.{suffix}")

@@ -10,7 +10,7 @@ import pandas as pd
 from IPython import get_ipython
 from pandas.io.formats.style import Styler
 
-from lorapar_utils import claims, plots
+from lorapar_utils import claims, plots, tables
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import Record, beside_notebooks, cite
 from lorapar_utils.settings import Settings, load_profile
@@ -41,18 +41,38 @@ def start(*, profile: str, **parameters) -> Settings:
     return settings
 
 
+def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -> Styler:
+    """A table of `tables`, its column `records` as links to the files of `records`; hovering tells commit and date."""
+    if frame.empty:
+        return _as_html(pd.DataFrame({"records": ["none yet"]}))
+    known = {tables.label(record): record for record in records}
+    shown = frame.astype(object)
+    for row, names in frame["records"].items():
+        found = [known[name] for name in names.split(", ") if name]
+        shown.loc[row, "records"] = "; ".join(_cited(found, settings)) or "–"
+    return _as_html(shown)
+
+
 def sources(records: Iterable[Record], settings: Settings) -> Styler:
     """The records behind a page, a row an experiment, each seed a link to its file."""
-    groups: dict[tuple[str, str], dict[int, Record]] = {}
+    profiles: dict[str, list[Record]] = {}
     for record in records:
-        name = record.name.rsplit("-seed", 1)[0]
-        groups.setdefault((record.run["profile"], name), {})[record.run["seed"]] = record
-    link = partial(beside_notebooks, settings=settings)
+        profiles.setdefault(record.run["profile"], []).append(record)
     rows = [
-        {"profile": profile, "record": cite(name, [found[seed] for seed in sorted(found)], link)}
-        for (profile, name), found in sorted(groups.items())
+        {"profile": profile, "record": cited}
+        for profile, found in sorted(profiles.items())
+        for cited in _cited(found, settings)
     ]
     return _as_html(pd.DataFrame(rows))
+
+
+def _cited(records: Iterable[Record], settings: Settings) -> list[str]:
+    """Each experiment by name, each of its seeds a link."""
+    runs: dict[str, dict[int, Record]] = {}
+    for record in records:
+        runs.setdefault(record.name.rsplit("-seed", 1)[0], {})[record.run["seed"]] = record
+    link = partial(beside_notebooks, settings=settings)
+    return [cite(name, [found[seed] for seed in sorted(found)], link) for name, found in sorted(runs.items())]
 
 
 def scoreboard(records: dict[str, Record], settings: Settings, judged: list[dict] | None = None) -> Styler:

@@ -1,4 +1,7 @@
-"""Records in, tables out: ours beside the paper's, each with n and interval. No training, no torch."""
+"""Records in, tables out: ours beside the paper's, each with n and interval. No training, no torch.
+
+Column `records` names those that a row's numbers come from; `notebook.linked` makes links of them.
+"""
 
 from collections.abc import Iterable
 
@@ -56,6 +59,7 @@ def stage_table(records: Iterable[Record]) -> pd.DataFrame:
                         "System 1": percent(metrics.get(f"{stage}/system1")),
                         "System 2": percent(metrics.get(f"{stage}/system2")),
                         "active": _share(metrics.get(f"active/{stage}")),
+                        "records": label(record),
                     }
                 )
     return pd.DataFrame(rows)
@@ -71,6 +75,7 @@ def gain_table(records: Iterable[Record]) -> pd.DataFrame:
                 "system": system,
                 "gain": points(gain),
                 "p": round(gain["p_value"], 3),
+                "records": label(record),
             }
             for record in records
             for system in (1, 2)
@@ -94,6 +99,7 @@ def budget_table(records: Iterable[Record]) -> pd.DataFrame:
                 "LoRA-PAR": _over_seeds(sides[0], stage, system),
                 "LoRA, all elements": _over_seeds(sides[1], stage, system),
                 "gap": _paired([mean_outcomes(side, stage, system) for side in sides]),
+                "records": _labels(sides[0] + sides[1]),
             }
             for stage in ("stage1", "stage2")
             for system in (1, 2, None)
@@ -118,11 +124,12 @@ def theta_table(records: Iterable[Record]) -> pd.DataFrame:
                 "active (stage 1)": f"{100 * point['active']:.1f} %",
                 "ours, accuracy": percent(point),
                 "each seed": ", ".join(f"{100 * value:.1f}" for value in point["seeds"]),
-                "paper, active %": 100.0 if every else cells[1] if column else None,
-                "paper, accuracy %": full if every else cells[column] if column else None,
+                "paper, active %": 100.0 if every else _or_dash(cells[1] if column else None),
+                "paper, accuracy %": full if every else _or_dash(cells[column] if column else None),
+                "records": _labels(point["records"]),
             }
         )
-    return pd.DataFrame(rows).astype({"paper, active %": "object", "paper, accuracy %": "object"}).fillna("–")
+    return pd.DataFrame(rows)
 
 
 def theta_points(records: Iterable[Record]) -> list[dict]:
@@ -149,6 +156,7 @@ def theta_points(records: Iterable[Record]) -> list[dict]:
             "selection": selection,
             "active": next(iter(runs.values())).metric("active/stage1")["value"],
             "seeds": [run.metric("stage1/accuracy")["value"] for _, run in sorted(runs.items())],
+            "records": [run for _, run in sorted(runs.items())],
             **statistics.mean(list(mean_outcomes(runs.values(), "stage1").values())),
         }
         for (modules, theta, selection), runs in sorted(groups.items())
@@ -221,8 +229,9 @@ def benchmark_table(records: Iterable[Record], benchmark: str = "pool") -> pd.Da
                 "ours, at the end": ours[1] if found else "not run",
                 "gap to LoRA": _gap_to_lora(runs, title, benchmark),
                 "truncated": _truncated(found, _stage_of(last, benchmark)),
-                "paper, epoch 1 %": "–" if first is None else first,
-                "paper, epoch 2 %": "–" if second is None else second,
+                "paper, epoch 1 %": _or_dash(first),
+                "paper, epoch 2 %": _or_dash(second),
+                "records": _labels(found),
             }
         )
     return pd.DataFrame(rows)
@@ -314,6 +323,7 @@ def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
                 "after RL": _over_seeds(group, "stage2"),
                 "paper, after SFT %": published.get((alpha, beta), ["–"] * 4)[2],
                 "paper, after RL %": published.get((alpha, beta), ["–"] * 4)[3],
+                "records": _labels(group),
             }
             for (alpha, beta), group in sorted(runs.items())
         ]
@@ -339,6 +349,7 @@ def order_table(records: Iterable[Record]) -> pd.DataFrame:
                 "after phase 2": _over_seeds(group, "stage2"),
                 "paper, phase 1 %": row[1],
                 "paper, phase 2 %": row[2],
+                "records": _labels(group),
             }
         )
     return pd.DataFrame(rows)
@@ -394,6 +405,7 @@ def voting_table(records: Iterable[Record]) -> pd.DataFrame:
                     for part, system in (("", None), (", System 1", 1), (", System 2", 2))
                 },
                 "paper, GSM8K %": published.get(strategy, "–"),
+                "records": _labels(runs[name]),
             }
         )
     return pd.DataFrame(rows)
@@ -413,6 +425,19 @@ def _paired(sides: list[dict[str, float]]) -> str:
         return "no seed in common"
     gap = statistics.mean([first[key] - second[key] for key in common])
     return f"{100 * gap['value']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}], n = {gap['n']}"
+
+
+def label(record: Record) -> str:
+    """`cpu-full/lora-seed0`: a record and the profile that made it."""
+    return f"{record.run['profile']}/{record.name}"
+
+
+def _labels(records: Iterable[Record]) -> str:
+    return ", ".join(map(label, records))
+
+
+def _or_dash(value: float | None) -> float | str:
+    return "–" if value is None else value
 
 
 def _share(metric: dict | None) -> str:

@@ -51,9 +51,8 @@ figure = plots.pipeline()
 
 # %%
 records = {record.name: record for record in published_records(settings.profile)} | evidence(settings)
-tables.stage_table(
-    [r for r in plots.two_stage_records(records) if r.run["parameters"]["sweep"] in ("baseline", "two_stage")]
-)
+main = [r for r in plots.two_stage_records(records) if r.run["parameters"]["sweep"] in ("baseline", "two_stage")]
+notebook.linked(tables.stage_table(main), main, settings)
 
 # %% [markdown]
 # ## Ask the model

@@ -155,8 +155,8 @@ pd.DataFrame(record.result["tables"]["disputed"])
 # to teach, beside the gap on both. The paper's column is LLaMA-2-7B on GSM8K: compare the order, not the height.
 
 # %%
-table1 = tables.voting_table(published_records("cpu-full"))
-table1.set_index("split") if len(table1) else print("No record of cpu-full is published yet.")
+splits_compared = [r for r in published_records("cpu-full") if r.run["parameters"].get("sweep") == "voting"]
+notebook.linked(tables.voting_table(splits_compared), splits_compared, settings)
 
 # %% [markdown]
 # ## What would change our mind
@@ -179,5 +179,4 @@ table1.set_index("split") if len(table1) else print("No record of cpu-full is pu
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
 # %% tags=["hide-input"]
-splits_compared = [r for r in published_records("cpu-full") if r.run["parameters"].get("sweep") == "voting"]
 notebook.sources([record, *splits_compared], settings)

@@ -51,7 +51,7 @@ chosen = [
 ]
 own = {record.name: record for record in (phases.experiment(settings, name, seed) for name, seed in chosen)}
 records = plots.stage1_records(evidence(settings) | own)
-tables.theta_table(records) if records else print("This profile has no experiment on theta.")
+notebook.linked(tables.theta_table(records), records, settings)
 
 # %% mystnb={"image": {"alt": "Test accuracy with error bars against the share of active elements, one line for each way of selecting."}, "figure": {"caption": "At equal size (the same place from left to right), does importance beat the other ways of selecting?", "name": "fig-theta"}}
 figure = plots.theta_curve(records) if records else None

@@ -51,7 +51,7 @@ base = [
     for name, seed in settings.experiment_runs()
     if not settings.experiments[name].stages
 ]
-tables.stage_table([*base, *records])
+notebook.linked(tables.stage_table([*base, *records]), [*base, *records], settings)
 
 # %% [markdown]
 # ## What stage 2 changed, item by item
@@ -59,7 +59,7 @@ tables.stage_table([*base, *records])
 # The difference of stage 2 and stage 1 over the same test items: paired, with a bootstrap interval and McNemar's exact p.
 
 # %%
-tables.gain_table(records)
+notebook.linked(tables.gain_table(records), records, settings)
 
 # %% [markdown]
 # ## LoRA-PAR against LoRA at equal budget
@@ -67,7 +67,7 @@ tables.gain_table(records)
 # The same stages, examples and steps; LoRA trains every element.
 
 # %%
-tables.budget_table(records)
+notebook.linked(tables.budget_table(records), records, settings)
 
 # %% [markdown]
 # ## Learning curves
@@ -112,14 +112,14 @@ shown.pivot_table(index="id", columns="stage", values="completion", aggfunc="fir
 
 # %%
 chains = [record for record in published_records("cpu-chains") if record.run["parameters"].get("stages")]
-tables.stage_table(chains) if chains else print("No record of cpu-chains is published yet.")
+notebook.linked(tables.stage_table(chains), chains, settings)
 
 # %%
 gains = [r for r in chains if r.run["parameters"]["sweep"] == "two_stage"]
-tables.gain_table(gains) if gains else print("No record of cpu-chains is published yet.")
+notebook.linked(tables.gain_table(gains), gains, settings)
 
 # %%
-tables.budget_table(chains)
+notebook.linked(tables.budget_table(chains), chains, settings)
 
 # %% [markdown]
 # ## Table 2: how much of the shared region each stage trains
@@ -130,14 +130,14 @@ tables.budget_table(chains)
 # %%
 full = published_records("cpu-full")
 grid = [record for record in full if record.run["parameters"].get("sweep") == "alpha_beta"]
-tables.alpha_beta_table(grid) if grid else print("No record of this grid is published yet: make book PROFILE=cpu-full")
+notebook.linked(tables.alpha_beta_table(grid), grid, settings)
 
 # %% [markdown]
 # ## Table 7: does the order matter?
 
 # %%
 # The same pool and split for both orders, where stage 2 has something to teach.
-tables.order_table(chains) if chains else print("No record of cpu-chains is published yet.")
+notebook.linked(tables.order_table(chains), chains, settings)
 
 # %% [markdown]
 # ## What would change our mind

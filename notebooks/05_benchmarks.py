@@ -58,7 +58,7 @@ longer = list((evidence(settings) | {record.name: record for record in records})
 # says what the worked solutions of System 2 are worth.
 
 # %%
-tables.benchmark_table(longer).set_index("method")
+notebook.linked(tables.benchmark_table(longer), longer, settings)
 
 # %% mystnb={"image": {"alt": "Dot plot with error bars of System 1 and System 2 accuracy for every method and stage."}, "figure": {"caption": "Overlapping intervals are not a ranking.", "name": "fig-stage-accuracy"}}
 figure = plots.stage_accuracy(records)
@@ -80,13 +80,13 @@ figure = plots.pareto(longer)
 
 # %%
 elsewhere = published_records("cpu-elsewhere")
-tables.benchmark_table(elsewhere, "gsm8k").set_index("method")
+notebook.linked(tables.benchmark_table(elsewhere, "gsm8k"), elsewhere, settings)
 
 # %%
-tables.benchmark_table(elsewhere, "mmlu").set_index("method")
+notebook.linked(tables.benchmark_table(elsewhere, "mmlu"), elsewhere, settings)
 
 # %%
-tables.benchmark_table(elsewhere, "humaneval").set_index("method")
+notebook.linked(tables.benchmark_table(elsewhere, "humaneval"), elsewhere, settings)
 
 # %% [markdown]
 # ## Table 5: another architecture

@@ -56,7 +56,7 @@ settings.for_experiment(name, seed).partition, settings.experiments[name]
 record = phases.experiment(settings, name, seed)
 
 # %%
-tables.stage_table([record])
+notebook.linked(tables.stage_table([record]), [record], settings)
 
 # %% [markdown]
 # ## Learning curves

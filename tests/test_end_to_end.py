@@ -222,8 +222,11 @@ def test_the_book_in_a_browser(built):
         page.goto(f"{address}/index.html")
         numbers = page.eval_on_selector_all("a.result", "links => links.map(link => [link.href, link.title])")
         assert len(numbers) >= 5 and all("commit" in title or "made" in title for _, title in numbers)
-        page.goto(f"{address}/06_claims.html")
-        numbers += page.eval_on_selector_all("a.result", "links => links.map(link => [link.href, link.title])")
+        for name in ("03_theta_ablation", "04_two_stage", "05_benchmarks", "06_claims"):
+            page.goto(f"{address}/{name}.html")
+            links = page.eval_on_selector_all("td a.result", "links => links.map(link => [link.href, link.title])")
+            assert links, name
+            numbers += links
         assert all(page.request.get(link).ok for link, _ in numbers)
         explore(chromium, f"{address}/02_importance.html")
         page.keyboard.press("Control+k")

@@ -2,21 +2,24 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from lorapar_utils import claims, exports, statistics, tables
+from lorapar_utils import claims, exports, notebook, statistics, tables
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import Record, companions, new_record, read_record, read_records, with_longer, write_record
 from lorapar_utils.settings import load_profile
 
 
 def record(name="a", items=(), seed=0, parameters=None, **metrics):
-    settings, notebook = load_profile("smoke", seed=seed), "01_voting.ipynb out.ipynb"
-    return new_record(name, settings, metrics=metrics, items=items, parameters=parameters, notebook=notebook)
+    settings = load_profile("smoke", seed=seed)
+    return new_record(
+        name, settings, metrics=metrics, items=items, parameters=parameters, notebook="01_voting.ipynb out.ipynb"
+    )
 
 
 def test_writes_and_reads_back_with_items(tmp_path):
@@ -178,6 +181,19 @@ def test_benchmark_table_pairs_each_method_with_lora_and_names_what_was_not_run(
     assert (costs["active"], costs["seconds"], costs["value"]) == (40.0, 5.0, 0.5) and np.isnan(costs["peak_bytes"])
 
 
+def test_every_row_of_a_table_links_the_records_that_it_was_made_from():
+    runs = [trained("lora", seed, ["sft_all"], 20) for seed in (0, 1)] + [trained("ia3", 0, ["sft_all"], 10)]
+    frame = tables.benchmark_table(runs)
+    page = notebook.linked(frame, runs, load_profile("smoke")).to_html()
+    rows = {re.search(r">([^<]+)</td>", row)[1]: row for row in page.split("<tr>")[2:]}
+    hrefs = re.findall(r'href="([^"]+)" title="(lora-seed.) of profile', rows["LoRA"])
+    assert [(Path(href).name, name) for href, name in hrefs] == [
+        (f"lora-seed{s}.json", f"lora-seed{s}") for s in (0, 1)
+    ]
+    assert "ia3-seed0.json" in rows["IA3"] and "href" not in rows["PiSSA"]
+    assert "none yet" in notebook.linked(tables.theta_table([]), [], load_profile("smoke")).to_html()
+
+
 def test_macro_average_weighs_groups_alike():
     found = statistics.macro_average([("a", True)] * 30 + [("a", False)] * 10 + [("b", False)] * 4)
     assert found["value"] == 0.375 and found["n"] == 44
@@ -251,8 +267,6 @@ def test_a_verdict_links_to_every_record_that_it_rests_on(tmp_path):
 
 
 def test_the_records_behind_a_page_are_one_row_an_experiment_with_a_link_for_each_seed():
-    from lorapar_utils import notebook
-
     made = [record("a-seed1", seed=1), record("a-seed0"), record("voting"), record("a-seed0")]
     shown = notebook.sources(made, load_profile("smoke"))
     assert shown.data["profile"].tolist() == ["smoke", "smoke"]
