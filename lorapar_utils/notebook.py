@@ -81,8 +81,10 @@ def scoreboard(records: dict[str, Record], settings: Settings, judged: list[dict
 
 
 def _as_html(frame: pd.DataFrame) -> Styler:
-    """A frame whose cells are HTML; it looks like any other."""
-    return frame.style.hide(axis="index").set_table_attributes('class="dataframe"')
+    """A frame whose cells are HTML, in the class that both JupyterLab and the book style; words start at the left."""
+    style = frame.style.hide(axis="index").set_table_attributes('class="dataframe"')
+    style = style.set_table_styles([{"selector": "th, td", "props": "text-align: left"}])
+    return style.format(lambda value: f"{value:g}" if isinstance(value, float) else value)
 
 
 def _reject_unknown_parameters() -> None:

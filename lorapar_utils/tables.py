@@ -74,7 +74,7 @@ def gain_table(records: Iterable[Record]) -> pd.DataFrame:
                 "seed": record.run["seed"],
                 "system": system,
                 "gain": points(gain),
-                "p": round(gain["p_value"], 3),
+                "p": f"{gain['p_value']:.3f}" if gain["p_value"] >= 0.001 else "< 0.001",
                 "records": label(record),
             }
             for record in records
