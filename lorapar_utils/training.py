@@ -83,14 +83,15 @@ def run_sft(
             **saving,
         )
         optimizer = _optimizer(model, masks, config)
-        trainer = SFTTrainer(
-            model=model,
-            args=config,
-            train_dataset=datasets.Dataset.from_list(encoded),
-            processing_class=tokenizer,
-            optimizers=(optimizer, None),
-            callbacks=[_Progress("SFT", "loss"), _Watch(watch, settings.evaluation.watch_every)],
-        )
+        with _adapter_as_it_is(model):
+            trainer = SFTTrainer(
+                model=model,
+                args=config,
+                train_dataset=datasets.Dataset.from_list(encoded),
+                processing_class=tokenizer,
+                optimizers=(optimizer, None),
+                callbacks=[_Progress("SFT", "loss"), _Watch(watch, settings.evaluation.watch_every)],
+            )
         return _train(trainer, optimizer)
 
 
@@ -173,15 +174,16 @@ def run_grpo(
             **saving,
         )
         optimizer = _optimizer(model, masks, config)
-        trainer = LeanGRPOTrainer(
-            model=model,
-            reward_funcs=[correct, layout, steps],
-            args=config,
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=tokenizer,
-            optimizers=(optimizer, None),
-            callbacks=[_Progress("GRPO", "reward"), _Watch(watch, settings.evaluation.watch_every)],
-        )
+        with _adapter_as_it_is(model):
+            trainer = LeanGRPOTrainer(
+                model=model,
+                reward_funcs=[correct, layout, steps],
+                args=config,
+                train_dataset=datasets.Dataset.from_list(rows),
+                processing_class=tokenizer,
+                optimizers=(optimizer, None),
+                callbacks=[_Progress("GRPO", "reward"), _Watch(watch, settings.evaluation.watch_every)],
+            )
         return _train(trainer, optimizer)
 
 
@@ -307,6 +309,15 @@ def _common(settings: Settings, model: PeftModel) -> dict:
         dataloader_num_workers=0,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+@contextmanager
+def _adapter_as_it_is(model: PeftModel) -> Iterator[None]:
+    """TRL rounds the adapters over a 4-bit base to bf16 as it makes a trainer, what is inactive too; ours stay fp32."""
+    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    yield
+    for parameter, data in kept:
+        parameter.data = data
 
 
 @contextmanager
