@@ -174,10 +174,11 @@ def cite(name: str, found: Sequence[Record], link: Callable[[Record], str] | Non
 
 
 def beside_notebooks(record: Record, settings: Settings) -> str:
-    """Where `record` lies as seen from `notebooks/`: among the runs of `settings.profile`, or published by another."""
-    profile = record.run["profile"]
-    folder = f"runs/{profile}/records" if profile == settings.profile else f"results/{profile}"
-    return f"../{folder}/{record.name}.json"
+    """Where `record` lies as seen from `notebooks/`: among the runs of `settings.profile`, or published."""
+    profile, name = record.run["profile"], f"{record.name}.json"
+    published = (project_root() / "results" / profile / name).is_file()
+    own = profile == settings.profile and ((settings.runs / "records" / name).is_file() or not published)
+    return f"../runs/{profile}/records/{name}" if own else f"../results/{profile}/{name}"
 
 
 def common_seeds(sides: Sequence[Sequence[Record]]) -> list[list[Record]]:

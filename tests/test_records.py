@@ -11,7 +11,15 @@ from conftest import ROOT
 
 from lorapar_utils import claims, exports, notebook, statistics, tables
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, companions, new_record, read_record, read_records, with_longer, write_record
+from lorapar_utils.records import (
+    Record,
+    companions,
+    new_record,
+    read_record,
+    read_records,
+    with_longer,
+    write_record,
+)
 from lorapar_utils.settings import load_profile
 
 
@@ -275,6 +283,15 @@ def test_the_records_behind_a_page_are_one_row_an_experiment_with_a_link_for_eac
     assert first.count('href="../runs/smoke/records/a-seed') == 2 and "commit" in second
     elsewhere = notebook.sources(made, load_profile("cpu"))
     assert 'href="../results/smoke/voting.json"' in elsewhere.data["record"][1]
+
+
+def test_a_published_record_is_linked_where_nothing_has_been_run(project):
+    settings = load_profile("smoke")
+    made = record("a-seed0")
+    write_record(made, project / "results/smoke/a-seed0.json")
+    assert 'href="../results/smoke/a-seed0.json"' in notebook.sources([made], settings).to_html()
+    write_record(made, settings.runs / "records/a-seed0.json")
+    assert 'href="../runs/smoke/records/a-seed0.json"' in notebook.sources([made], settings).to_html()
 
 
 def test_publish_refuses_smoke_and_uncommitted_records(project):
