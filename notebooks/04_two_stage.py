@@ -118,6 +118,9 @@ notebook.linked(tables.stage_table(chains), chains, settings)
 gains = [r for r in chains if r.run["parameters"]["sweep"] == "two_stage"]
 notebook.linked(tables.gain_table(gains), gains, settings)
 
+# %% [markdown]
+# LoRA-PAR against LoRA at equal budget, on this split:
+
 # %%
 notebook.linked(tables.budget_table(chains), chains, settings)
 
