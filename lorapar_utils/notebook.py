@@ -1,6 +1,7 @@
 """What every notebook of the book does first, and last."""
 
 import ast
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -84,7 +85,17 @@ def _as_html(frame: pd.DataFrame) -> Styler:
     """A frame whose cells are HTML, in the class that both JupyterLab and the book style; words start at the left."""
     style = frame.style.hide(axis="index").set_table_attributes('class="dataframe"')
     style = style.set_table_styles([{"selector": "th, td", "props": "text-align: left"}])
-    return style.format(lambda value: f"{value:g}" if isinstance(value, float) else value)
+    return style.format(_shown)
+
+
+def _shown(value: object) -> object:
+    """A cell's text, broken into lines between a value, its interval and its n, not within one."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if not isinstance(value, str):
+        return value
+    together = re.sub(r"\[[^]]*]", lambda interval: interval[0].replace(" ", "\N{NO-BREAK SPACE}"), value)
+    return re.sub(r"(?<=\d) (?=%)|(?<=\bn) (?==)|(?<=\bn =) ", "\N{NO-BREAK SPACE}", together)
 
 
 def _reject_unknown_parameters() -> None:

@@ -28,6 +28,16 @@ def mean(values: Sequence[float]) -> dict:
     return {"value": float(values.mean()), "n": int(values.size), "low": low, "high": high}
 
 
+def share(values: Sequence[float]) -> dict:
+    """The mean of items' shares of right answers, one for each item over its seeds.
+
+    Where every item is all right or all wrong it is a `proportion`: resampling nothing but misses would give an
+    interval without width. Else a `mean`.
+    """
+    values = np.asarray(values, dtype=float)
+    return proportion(values) if np.isin(values, (0.0, 1.0)).all() else mean(values)
+
+
 def macro_average(outcomes: Sequence[tuple[str, bool]]) -> dict:
     """The mean over groups of the share of True in each, of (group, outcome) pairs.
 

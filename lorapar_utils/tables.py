@@ -157,7 +157,7 @@ def theta_points(records: Iterable[Record]) -> list[dict]:
             "active": next(iter(runs.values())).metric("active/stage1")["value"],
             "seeds": [run.metric("stage1/accuracy")["value"] for _, run in sorted(runs.items())],
             "records": [run for _, run in sorted(runs.items())],
-            **statistics.mean(list(mean_outcomes(runs.values(), "stage1").values())),
+            **statistics.share(list(mean_outcomes(runs.values(), "stage1").values())),
         }
         for (modules, theta, selection), runs in sorted(groups.items())
     ]
@@ -255,7 +255,7 @@ def cost_points(records: Iterable[Record]) -> pd.DataFrame:
                 "active": active["value"] * active["n"],
                 "seconds": pd.Series([sum(_value(run, f"{s}/train_seconds") for s in stages) for run in found]).mean(),
                 "peak_bytes": pd.Series([_value(run, f"{last}/peak_bytes") for run in found]).mean(),
-                **statistics.mean(list(mean_outcomes(found, last).values())),
+                **statistics.share(list(mean_outcomes(found, last).values())),
             }
         )
     return pd.DataFrame(rows)
@@ -288,7 +288,7 @@ def _stage_of(stage: str, benchmark: str) -> str:
 def _over_seeds(runs: Iterable[Record], stage: str, system: int | None = None) -> str:
     """Accuracy over the seeds, its interval over test items."""
     outcomes = mean_outcomes(runs, stage, system)
-    return percent(statistics.mean(list(outcomes.values())) if outcomes else None)
+    return percent(statistics.share(list(outcomes.values())) if outcomes else None)
 
 
 def _truncated(runs: list[Record], stage: str) -> str:

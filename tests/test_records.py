@@ -198,8 +198,16 @@ def test_every_row_of_a_table_links_the_records_that_it_was_made_from():
     assert [(Path(href).name, name) for href, name in hrefs] == [
         (f"lora-seed{s}.json", f"lora-seed{s}") for s in (0, 1)
     ]
+    assert re.search(r">[\d.]+\xa0% \[[\d.]+,\xa0[\d.]+\], n\xa0=\xa0\d+<", rows["IA3"])  # lines break at two places
     assert "ia3-seed0.json" in rows["IA3"] and "href" not in rows["PiSSA"]
     assert "none yet" in notebook.linked(tables.theta_table([]), [], load_profile("smoke")).to_html()
+
+
+def test_a_share_of_nothing_but_misses_has_an_interval_with_width():
+    nothing = statistics.share([0.0] * 150)
+    assert nothing["value"] == nothing["low"] == 0.0 and nothing["high"] == pytest.approx(0.025, abs=1e-3)
+    assert statistics.share([0, 1, 1]) == statistics.proportion([0, 1, 1])
+    assert statistics.share([0, 0.5, 1]) == statistics.mean([0, 0.5, 1])
 
 
 def test_macro_average_weighs_groups_alike():
