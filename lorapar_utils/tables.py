@@ -347,12 +347,19 @@ def order_table(records: Iterable[Record]) -> pd.DataFrame:
                 "seeds": len(group),
                 "after phase 1": _over_seeds(group, "stage1"),
                 "after phase 2": _over_seeds(group, "stage2"),
+                "gap to SFT then RL": _gap_at_the_end(group, runs.get(("sft", "grpo"), [])),
                 "paper, phase 1 %": row[1],
                 "paper, phase 2 %": row[2],
                 "records": _labels(group),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _gap_at_the_end(runs: list[Record], control: list[Record]) -> str:
+    if not control or runs is control:
+        return "–"
+    return _paired([mean_outcomes(side, "stage2") for side in common_seeds([runs, control])])
 
 
 def certain_table(record: Record) -> pd.DataFrame:

@@ -189,6 +189,15 @@ def test_benchmark_table_pairs_each_method_with_lora_and_names_what_was_not_run(
     assert (costs["active"], costs["seconds"], costs["value"]) == (40.0, 5.0, 0.5) and np.isnan(costs["peak_bytes"])
 
 
+def test_the_orders_of_stages_are_compared_at_the_seeds_that_both_have():
+    first = [trained("lorapar", seed, ["sft", "grpo"], right, stage="stage2") for seed, right in ((0, 20), (1, 40))]
+    rows = tables.order_table([*first, trained("lorapar", 0, ["grpo", "sft"], 10, stage="stage2")])
+    assert rows["schedule"].tolist() == ["SFT then RL", "RL then SFT"] and rows["seeds"].tolist() == [2, 1]
+    assert rows["gap to SFT then RL"].tolist()[0] == "–" and rows["gap to SFT then RL"].tolist()[1].startswith(
+        "-25.0 ["
+    )
+
+
 def test_every_row_of_a_table_links_the_records_that_it_was_made_from():
     runs = [trained("lora", seed, ["sft_all"], 20) for seed in (0, 1)] + [trained("ia3", 0, ["sft_all"], 10)]
     frame = tables.benchmark_table(runs)
