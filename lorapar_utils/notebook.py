@@ -1,6 +1,7 @@
 """What every notebook of the book does first, and last."""
 
 import ast
+import html
 import re
 import sys
 import warnings
@@ -47,7 +48,7 @@ def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -
     if frame.empty:
         return _as_html(pd.DataFrame({"records": ["none yet"]}))
     known = {tables.label(record): record for record in records}
-    shown = frame.astype(object)
+    shown = frame.astype(object).map(lambda cell: html.escape(cell) if isinstance(cell, str) else cell)
     for row, names in frame["records"].items():
         found = [known[name] for name in names.split(", ") if name]
         shown.loc[row, "records"] = "; ".join(_cited(found, settings)) or "–"

@@ -347,19 +347,13 @@ def order_table(records: Iterable[Record]) -> pd.DataFrame:
                 "seeds": len(group),
                 "after phase 1": _over_seeds(group, "stage1"),
                 "after phase 2": _over_seeds(group, "stage2"),
-                "gap to SFT then RL": _gap_at_the_end(group, runs.get(("sft", "grpo"), [])),
+                "gap to SFT then RL": _gap(group, runs.get(("sft", "grpo"), []), "stage2"),
                 "paper, phase 1 %": row[1],
                 "paper, phase 2 %": row[2],
                 "records": _labels(group),
             }
         )
     return pd.DataFrame(rows)
-
-
-def _gap_at_the_end(runs: list[Record], control: list[Record]) -> str:
-    if not control or runs is control:
-        return "–"
-    return _paired([mean_outcomes(side, "stage2") for side in common_seeds([runs, control])])
 
 
 def certain_table(record: Record) -> pd.DataFrame:
@@ -408,7 +402,7 @@ def voting_table(records: Iterable[Record]) -> pd.DataFrame:
                 "ours, accuracy": _over_seeds(runs[name], "stage1"),
                 "each seed": ", ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies),
                 **{
-                    f"gap to a random split{part}": _gap(runs[name], runs.get("split_random", []), system)
+                    f"gap to a random split{part}": _gap(runs[name], runs.get("split_random", []), "stage1", system)
                     for part, system in (("", None), (", System 1", 1), (", System 2", 2))
                 },
                 "paper, GSM8K %": published.get(strategy, "–"),
@@ -418,10 +412,10 @@ def voting_table(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _gap(runs: list[Record], control: list[Record], system: int | None) -> str:
+def _gap(runs: list[Record], control: list[Record], stage: str, system: int | None = None) -> str:
     if not control or runs is control:
         return "–"
-    return _paired([mean_outcomes(side, "stage1", system) for side in common_seeds([runs, control])])
+    return _paired([mean_outcomes(side, stage, system) for side in common_seeds([runs, control])])
 
 
 def _paired(sides: list[dict[str, float]]) -> str:

@@ -11,15 +11,7 @@ from conftest import ROOT
 
 from lorapar_utils import claims, exports, notebook, statistics, tables
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import (
-    Record,
-    companions,
-    new_record,
-    read_record,
-    read_records,
-    with_longer,
-    write_record,
-)
+from lorapar_utils.records import Record, companions, new_record, read_record, read_records, with_longer, write_record
 from lorapar_utils.settings import load_profile
 
 
@@ -209,6 +201,8 @@ def test_every_row_of_a_table_links_the_records_that_it_was_made_from():
     ]
     assert re.search(r">[\d.]+\xa0% \[[\d.]+,\xa0[\d.]+\], n\xa0=\xa0\d+<", rows["IA3"])  # lines break at two places
     assert "ia3-seed0.json" in rows["IA3"] and "href" not in rows["PiSSA"]
+    titled = record("a", parameters={"title": "r < 8"}, **{"base/accuracy": statistics.proportion([True])})
+    assert "r &lt; 8" in notebook.linked(tables.stage_table([titled]), [titled], load_profile("smoke")).to_html()
     assert "none yet" in notebook.linked(tables.theta_table([]), [], load_profile("smoke")).to_html()
 
 
