@@ -115,7 +115,7 @@ class Bench:
                 max_steps=GRPO_STEPS,
                 learning_rate=grpo.learning_rate,
                 per_device_train_batch_size=32,
-                gradient_accumulation_steps=grpo.prompts_per_step * grpo.completions // 32,
+                gradient_accumulation_steps=grpo.rows // 32,
                 num_generations=grpo.completions,
                 max_completion_length=grpo.max_completion_length,
                 temperature=grpo.temperature,

@@ -170,15 +170,17 @@ class _Stages:
 
     def score_base(self) -> dict:
         """Score the model without an adapter, or read back what was found."""
-        return self._finished("base", {}, lambda: {"history": [], **self._score(*models.load_base(self.settings))})
+        return self._finished(
+            "base", self.inputs, lambda: {"history": [], **self._score(*models.load_base(self.settings))}
+        )
 
     def run(self) -> dict[str, dict]:
-        """Train and score each stage from the one before, or read back what was finished."""
+        """Train and score each stage from the one before, or read back what was finished, by another experiment too."""
         outcomes, previous = {}, None
         for number, stage in enumerate(self.spec.stages, start=1):
-            name = f"stage{number}"
-            make = partial(self._train_and_score, name, stage, previous)
-            outcomes[name] = self._finished(name, {"stage": stage}, make)
+            name, inputs = f"stage{number}", _stage_inputs(self.inputs, number)
+            make = partial(self._train_and_score, name, stage, previous, inputs)
+            outcomes[name] = self._finished(name, inputs, make)
             previous = self.folder / name
         return outcomes
 
@@ -187,29 +189,33 @@ class _Stages:
             return {}
         return {"jaccard": {"value": self.partition.jaccard, "n": self.partition.active[0].numel()}}
 
-    def _finished(self, name: str, about: dict, make: Callable[[], dict]) -> dict:
+    def _finished(self, name: str, wanted: dict, make: Callable[[], dict]) -> dict:
         home = self.folder / name
-        wanted = {**self.inputs, **about}
         if not is_current(home, wanted):
-            outcome = make()
+            twin = processes.by_first(lambda: _made_elsewhere(home, wanted))
+            outcome = None if twin else make()
 
             def keep():
                 with completed(home, wanted) as scratch:
-                    if self._model is not None:
-                        models.save_adapter(self._model, scratch, self.folder / ".initial" if self._converts else None)
-                    write_atomically(scratch / "outcome.json", json.dumps(outcome))
+                    if twin:
+                        shutil.copytree(twin, scratch, dirs_exist_ok=True)
+                    else:
+                        initial = self.folder / ".initial" if self._converts else None
+                        if self._model is not None:
+                            models.save_adapter(self._model, scratch, initial)
+                        write_atomically(scratch / "outcome.json", json.dumps(outcome))
                 for unneeded in self.folder.glob(f".{name}-steps-*"):
                     shutil.rmtree(unneeded)
 
             processes.by_first(keep)
         return json.loads((home / "outcome.json").read_text())
 
-    def _train_and_score(self, name: str, stage: str, previous: Path | None) -> dict:
+    def _train_and_score(self, name: str, stage: str, previous: Path | None, inputs: dict) -> dict:
         model, tokenizer = self._loaded(previous)
         masks = self._masks(model, stage)
         began = time.time()
         # Named by what the stage rests on: a checkpoint of other settings is never gone on from.
-        checkpoints = self.folder / f".{name}-steps-{fingerprint({**self.inputs, 'stage': stage})}"
+        checkpoints = self.folder / f".{name}-steps-{fingerprint(inputs)}"
         history = self._train(stage, model, tokenizer, masks, checkpoints)
         trained = time.time()
         active = sum(int(mask.sum()) for mask in masks.values())
@@ -375,6 +381,31 @@ def _experiment_inputs(settings: Settings, spec) -> dict:
         **learnt,
         **{key: section.model_dump() for key, section in used.items()},
     )
+
+
+def _stage_inputs(inputs: dict, number: int) -> dict:
+    """What of an experiment's inputs the stage of that number rests on: what only later stages read is left out."""
+    experiment = inputs["experiment"]
+    done = experiment["stages"][:number]
+    # An experiment that will train by GRPO also measures, after each stage, what could be reinforced.
+    about = {"method": experiment["method"], "selection": experiment["selection"], "stages": done}
+    found = inputs | {"experiment": about | {"reinforced": "grpo" in experiment["stages"]}}
+    # The share of the common region that a kind of stage trains, and its settings.
+    for kinds, share, section in (({"sft", "sft_all"}, "alpha", "sft"), ({"grpo"}, "beta", "grpo")):
+        if not kinds & set(done):
+            found.pop(section, None)
+            if "partition" in found:
+                found["partition"] = {key: value for key, value in found["partition"].items() if key != share}
+    return found
+
+
+def _made_elsewhere(home: Path, inputs: dict) -> str | None:
+    """Where another experiment of the profile has already finished the same stage from the same inputs."""
+    for manifest in sorted(home.parent.parent.glob(f"*/{home.name}/manifest.json")):
+        if manifest.parent != home and json.loads(manifest.read_text()) == inputs:
+            print(f"{home.parent.name}: {home.name} is that of {manifest.parent.parent.name}")
+            return str(manifest.parent)
+    return None
 
 
 def _hashes(settings: Settings) -> dict[str, str]:

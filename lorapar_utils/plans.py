@@ -160,11 +160,13 @@ def _experiment(settings, machine, passes: "Passes", stages: tuple, lorapar: boo
     update = passes.update(int(active)).seconds(machine)
     for stage in stages:
         if stage == "grpo":
-            batch = grpo.prompts_per_step * grpo.completions
-            rollout = passes.work("complete", grpo.prompts_per_step, grpo.max_completion_length, grpo.completions)
+            together = grpo.rows_at_once // grpo.completions
+            rollout = passes.work("complete", together, grpo.max_completion_length, grpo.completions)
             loss = passes.work("train_grpo")
             seconds += grpo.steps * (
-                rollout.seconds(machine) + batch / grpo.micro_batch * loss.seconds(machine) + update
+                grpo.rows / grpo.rows_at_once * rollout.seconds(machine)
+                + grpo.rows / grpo.micro_batch * loss.seconds(machine)
+                + update
             )
             sampled = min(sizes[1].validation, evaluation.pass_k_prompts) * evaluation.pass_k
             seconds += len(stages) * sampled / evaluation.batch_size * answer.seconds(machine)

@@ -84,7 +84,7 @@ def pipeline(*here: str) -> Figure:
         )
         axes.add_patch(box)
         words = {"color": "white", "weight": "bold"} if filled else {"color": "#222222"}
-        axes.text(left + width / 2, bottom + height / 2, text, ha="center", va="center", fontsize=10, **words)
+        axes.text(left + width / 2, bottom + height / 2, text, ha="center", va="center", fontsize="small", **words)
     for start, end in ARROWS:
         axes.annotate("", **_arrow(PIPELINE[start][:2], PIPELINE[end][:2]))
     # Each stage also reads the examples of its system.
@@ -114,13 +114,13 @@ def votes_by_steps(record: Record) -> Figure:
     figure, axes = plt.subplots(figsize=(7, 3.8))
     axes.bar(range(len(panel)), panel["system2_share"], color=SYSTEM_COLOURS[2], alpha=0.45, label="majority")
     for i, row in enumerate(panel.itertuples()):
-        axes.text(i, 1.03, f"n={row.n}", ha="center", fontsize=9)
+        axes.text(i, 1.03, f"n={row.n}", ha="center", fontsize="small")
     for i, (name, points) in enumerate(rows[rows["teacher"] != "majority"].groupby("teacher", sort=False)):
         x = [panel.index.get_loc(steps) for steps in points["steps"]]
         axes.plot(x, points["system2_share"], marker=MARKERS[i % len(MARKERS)], linewidth=1.2, label=name)
     axes.set_xticks(range(len(panel)), panel.index)
     axes.set(xlabel="reasoning steps of the example", ylabel="share voted System 2", ylim=(0, 1.12))
-    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -156,7 +156,7 @@ def reliability(record: Record) -> Figure:
     for i, (name, points) in enumerate(rows.groupby("teacher", sort=False)):
         axes.plot(points["said"], points["share"], marker=MARKERS[i % len(MARKERS)], linewidth=1.2, label=name)
     axes.set(xlabel="P(System 2) from the calibrated margin", ylabel="share that is System 2", ylim=(0, 1), xlim=(0, 1))
-    axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -252,7 +252,7 @@ def stability(rows: pd.DataFrame) -> Figure:
         axes.set(title=title, xlabel="examples scored", xscale="log", ylim=(min(0.0, rows[key].min()) - 0.05, 1.05))
         axes.set_xticks(sizes, sizes)
         axes.minorticks_off()
-    panels[0].legend(fontsize=9)
+    panels[0].legend()
     figure.tight_layout()
     return figure
 
@@ -275,7 +275,7 @@ def importance_scatter(record: Record) -> Figure:
         )
     title = f"Jaccard {record.metric('jaccard')['value']:.2f}, by chance {record.metric('jaccard_chance')['value']:.2f}"
     axes.set(xscale="log", yscale="log", xlabel="System 1 importance", ylabel="System 2 importance", title=title)
-    axes.legend(loc="lower right", fontsize=9, markerscale=2)
+    axes.legend(loc="lower right", markerscale=2)
     return figure
 
 
@@ -320,7 +320,7 @@ def theta_curve(records: list[Record]) -> Figure:
             )
         axes.set(title=which, xlabel="share of elements active in stage 1", ylim=(0, 1), xlim=(0, 1.05))
     panels[0][0].set_ylabel("test accuracy")
-    panels[0][-1].legend(fontsize=9)
+    panels[0][-1].legend()
     figure.tight_layout()
     return figure
 
@@ -362,7 +362,7 @@ def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
                 label=f"System {system}",
             )
     if axes.lines and axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=9)
+        axes.legend()
     axes.set(title="validation accuracy", xlabel="step, both stages", ylim=(0, 1))
 
 
@@ -388,7 +388,7 @@ def stage_accuracy(records: list[Record]) -> Figure:
         axes.errorbar(
             part["value"], y, xerr=errors, fmt="o", capsize=3, color=SYSTEM_COLOURS[system], label=f"System {system}"
         )
-    axes.set_yticks(range(len(titles)), titles, fontsize=9)
+    axes.set_yticks(range(len(titles)), titles, fontsize="small")
     axes.invert_yaxis()
     axes.set(xlabel="test accuracy (95 % interval)", xlim=(-0.02, 1.02))
     axes.legend(loc="best")
@@ -427,7 +427,7 @@ def pareto(records: list[Record]) -> Figure:
         axes.set(xlabel=label, ylim=(-0.02, 1.02))
     all_axes[0].set(xscale="log", ylabel="accuracy at the end (95 % interval)")
     handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=9, loc="center left", bbox_to_anchor=(0.92, 0.5))
+    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(0.92, 0.5))
     return figure
 
 

@@ -221,6 +221,7 @@ class GrpoSection(Section):
     prompts_per_step: Positive
     completions: Annotated[int, Field(ge=2)]
     micro_batch: Positive
+    rollout_batch: Positive | None
     max_completion_length: Positive
     temperature: Rate
     warmup_ratio: Share
@@ -240,9 +241,24 @@ class GrpoSection(Section):
             raise ValueError("vllm_server is null; give the address of `trl vllm-serve`, such as http://localhost:8000")
         return self
 
+    @property
+    def rows(self) -> int:
+        """Completions of a step."""
+        return self.prompts_per_step * self.completions
+
+    @property
+    def rows_at_once(self) -> int:
+        """Completions that are written together; a step's are, one such batch after the other."""
+        return self.rollout_batch or self.rows
+
     @model_validator(mode="after")
     def _batches_divide(self):
-        total = self.prompts_per_step * self.completions
+        total = self.rows
+        if self.rollout_batch is not None and (self.rollout_batch % self.completions or self.rollout_batch > total):
+            raise ValueError(
+                f"rollout_batch = {self.rollout_batch} has to be a multiple of completions = {self.completions}, "
+                f"at most prompts_per_step x completions = {total}"
+            )
         if total % self.micro_batch:
             raise ValueError(
                 f"micro_batch = {self.micro_batch} does not divide prompts_per_step x completions = {total}"

@@ -137,7 +137,7 @@ def run_grpo(
             max_steps=grpo.steps,
             learning_rate=grpo.learning_rate,
             per_device_train_batch_size=_each_process("grpo.micro_batch", grpo.micro_batch),
-            gradient_accumulation_steps=grpo.prompts_per_step * grpo.completions // grpo.micro_batch,
+            gradient_accumulation_steps=grpo.rows // grpo.micro_batch,
             num_generations=grpo.completions,
             num_iterations=1,
             steps_per_generation=None,  # one rollout for each optimizer step
@@ -177,6 +177,7 @@ def run_grpo(
         with _adapter_as_it_is(model):
             trainer = LeanGRPOTrainer(
                 model=model,
+                rows_at_once=_each_process("grpo.rollout_batch", grpo.rows_at_once),
                 reward_funcs=[correct, layout, steps],
                 args=config,
                 train_dataset=datasets.Dataset.from_list(rows),
@@ -193,7 +194,16 @@ class LeanGRPOTrainer(GRPOTrainer):
     A prompt is read once for all its completions, which leave the batch as they end; a completion without an
     advantage, whose gradient is zero, is scored (for the entropy) but not differentiated. The policy is sampled in
     the arithmetic that it is trained in.
+
+    Parameters
+    ----------
+    rows_at_once
+        Completions that this process writes together, whole groups of a prompt; draws do not depend on it.
     """
+
+    def __init__(self, *arguments, rows_at_once: int, **others):
+        self._rows_at_once = rows_at_once
+        super().__init__(*arguments, **others)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if self.use_vllm:
@@ -215,15 +225,17 @@ class LeanGRPOTrainer(GRPOTrainer):
             generation_kwargs=self.generation_kwargs,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         ) as model:
-            completions = complete(
-                model,
-                prompts,
-                ends=self.eos_token_ids,
-                max_new_tokens=width,
-                samples=samples,
-                temperature=self.temperature,
-                draws=draws,
-            )
+            completions, together = [], max(1, self._rows_at_once // samples)
+            for first in range(0, len(prompts), together):
+                completions += complete(
+                    model,
+                    prompts[first : first + together],
+                    ends=self.eos_token_ids,
+                    max_new_tokens=width,
+                    samples=samples,
+                    temperature=self.temperature,
+                    draws=draws[first * samples :],
+                )
         return completions, None
 
     def _compute_loss(self, model, inputs):

@@ -105,6 +105,8 @@ def test_an_experiment_carries_its_own_theta(project):
         ({"beta": -1}, "partition.beta = -1"),
         ({"modules": "XYZ"}, "adapter.modules = 'XYZ': .*'QKV'"),
         ({"grpo": {"micro_batch": 3}}, "micro_batch = 3 does not divide"),
+        ({"grpo": {"rollout_batch": 3}}, "rollout_batch = 3 has to be a multiple of completions = 2"),
+        ({"grpo": {"rollout_batch": 64}}, "rollout_batch = 64 .* at most prompts_per_step x completions = 4"),
         ({"voting": {"quorum": 4}}, "quorum = 4 exceeds the 3 teachers"),
         ({"voting": {"panels": {"x": ["nobody"]}}}, "panels.x names no teacher: nobody"),
         ({"voting": {"panels": {"x": ["tutor", "examiner"]}}}, "tie: the 2 teachers of panel 'x' can tie; set tie to"),

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 
 import datasets
 import pytest
@@ -16,7 +17,7 @@ import torch
 from conftest import make_tiny_policy, make_tiny_tokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from lorapar_utils import training
+from lorapar_utils import generation, training
 from lorapar_utils.answer_head import use_answer_head
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import load_profile
@@ -61,11 +62,11 @@ def sparse_masks(model):
     return masks
 
 
-def train(stage, folder=None, watch=None, model=None):
+def train(stage, folder=None, watch=None, model=None, **changes):
     model = model or make_tiny_policy()
     masks = sparse_masks(model)
     run = {"sft": training.run_sft, "grpo": training.run_grpo}[stage]
-    history = run(model, make_tiny_tokenizer(), examples(), masks, settings(), folder, watch)
+    history = run(model, make_tiny_tokenizer(), examples(), masks, settings().changed(**changes), folder, watch)
     return model, masks, history
 
 
@@ -223,7 +224,7 @@ def test_grpo_loss_gradients_and_metrics_equal_those_of_trl(tmp_path, loss_type,
         "num_items_in_batch": lengths.sum(),
     }
     outcomes = []
-    for kind in (GRPOTrainer, training.LeanGRPOTrainer):
+    for kind in (GRPOTrainer, partial(training.LeanGRPOTrainer, rows_at_once=8)):
         trainer, model = grpo_trainer(kind, tmp_path)
         trainer.loss_type = loss_type
         trainer.current_gradient_accumulation_steps = 1
@@ -242,6 +243,22 @@ def test_grpo_loss_gradients_and_metrics_equal_those_of_trl(tmp_path, loss_type,
     assert measured.keys() == metrics.keys()
     for name, values in metrics.items():
         assert measured[name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
+
+
+def test_completions_written_in_parts_train_the_same(monkeypatch):
+    whole, _, _ = train("grpo")
+    together = []
+
+    def complete(model, prompts, **options):
+        together.append(len(prompts))
+        return generation.complete(model, prompts, **options)
+
+    monkeypatch.setattr(training, "complete", complete)
+    parts, _, _ = train("grpo", grpo={"rollout_batch": 4})
+    # Two equal questions in a step are one prompt.
+    assert set(together) == {1} and len(together) > STEPS["grpo"]
+    for (name, expected), (_, found) in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_rollouts_by_vllm_name_the_extra_or_reach_trl(monkeypatch):
