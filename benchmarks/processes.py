@@ -46,6 +46,9 @@ def ran(count: int) -> dict:
         "scores": phases.scores(chosen),
         "partition": phases.partition(chosen),
         "adapters": adapters,
+        "rewards": [
+            round(entry["reward"], 4) for entry in record.result["tables"]["history_stage2"] if "reward" in entry
+        ],
         "seconds": {stage: record.metric(f"{stage}/train_seconds")["value"] for stage in STAGES},
         "completions": {
             stage: [item["completion"] for item in record.items if item["stage"] == stage] for stage in STAGES
@@ -55,7 +58,11 @@ def ran(count: int) -> dict:
 
 def moved(run: dict, stage: str, start: dict) -> dict:
     """How far each element of the adapter is from where the stage began."""
-    return {name: (run["adapters"][stage][name] - start[name]).abs() for name in start}
+    return {name: run["adapters"][stage][name] - start[name] for name in start}
+
+
+def length(distances: dict) -> float:
+    return torch.cat([values.flatten() for values in distances.values()]).norm().item()
 
 
 def inactive_moved(run: dict, stage: str, start: dict) -> int:
@@ -73,20 +80,19 @@ def main() -> None:
     rows = []
     for system in (1, 2):
         pairs = [(one["scores"][system - 1][name], two["scores"][system - 1][name]) for name in one["scores"][0]]
-        gap = max(float((a - b).abs().max() / a.max()) for a, b in pairs)
-        rows.append({"what": f"scores, System {system}", "largest gap": gap})
+        apart = max(float((a - b).abs().max() / a.max()) for a, b in pairs)
+        rows.append({"what": f"scores, System {system}", "apart": f"{apart:.1e}"})
     chosen = settings(1)
     fresh = models.lora_parameters(models.attach_adapter(models.load_base(chosen)[0], chosen))
     starts = [{saved_name(name): p.detach() for name, p in fresh.items()}] * 2
     for number, stage in enumerate(STAGES, start=1):
         masks = [run["partition"].stage_mask(number) for run in runs]
         same = [a == b for a, b in zip(one["completions"][stage], two["completions"][stage], strict=True)]
-        farthest = max(float(distance.max()) for distance in moved(one, stage, starts[0]).values())
-        gap = max(float(values.max()) for values in moved(two, stage, one["adapters"][stage]).values())
+        apart = length(moved(two, stage, one["adapters"][stage])) / length(moved(one, stage, starts[0]))
         rows.append(
             {
                 "what": f"adapter after {stage}",
-                "largest gap": gap / farthest,
+                "apart": f"{apart:.1e}",
                 "masks differ in": sum(int((masks[0][name] != masks[1][name]).sum()) for name in masks[0]),
                 "inactive changed": sum(
                     inactive_moved(run, stage, start) for run, start in zip(runs, starts, strict=True)
@@ -96,8 +102,12 @@ def main() -> None:
             }
         )
         starts = [run["adapters"][stage] for run in runs]
-    print("gaps: of scores, as a share of the matrix's largest; of adapters, of the farthest that an element moved")
-    print(pd.DataFrame(rows).round(6).to_string(index=False, na_rep=""))
+    print(
+        "apart: scores, at most, as a share of their matrix's largest; adapters, of the distance that the stage moved"
+    )
+    print(pd.DataFrame(rows).round(2).to_string(index=False, na_rep=""))
+    for count, run in enumerate(runs, start=1):
+        print(f"rewards of each GRPO step, {count} process(es):", run["rewards"])
 
 
 if __name__ == "__main__":

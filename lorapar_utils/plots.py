@@ -410,10 +410,11 @@ def pareto(records: list[Record]) -> Figure:
     }
     panels = [
         ("active", "active elements in the last stage (log scale)"),
-        ("seconds", "training time, seconds"),
+        ("core_seconds", "training time, core-seconds"),
         ("peak_bytes", "peak memory of the run, GB"),
     ]
-    figure, all_axes = plt.subplots(1, 3, figsize=(12, 4.2), sharey=True)
+    figure, grid = plt.subplots(2, 2, figsize=(8.4, 7.4), sharey=True, layout="constrained")
+    *all_axes, aside = grid.flat
     for axes, (cost, label) in zip(all_axes, panels, strict=True):
         part = points.dropna(subset=[cost]).sort_values([cost, "value"], ascending=[True, False])
         scale = 1e9 if cost == "peak_bytes" else 1
@@ -425,9 +426,10 @@ def pareto(records: list[Record]) -> Figure:
         front = part[part["value"] > part["value"].cummax().shift(fill_value=-1)]
         axes.step(front[cost] / scale, front["value"], where="post", color="#666666", linewidth=1, zorder=0)
         axes.set(xlabel=label, ylim=(-0.02, 1.02))
-    all_axes[0].set(xscale="log", ylabel="accuracy at the end (95 % interval)")
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(0.92, 0.5))
+    all_axes[0].set(xscale="log")
+    figure.supylabel("accuracy at the end (95 % interval)", size=plt.rcParams["axes.labelsize"])
+    aside.axis("off")
+    aside.legend(*all_axes[0].get_legend_handles_labels(), loc="center", frameon=False)
     return figure
 
 

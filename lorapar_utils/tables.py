@@ -238,9 +238,10 @@ def benchmark_table(records: Iterable[Record], benchmark: str = "pool") -> pd.Da
 
 
 def cost_points(records: Iterable[Record]) -> pd.DataFrame:
-    """One row a trained method: accuracy at the end with interval, active elements, seconds and peak bytes of training.
+    """One row a trained method: accuracy at the end with interval, active elements, time and peak bytes of training.
 
-    Seconds and bytes are means over the seeds; NaN where a record does not have them.
+    Time is in core-seconds (on a GPU: seconds), since profiles differ in threads. It and bytes are means over the
+    seeds; NaN where a record does not have them.
     """
     rows = []
     for title, found in method_runs(records).items():
@@ -253,12 +254,19 @@ def cost_points(records: Iterable[Record]) -> pd.DataFrame:
             {
                 "method": title,
                 "active": active["value"] * active["n"],
-                "seconds": pd.Series([sum(_value(run, f"{s}/train_seconds") for s in stages) for run in found]).mean(),
+                "core_seconds": pd.Series(
+                    [_cores(run) * sum(_value(run, f"{s}/train_seconds") for s in stages) for run in found]
+                ).mean(),
                 "peak_bytes": pd.Series([_value(run, f"{last}/peak_bytes") for run in found]).mean(),
                 **statistics.share(list(mean_outcomes(found, last).values())),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _cores(record: Record) -> int:
+    hardware = record.environment["hardware"]
+    return 1 if hardware["gpu"] else hardware["threads"]
 
 
 def _value(record: Record, metric: str) -> float:

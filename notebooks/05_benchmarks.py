@@ -66,8 +66,8 @@ figure = plots.stage_accuracy(records)
 # %% [markdown]
 # ## What accuracy costs
 #
-# A point on the front has no other that is both cheaper and better. Time and memory are of runs beside each other on one machine: read the
-# order, not the height.
+# A point on the front has no other that is both cheaper and better. Time is in core-seconds, since runs differ in threads; it and memory are
+# of runs at other hours and on like machines: read the order of magnitude.
 
 # %% mystnb={"image": {"alt": "Three panels of accuracy with error bars for every trained method, against active elements, training time and peak memory, with the Pareto front drawn."}, "figure": {"caption": "Intervals that overlap the front's are not behind it.", "name": "fig-pareto"}}
 figure = plots.pareto(longer)
