@@ -10,8 +10,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import closing
 
 import pytest
+import websocket
 from conftest import ROOT
 
 TOKEN = "test"
@@ -51,10 +53,10 @@ def lab(tmp_path):
         server.wait(30)
 
 
-def ask(address, content=None):
+def ask(address, content=None, method="PUT"):
     headers = {"Authorization": f"token {TOKEN}"}
     data = None if content is None else json.dumps(content).encode()
-    request = urllib.request.Request(address, data=data, headers=headers, method="GET" if data is None else "PUT")
+    request = urllib.request.Request(address, data=data, headers=headers, method="GET" if data is None else method)
     with urllib.request.urlopen(request, timeout=30) as answer:
         return answer.geturl(), answer.read()
 
@@ -70,3 +72,25 @@ def test_the_lab_opens_on_the_tour_asks_for_no_news_and_keeps_pairs_together(lab
     cell["source"] = cell["source"].replace("theta = 0.9", "theta = 0.7")
     ask(f"{lab}/api/contents/notebooks/00_tour.ipynb", {"type": "notebook", "content": found["content"]})
     assert "\ntheta = 0.7" in (tmp_path / "notebooks" / "00_tour.py").read_text()
+
+
+def test_a_kernel_of_the_lab_answers_and_the_terminal_shows_no_warning(lab, tmp_path):
+    kernel = json.loads(ask(f"{lab}/api/kernels", {"name": "python3"}, method="POST")[1])
+    header = {
+        "msg_id": "1",
+        "msg_type": "execute_request",
+        "session": "1",
+        "username": "",
+        "date": "",
+        "version": "5.3",
+    }
+    content = {"code": "print(6 * 7)", "silent": False, "store_history": False, "user_expressions": {}}
+    asked = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
+    address = f"{lab.replace('http', 'ws')}/api/kernels/{kernel['id']}/channels?token={TOKEN}&session_id=1"
+    with closing(websocket.create_connection(address, timeout=60)) as socket_:
+        socket_.send(json.dumps(asked))
+        while (answer := json.loads(socket_.recv()))["msg_type"] != "stream":
+            pass
+    assert answer["content"]["text"] == "42\n"
+    log = (tmp_path / "log").read_text()
+    assert "Kernel started" in log and "WARNING" not in log and "[W " not in log, log
