@@ -344,12 +344,17 @@ class _Shallow:
             chosen = torch.cat(states)
             # A prefix that is read once still predicts the first token of each sequence that shares it.
             chosen = chosen[:scored] if len(chosen) >= scored else chosen.repeat(-(-scored // len(chosen)), 1)[:scored]
-            log_probs = base.get_output_embeddings()(chosen).float().log_softmax(-1)
+            logits = base.get_output_embeddings()(chosen).float()
+            if kind == "train":
+                logits = logits / 1.2  # some temperature
+            log_probs = logits.log_softmax(-1)
             targets = torch.empty(scored, 1, dtype=torch.long, device="meta")
             loss = -log_probs.gather(1, targets).sum()
             if kind == "train":
+                # What the trainers log of every token: its entropy, and whether it was the likeliest (`answer_head`).
                 with torch.no_grad():
                     (log_probs.exp() * log_probs).sum(-1)
+                    logits.argmax(-1)
         if kind == "score":
             torch.autograd.grad(loss, embedded)
         elif backward:
@@ -380,7 +385,7 @@ class _Shallow:
                 past_key_values=cache_,
                 use_cache=True,
             ).last_hidden_state[:, -1:]
-            base.get_output_embeddings()(hidden).float().softmax(-1).cumsum(-1)
+            (base.get_output_embeddings()(hidden).float() / 1.2).softmax(-1).cumsum(-1)
 
         low = self.dtype != torch.float32
         with torch.no_grad(), torch.autocast("cpu", dtype=self.dtype, enabled=low):
