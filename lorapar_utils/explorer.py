@@ -17,8 +17,11 @@ from lorapar_utils.plots import REGION_COLOURS, REGION_LABELS
 from lorapar_utils.records import Record
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Controls above the chart, whatever the page's width.
-STYLE = "<style>.vega-embed { display: flex !important; flex-direction: column-reverse !important; }</style>"
+# Controls above the chart, whatever the page's width, in the letters of the chart.
+STYLE = (
+    "<style>.vega-embed { display: flex !important; flex-direction: column-reverse !important; }"
+    " .vega-bindings { font: 14px sans-serif; }</style>"
+)
 FRAME = "width: 100%; height: 660px; border: 0; background: white"
 SHOWN = {"stage1": "active in stage 1", "stage2": "active in stage 2", "shared": "shared"}
 
@@ -52,8 +55,9 @@ def theta_explorer(record: Record) -> alt.VConcatChart:
         slider("beta", 1.0, 0.0, 1 / shares),
         alt.param(name="shown", value="stage1", bind=choice),
     ]
-    # As CSV: a third of what a row with its column names takes.
-    data = alt.InlineData(values=counts.to_csv(index=False), format=alt.CsvDataFormat(type="csv"))
+    # As CSV: a third of what a row with its column names takes. Its numbers have to be told from words.
+    numbers = {column: "number" for column in counts if column != "module"}
+    data = alt.InlineData(values=counts.to_csv(index=False), format=alt.CsvDataFormat(type="csv", parse=numbers))
     here = (
         alt.Chart(data)
         .transform_filter("abs(datum.theta - theta) < 0.01")
@@ -101,7 +105,7 @@ def theta_explorer(record: Record) -> alt.VConcatChart:
         here.transform_calculate(share="datum[shown] / datum.elements")
         .mark_rect()
         .encode(
-            x=alt.X("module:N", title=None, sort=MODULES),
+            x=alt.X("module:N", title=None, sort=MODULES, axis=alt.Axis(labelExpr="replace(datum.label, '_proj', '')")),
             y=alt.Y("layer:O", title="layer", sort="ascending"),
             color=alt.Color(
                 "share:Q",

@@ -124,6 +124,7 @@ def test_a_plotting_change_retrains_nothing(built):
 
 DARK = ("index.html", "02_importance.html", "06_claims.html", "api.html")
 HEAVIEST = 3_000_000
+LAYERS = [str(layer) for layer in range(30)]
 # Bytes of a page and of all that it loads.
 WEIGHT = """() => ["navigation", "resource"].flatMap(kind => performance.getEntriesByType(kind))
   .reduce((sum, entry) => sum + entry.decodedBodySize, 0)"""
@@ -182,6 +183,8 @@ def explore(chromium, address):
     chart.locator("input[type=range]").first.focus()
     page.keyboard.press("ArrowLeft")
     chart.locator("svg text", has_text="theta 0.8").wait_for()
+    texts = chart.locator("svg text").all_text_contents()
+    assert [text for text in texts if text in LAYERS] == LAYERS
     page.close()
     plain = chromium.new_context(java_script_enabled=False).new_page()
     plain.goto(address)
