@@ -313,7 +313,10 @@ def _gap_to_lora(runs: dict[str, list[Record]], title: str, benchmark: str) -> s
 
 
 def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
-    """Table 2 at our scale: accuracy after each stage by alpha and beta, over the seeds, the paper's beside it."""
+    """Table 2 at our scale: accuracy after each stage by alpha and beta, over the seeds, the paper's beside it.
+
+    The gap to alpha = beta = 1 after both stages is paired over items, at the seeds that both cells have.
+    """
     published = {tuple(row[:2]): row for row in paper("table2_alpha_beta")["rows"]}
     runs: dict[tuple[float, float], list[Record]] = {}
     for record in records:
@@ -329,6 +332,7 @@ def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
                 "active (stage 2)": _share(group[0].metric("active/stage2")),
                 "after SFT": _over_seeds(group, "stage1"),
                 "after RL": _over_seeds(group, "stage2"),
+                "gap to alpha = beta = 1": _gap(group, runs.get((1.0, 1.0), []), "stage2"),
                 "paper, after SFT %": published.get((alpha, beta), ["–"] * 4)[2],
                 "paper, after RL %": published.get((alpha, beta), ["–"] * 4)[3],
                 "records": _labels(group),

@@ -192,6 +192,30 @@ def test_the_orders_of_stages_are_compared_at_the_seeds_that_both_have():
     )
 
 
+def cell(alpha, beta, seed, right):
+    """A cell of Table 2 whose first `right` of 40 test items are correct after either stage."""
+    items = [
+        {"id": str(i), "stage": stage, "system": 1 + i % 2, "correct": i < right}
+        for stage in ("stage1", "stage2")
+        for i in range(40)
+    ]
+    active = {f"active/stage{k}": {"value": share, "n": 100} for k, share in ((1, alpha / 2), (2, beta / 2))}
+    return record(
+        f"a{alpha}b{beta}-seed{seed}", items=items, seed=seed, parameters={"alpha": alpha, "beta": beta}, **active
+    )
+
+
+def test_cells_of_table_2_are_compared_with_the_whole_shared_region_at_common_seeds():
+    cells = [cell(1.0, 1.0, 0, 20), cell(1.0, 1.0, 1, 40), cell(0.5, 1.0, 1, 30), cell(0.0, 0.0, 2, 0)]
+    rows = tables.alpha_beta_table(cells).set_index(["alpha", "beta"])
+    assert rows["seeds"].tolist() == [1, 1, 2]
+    assert rows.loc[(1.0, 1.0), "after RL"].startswith("75.0 %")
+    gaps = rows["gap to alpha = beta = 1"]
+    assert gaps[(1.0, 1.0)] == "–" and gaps[(0.0, 0.0)] == "no seed in common"
+    assert gaps[(0.5, 1.0)].startswith("-25.0 [")
+    assert rows.loc[(0.5, 1.0), "paper, after RL %"] == 31.01
+
+
 def test_every_row_of_a_table_links_the_records_that_it_was_made_from():
     runs = [trained("lora", seed, ["sft_all"], 20) for seed in (0, 1)] + [trained("ia3", 0, ["sft_all"], 10)]
     frame = tables.benchmark_table(runs)
