@@ -34,6 +34,7 @@ bench: $(VENV)/.installed
 	$(PY) benchmarks/voting.py
 	$(PY) benchmarks/training.py
 	$(PY) benchmarks/costs.py
+	$(PY) benchmarks/processes.py
 	$(if $(DATA),$(PY) benchmarks/harness.py $(DATA))
 
 publish: $(VENV)/.installed

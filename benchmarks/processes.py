@@ -4,7 +4,8 @@
 
 The phases of the book run twice over SmolLM2-135M in fp32, once as one process with two threads, once as two processes
 with one thread under `accelerate launch` (gloo). Goals: scores and adapters equal within rounding, every inactive
-element equal to the bit, greedy completions equal. Sampled ones are equal until a rounding decides a draw.
+element equal to the bit, greedy completions equal. Sampled ones are equal until a rounding decides a draw, which the
+rewards of the steps show; from there two runs of GRPO part.
 """
 
 import shutil
