@@ -31,14 +31,21 @@ def _code_hash(module: str) -> str:
     return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:16]
 
 
-def is_current(folder: Path, inputs: dict) -> bool:
+def made_from(folder: Path) -> dict | None:
+    """What a finished folder was made from, nothing known if its manifest is damaged; None for one not finished."""
     manifest = folder / "manifest.json"
     if not manifest.is_file():
-        return False
+        return None
     try:
-        before = json.loads(manifest.read_text())
+        return json.loads(manifest.read_text())
     except json.JSONDecodeError:
-        before = {}
+        return {}
+
+
+def is_current(folder: Path, inputs: dict) -> bool:
+    before = made_from(folder)
+    if before is None:
+        return False
     changed = [key for key in sorted({*before, *inputs}) if before.get(key) != inputs.get(key)]
     if changed:
         print(f"{_shown(folder)}: made again, because {', '.join(changed)} changed")

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from lorapar_utils import data, evaluation, models, processes, statistics, training
 from lorapar_utils.encoding import encode_examples
 from lorapar_utils.importance import score_importance
-from lorapar_utils.manifests import completed, inputs_of, is_current
+from lorapar_utils.manifests import completed, inputs_of, is_current, made_from
 from lorapar_utils.partition import Partition, build_partition, random_partition
 from lorapar_utils.records import Record, fingerprint, new_record, read_record, write_atomically, write_record
 from lorapar_utils.settings import Settings
@@ -401,10 +401,10 @@ def _stage_inputs(inputs: dict, number: int) -> dict:
 
 def _made_elsewhere(home: Path, inputs: dict) -> str | None:
     """Where another experiment of the profile has already finished the same stage from the same inputs."""
-    for manifest in sorted(home.parent.parent.glob(f"*/{home.name}/manifest.json")):
-        if manifest.parent != home and json.loads(manifest.read_text()) == inputs:
-            print(f"{home.parent.name}: {home.name} is that of {manifest.parent.parent.name}")
-            return str(manifest.parent)
+    for other in sorted(home.parent.parent.glob(f"*/{home.name}")):
+        if other != home and made_from(other) == inputs:
+            print(f"{home.parent.name}: {home.name} is that of {other.parent.name}")
+            return str(other)
     return None
 
 
