@@ -399,12 +399,12 @@ def _stage_inputs(inputs: dict, number: int) -> dict:
     return found
 
 
-def _made_elsewhere(home: Path, inputs: dict) -> str | None:
+def _made_elsewhere(home: Path, inputs: dict) -> Path | None:
     """Where another experiment of the profile has already finished the same stage from the same inputs."""
     for other in sorted(home.parent.parent.glob(f"*/{home.name}")):
         if other != home and made_from(other) == inputs:
             print(f"{home.parent.name}: {home.name} is that of {other.parent.name}")
-            return str(other)
+            return other
     return None
 
 

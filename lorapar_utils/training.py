@@ -198,7 +198,7 @@ class LeanGRPOTrainer(GRPOTrainer):
     Parameters
     ----------
     rows_at_once
-        Completions that this process writes together, whole groups of a prompt; draws do not depend on it.
+        Completions that this process writes together, whole groups of a prompt; a row's random numbers are the same.
     """
 
     def __init__(self, *arguments, rows_at_once: int, **others):

@@ -18,7 +18,7 @@
 #
 # - **Question.** Does stage 2 add System 2 skill, and does stage 1's System 1 skill survive it?
 # - **Paper.** Section 3.4; Tables 2 and 7.
-# - **Inputs.** The two-stage experiments; for Tables 2 and 7 the published records of `cpu-full`.
+# - **Inputs.** The two-stage experiments; for Table 2 the published records of `cpu-full`, for Table 7 those of `cpu-chains`.
 # - **Outputs.** Tables and curves below.
 # - **Cost.** None if the experiments are there; else one SFT and one GRPO run for each.
 
