@@ -59,13 +59,13 @@ def words(start: int, count: int) -> str:
     return " ".join(f"w{(start + i) % 4000}" for i in range(count))
 
 
-def examples(count: int) -> list[dict]:
+def examples(count: int, prompt: int = PROMPT, solution: int = SOLUTION) -> list[dict]:
     return [
         {
             "id": str(i),
-            "prompt": words(31 * i + 100, PROMPT - SHARED),
+            "prompt": words(31 * i + 100, prompt - SHARED),
             "answer": "1",
-            "solution": words(17 * i, SOLUTION - 1),
+            "solution": words(17 * i, solution - 1),
         }
         for i in range(count)
     ]
@@ -90,11 +90,16 @@ def make_model(folder: Path, size: str) -> None:
         pad_token_id=0,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
     tokens = Tokenizer(WordLevel({"<pad>": 0, "<end>": 1} | {f"w{i}": i + 2 for i in range(4000)}, unk_token="<pad>"))
     tokens.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="<end>")
     tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def measure(folder: str, phase: str, steps: str) -> None:

@@ -1,9 +1,11 @@
-"""LLaMA-2-7B's architecture with random weights on a GPU: scoring, partition, training, rollouts, memory, utilisation.
+"""LLaMA-2-7B's architecture with random weights on a GPU: scoring, partition, training, rollouts; the plan beside them.
 
     python benchmarks/gpu.py OUT.json [ARCHITECTURE]
 
 Speed needs no trained weights. Needs a GPU and what `requirements.lock` installs. Pairs are timed in turns, median of
-`REPEATS`. Utilisation counts the traced arithmetic of a step over the peak that `machines.yaml` lists for the card.
+`REPEATS`; a stage's step is the difference of two runs of its trainer. Utilisation counts the traced arithmetic of a
+step over the peak that `machines.yaml` lists for the card; `planned` is what `make plan` says there. OUT.json grows as
+parts are done.
 """
 
 import json
@@ -13,38 +15,52 @@ from statistics import median
 
 import torch
 import yaml
+from costs import SHARED, alternating, examples, make_tokenizer, words
 from measure import timed
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorapar_utils import importance, models
+from lorapar_utils import importance, models, training
 from lorapar_utils.generation import complete, uniform
 from lorapar_utils.optim import ActiveAdamW
 from lorapar_utils.partition import build_partition
-from lorapar_utils.plans import Passes
+from lorapar_utils.plans import Passes, machine_named
 from lorapar_utils.settings import load_profile, project_root
 
 REPEATS = 5
 BATCH, PROMPT, ANSWER, SAMPLES, TOKENS = 8, 98, 123, 8, 64
+STEP = 8  # examples a step of SFT, and prompts a step of GRPO
 
 
 def main(out: str, architecture: str = "Llama-2-7b-hf") -> None:
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: this machine has no GPU that torch can use; nothing was measured")
-    settings = load_profile("llama2-7b", model={"source": f"random/{architecture}"})
+    settings = load_profile(
+        "llama2-7b",
+        model={"source": f"random/{architecture}", "system_prompt": words(0, SHARED)},
+        sft={"accumulation": STEP},
+        grpo={"prompts_per_step": STEP, "completions": SAMPLES, "max_completion_length": TOKENS},
+    )
     kept = json.loads((project_root() / "profiles" / "architectures" / f"{architecture}.json").read_text())
     with torch.device("cuda"):
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**kept), dtype=torch.bfloat16)
     model = models.attach_adapter(base.requires_grad_(False).eval(), settings)
-    examples = random_examples(BATCH * 2, kept["vocab_size"])
+    some = random_examples(BATCH * 2, kept["vocab_size"])
+    passes = Passes(settings, bundles=False, lengths=(PROMPT, ANSWER, SHARED))
     found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "architecture": architecture}
-    found["scoring"], scores = scoring(model, examples)
-    found["partition_seconds"] = median(
-        timed(lambda: build_partition(scores, scores, theta=0.9)) for _ in range(REPEATS)
-    )
-    found["training"] = training(model, examples[:BATCH], build_partition(scores, scores, theta=0.9), settings)
-    found["rollout"] = rollout(model, kept["vocab_size"])
-    Path(out).write_text(json.dumps(found, indent=1))
-    print(json.dumps(found, indent=1))
+
+    def note(**parts) -> None:
+        found.update(parts)
+        Path(out).write_text(json.dumps(found, indent=1))
+        print(json.dumps(parts), flush=True)
+
+    scored, scores = scoring(model, some, passes)
+    taken = [timed(lambda: build_partition(scores, scores, theta=0.9)) for _ in range(REPEATS)]
+    note(scoring=scored, partition_seconds=median(taken))
+    partition = build_partition(scores, scores, theta=0.9)
+    note(training=one_step(model, some[:BATCH], partition, settings))
+    note(rollout=rollout(model, kept["vocab_size"], passes))
+    for stage in ("sft", "grpo"):
+        note(**{stage: whole_stage(stage, model, partition, settings, passes)})
 
 
 def random_examples(count: int, vocabulary: int) -> list[dict]:
@@ -53,7 +69,7 @@ def random_examples(count: int, vocabulary: int) -> list[dict]:
     return [{"input_ids": row, "labels": [-100] * PROMPT + row[PROMPT:]} for row in ids]
 
 
-def scoring(model, examples) -> tuple[dict, dict]:
+def scoring(model, examples, passes) -> tuple[dict, dict]:
     """Scores in batches, against one plain forward and backward of the same, and against one example at a time."""
 
     def plain():
@@ -70,12 +86,14 @@ def scoring(model, examples) -> tuple[dict, dict]:
     torch.cuda.reset_peak_memory_stats()
     scores = ways["batched"]()
     about = {"examples": len(examples), "seconds": taken, "peak_bytes": torch.cuda.max_memory_allocated()}
+    work = passes.work("score", BATCH)
+    about |= planned(passes, work, len(examples) / BATCH * work.seconds(machine()), 8 * passes.elements)
     about["batched_over_plain"] = taken["batched"] / taken["plain_pass"]
     about["one_by_one_over_batched"] = taken["one_by_one"] / taken["batched"]
     return about, scores
 
 
-def training(model, batch, partition, settings) -> dict:
+def one_step(model, batch, partition, settings) -> dict:
     """A step of LoRA-PAR's SFT against one of plain LoRA with fused AdamW."""
     named = list(models.lora_parameters(model).items())
     everything = [parameter for _, parameter in named]
@@ -92,22 +110,26 @@ def training(model, batch, partition, settings) -> dict:
     taken = in_turns({"lora_par": lambda: step(active), "lora": lambda: step(dense)})
     torch.cuda.reset_peak_memory_stats()
     step(active)
-    passes = Passes(settings.changed(sft={"batch_size": len(batch)}), bundles=False, lengths=(PROMPT, ANSWER, 0))
+    whole = settings.changed(sft={"batch_size": len(batch), "gradient_checkpointing": False})
+    passes = Passes(whole, bundles=False, lengths=(PROMPT, ANSWER, SHARED))
     cards = yaml.safe_load((project_root() / "profiles" / "architectures" / "machines.yaml").read_text())
     card = next((of for name, of in cards.items() if name in torch.cuda.get_device_name()), None)
-    flops = passes.work("train_sft").flops
+    work = passes.work("train_sft")
+    flops, update = work.flops, passes.update(partition_size(partition))
+    seconds = work.seconds(machine()) + update.seconds(machine())
     return {
         "tokens": len(batch) * (PROMPT + ANSWER),
         "seconds": taken,
         "lora_par_over_lora": taken["lora_par"] / taken["lora"],
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "optimizer_bytes": active.state_bytes(),
+        **planned(passes, work, seconds, 4 * passes.elements + 17 * partition_size(partition)),
         "flops": flops,
         "utilisation": flops / taken["lora_par"] / card["flops"] if card else None,
     }
 
 
-def rollout(model, vocabulary: int) -> dict:
+def rollout(model, vocabulary: int, passes) -> dict:
     """Completions of `BATCH` prompts, `SAMPLES` each, none of which ends early, against `model.generate`."""
     prompts = torch.randint(3, vocabulary, (BATCH, PROMPT), generator=torch.Generator().manual_seed(1))
     draws = uniform(BATCH * SAMPLES, TOKENS, 0)
@@ -123,6 +145,7 @@ def rollout(model, vocabulary: int) -> dict:
     taken = in_turns({"complete": ours, "generate": theirs})
     torch.cuda.reset_peak_memory_stats()
     ours()
+    work = passes.work("complete", BATCH, TOKENS, SAMPLES)
     return {
         "completions": BATCH * SAMPLES,
         "tokens_each": TOKENS,
@@ -130,7 +153,57 @@ def rollout(model, vocabulary: int) -> dict:
         "completions_a_second": BATCH * SAMPLES / taken["complete"],
         "generate_over_complete": taken["generate"] / taken["complete"],
         "peak_bytes": torch.cuda.max_memory_allocated(),
+        **planned(passes, work, work.seconds(machine()), 0),
     }
+
+
+def whole_stage(stage: str, model, partition, settings, passes) -> dict:
+    """A step of the stage as the book runs it, by TRL's trainer: all that a step of one more adds."""
+    # A random model earns nothing, and what has no advantage is not differentiated: as the plan, count with all of it.
+    training.correct = alternating
+    tokenizer, active = make_tokenizer(), partition_size(partition)
+    update = passes.update(active).seconds(machine())
+    if stage == "sft":
+        works = {"train": passes.work("train_sft")}
+        seconds = STEP * works["train"].seconds(machine()) + update
+    else:
+        works = {"rollout": passes.work("complete", STEP, TOKENS, SAMPLES), "train": passes.work("train_grpo")}
+        seconds = works["rollout"].seconds(machine()) + update
+        seconds += STEP * SAMPLES / settings.grpo.micro_batch * works["train"].seconds(machine())
+
+    def steps(count: int) -> None:
+        if stage == "sft":
+            rows = examples(STEP * count, PROMPT, ANSWER)
+            training.run_sft(model, tokenizer, rows, partition.stage_mask(1), settings)
+        else:
+            rows = examples(64, PROMPT, ANSWER)
+            masks = partition.stage_mask(1)
+            training.run_grpo(model, tokenizer, rows, masks, settings.changed(grpo={"steps": count}))
+        torch.cuda.synchronize()
+
+    torch.cuda.reset_peak_memory_stats()
+    one = min(timed(lambda: steps(1)) for _ in range(2))  # the first also pays for warming up
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "seconds_a_step": (timed(lambda: steps(3)) - one) / 2,
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "device_bytes": total - free,
+        **planned(passes, max(works.values(), key=lambda w: w.peak), seconds, 5 * passes.elements + 16 * active),
+    }
+
+
+def machine():
+    return machine_named("here", None)
+
+
+def partition_size(partition) -> int:
+    return sum(int(mask.sum()) for mask in partition.stage_mask(1).values())
+
+
+def planned(passes, work, seconds: float, optimizer: float) -> dict:
+    """What `make plan` says: seconds, and the bytes of tensors (libraries apart)."""
+    memory = passes.memory(machine(), work, optimizer)
+    return {"planned_seconds": seconds, "planned_bytes": sum(memory.values()) - memory["libraries"]}
 
 
 def one_pass(model, batch) -> torch.Tensor:

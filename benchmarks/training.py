@@ -141,7 +141,13 @@ class Bench:
     def common(self) -> dict:
         low = models.compute_dtype(self.settings) == torch.bfloat16
         return dict(
-            bf16=low, use_cpu=True, report_to="none", logging_steps=1, save_strategy="no", seed=0, disable_tqdm=True
+            bf16=low,
+            use_cpu=not torch.cuda.is_available(),
+            report_to="none",
+            logging_steps=1,
+            save_strategy="no",
+            seed=0,
+            disable_tqdm=True,
         )
 
     def finish(self, trainer) -> tuple[float, list[dict]]:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import PartialState
@@ -118,7 +119,18 @@ def by_first(make: Callable[[], object]) -> object:
     return broadcast_object_list(found)[0]
 
 
-def main(task: str) -> int:
+def end(code: int) -> NoReturn:
+    """Leave this process at once, with all that it printed.
+
+    In order, it would abort now and then: the group's threads outlive the group, and one that lets go of a tensor
+    while the interpreter ends takes the whole process along, after everything was written.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def main(task: str) -> None:
     """What each launched process runs."""
     from lorapar_utils import phases
 
@@ -130,15 +142,13 @@ def main(task: str) -> int:
             getattr(phases, given["phase"])(Settings.model_validate(given["settings"]), *given["arguments"])
     except InputError as error:
         print(f"InputError: {error}", file=sys.stderr, flush=True)
-        return 1
+        end(1)
     except Exception:
         traceback.print_exc()
-        return 1
-    finally:
-        # Left open, the group's threads may still hold tensors when the interpreter ends, which then aborts.
-        own.destroy_process_group()
-    return 0
+        end(1)
+    own.wait_for_everyone()
+    end(0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    main(sys.argv[1])

@@ -133,10 +133,10 @@ def make_tiny_base():
     return LlamaForCausalLM(config).requires_grad_(False)
 
 
-def make_tiny_policy():
-    """`make_tiny_base` with an adapter large enough to matter."""
+def make_tiny_policy(dtype=torch.float32):
+    """`make_tiny_base` in `dtype`, with an adapter (fp32) large enough to matter."""
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(make_tiny_base(), lora)
+    model = get_peft_model(make_tiny_base().to(dtype), lora)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -69,6 +70,14 @@ def test_each_returns_the_completions_of_one(both):
     assert len(expected[1][0]) == 3
     for folder in both:
         assert json.loads((folder / "completions").read_text()) == expected
+
+
+def test_a_process_ends_without_what_its_interpreter_does_last():
+    script = (
+        "import atexit, os; from lorapar_utils import processes; atexit.register(os.abort); print(1); processes.end(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "1\n")
 
 
 def kill_the_second(folder: Path) -> None:

@@ -10,7 +10,7 @@ from conftest import make_tiny_examples, make_tiny_model, make_tiny_policy, make
 from safetensors.torch import save_file
 from test_training import settings, train
 
-from lorapar_utils import evaluation
+from lorapar_utils import evaluation, processes
 from lorapar_utils.importance import score_importance
 from lorapar_utils.models import share_out
 
@@ -49,8 +49,8 @@ def main(folder: str) -> None:
         for stage in ("sft", "grpo"):
             save_file(trained(stage, sharded), mine / stage)
         (mine / "completions").write_text(json.dumps([completions(samples, sharded) for samples in (0, 3)]))
-    # Left open, the group's threads may still hold tensors when the interpreter ends, which then aborts.
-    state.destroy_process_group()
+    state.wait_for_everyone()
+    processes.end(0)
 
 
 if __name__ == "__main__":
