@@ -3,7 +3,7 @@
     python benchmarks/gpu.py OUT.json [ARCHITECTURE]
 
 Speed needs no trained weights. Needs a GPU and what `requirements.lock` installs. Pairs are timed in turns, median of
-`REPEATS`; a stage's step is the difference of two runs of its trainer. Utilisation counts the traced arithmetic of a
+`REPEATS`; of a stage, TRL's trainer's median step after the first. Utilisation counts the traced arithmetic of a
 step over the peak that `machines.yaml` lists for the card; `planned` is what `make plan` says there. OUT.json grows as
 parts are done.
 """
@@ -12,11 +12,13 @@ import json
 import sys
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
 import yaml
 from costs import SHARED, alternating, examples, make_tokenizer, words
 from measure import timed
+from training import StepTimes
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorapar_utils import importance, models, training
@@ -26,9 +28,11 @@ from lorapar_utils.partition import build_partition
 from lorapar_utils.plans import Passes, machine_named
 from lorapar_utils.settings import load_profile, project_root
 
-REPEATS = 5
+REPEATS, STEPS = 5, 4
 BATCH, PROMPT, ANSWER, SAMPLES, TOKENS = 8, 98, 123, 8, 64
 STEP = 8  # examples a step of SFT, and prompts a step of GRPO
+# Rows of a pass, and whether activations are computed again.
+VARIANTS = {"sft": [(1, True), (1, False), (8, False)], "grpo": [(8, True), (8, False), (16, False)]}
 
 
 def main(out: str, architecture: str = "Llama-2-7b-hf") -> None:
@@ -59,8 +63,8 @@ def main(out: str, architecture: str = "Llama-2-7b-hf") -> None:
     partition = build_partition(scores, scores, theta=0.9)
     note(training=one_step(model, some[:BATCH], partition, settings))
     note(rollout=rollout(model, kept["vocab_size"], passes))
-    for stage in ("sft", "grpo"):
-        note(**{stage: whole_stage(stage, model, partition, settings, passes)})
+    for stage, variants in VARIANTS.items():
+        note(**{stage: [whole_stage(stage, model, partition, settings, *variant) for variant in variants]})
 
 
 def random_examples(count: int, vocabulary: int) -> list[dict]:
@@ -157,38 +161,42 @@ def rollout(model, vocabulary: int, passes) -> dict:
     }
 
 
-def whole_stage(stage: str, model, partition, settings, passes) -> dict:
-    """A step of the stage as the book runs it, by TRL's trainer: all that a step of one more adds."""
+def whole_stage(stage: str, model, partition, settings, rows: int, checkpointing: bool) -> dict:
+    """A step of the stage as the book runs it, by TRL's trainer."""
     # A random model earns nothing, and what has no advantage is not differentiated: as the plan, count with all of it.
     training.correct = alternating
-    tokenizer, active = make_tokenizer(), partition_size(partition)
-    update = passes.update(active).seconds(machine())
+    chosen = {"gradient_checkpointing": checkpointing}
     if stage == "sft":
-        works = {"train": passes.work("train_sft")}
-        seconds = STEP * works["train"].seconds(machine()) + update
+        chosen = settings.changed(sft=chosen | {"batch_size": rows, "accumulation": STEP // rows})
     else:
-        works = {"rollout": passes.work("complete", STEP, TOKENS, SAMPLES), "train": passes.work("train_grpo")}
-        seconds = works["rollout"].seconds(machine()) + update
-        seconds += STEP * SAMPLES / settings.grpo.micro_batch * works["train"].seconds(machine())
+        chosen = settings.changed(grpo=chosen | {"micro_batch": rows, "steps": STEPS})
+    passes = Passes(chosen, bundles=False, lengths=(PROMPT, ANSWER, SHARED))
+    active, works = partition_size(partition), [passes.work(f"train_{stage}")]
+    seconds = passes.update(active).seconds(machine())
+    if stage == "sft":
+        seconds += STEP / rows * works[0].seconds(machine())
+    else:
+        works.append(passes.work("complete", STEP, TOKENS, SAMPLES))
+        seconds += STEP * SAMPLES / rows * works[0].seconds(machine()) + works[1].seconds(machine())
+    times, train = StepTimes(), training._train
 
-    def steps(count: int) -> None:
-        if stage == "sft":
-            rows = examples(STEP * count, PROMPT, ANSWER)
-            training.run_sft(model, tokenizer, rows, partition.stage_mask(1), settings)
-        else:
-            rows = examples(64, PROMPT, ANSWER)
-            masks = partition.stage_mask(1)
-            training.run_grpo(model, tokenizer, rows, masks, settings.changed(grpo={"steps": count}))
-        torch.cuda.synchronize()
+    def timed_train(trainer, optimizer):
+        trainer.add_callback(times)
+        return train(trainer, optimizer)
 
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    one = min(timed(lambda: steps(1)) for _ in range(2))  # the first also pays for warming up
+    run = training.run_sft if stage == "sft" else training.run_grpo
+    with mock.patch.object(training, "_train", timed_train):
+        run(model, make_tokenizer(), examples(STEP * STEPS, PROMPT, ANSWER), partition.stage_mask(1), chosen)
     free, total = torch.cuda.mem_get_info()
     return {
-        "seconds_a_step": (timed(lambda: steps(3)) - one) / 2,
+        "rows": rows,
+        "checkpointing": checkpointing,
+        "seconds_a_step": times.seconds,
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "device_bytes": total - free,
-        **planned(passes, max(works.values(), key=lambda w: w.peak), seconds, 5 * passes.elements + 16 * active),
+        **planned(passes, max(works, key=lambda work: work.peak), seconds, 5 * passes.elements + 16 * active),
     }
 
 

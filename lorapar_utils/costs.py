@@ -3,7 +3,8 @@
 Passes are traced, not guessed: the model with its adapter is built without memory (torch's meta device) and each kind
 of pass runs once through it, while a dispatch mode notes each operation's arithmetic, the bytes that it moves and the
 memory that is held. A machine turns that into seconds: an operation takes as long as its arithmetic or its bytes,
-whichever is longer, and a fixed time to call it.
+whichever is longer. On a CPU a fixed time to call each is added; calls to a GPU run ahead of it, so that a pass takes
+what its operations need or what their calls need, whichever is longer.
 """
 
 import time
@@ -43,17 +44,26 @@ class Operation:
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass costs on any machine: how often it calls what, and the most bytes that it holds at once."""
+    """What a pass costs on any machine: how often it calls what, and the most bytes that it holds at once.
+
+    Attributes
+    ----------
+    pace
+        How much longer a call takes than in a pass that records nothing for a backward pass.
+    """
 
     operations: Counter[Operation]
     peak: int
+    pace: float = 1.0
 
     @property
     def flops(self) -> int:
         return sum(count * operation.flops for operation, count in self.operations.items())
 
     def seconds(self, machine: "Machine") -> float:
-        return sum(count * machine.seconds(operation) for operation, count in self.operations.items())
+        computing = sum(count * machine.seconds(operation) for operation, count in self.operations.items())
+        calling = machine.overhead * sum(self.operations.values())
+        return computing + calling if machine.flops is None else max(computing, self.pace * calling)
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,8 @@ class Machine:
         Bytes there are, and bytes that the libraries take themselves.
     flops, bandwidth
         Operations and bytes a second; None: operations are timed here, one of each kind.
+    flops32
+        Operations a second of products in fp32; None: as `flops`.
     overhead
         Seconds that a call takes beside its operation.
     cpu
@@ -78,12 +90,16 @@ class Machine:
     overhead: float
     flops: float | None = None
     bandwidth: float | None = None
+    flops32: float | None = None
     cpu: bool = False
 
     def seconds(self, operation: Operation) -> float:
         if self.flops is None:
-            return timed_here(operation) + self.overhead
-        return max(operation.flops / self.flops, operation.moved / self.bandwidth) + self.overhead
+            return timed_here(operation)
+        exact = self.flops32 and any(
+            isinstance(leaf, Shaped) and leaf.dtype == torch.float32 for leaf in operation.leaves
+        )
+        return max(operation.flops / (self.flops32 if exact else self.flops), operation.moved / self.bandwidth)
 
 
 @cache

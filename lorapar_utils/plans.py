@@ -17,7 +17,7 @@ import psutil
 import torch
 import yaml
 from torch.optim.adamw import adamw
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lorapar_utils import models
 from lorapar_utils.bundles import bundled
@@ -34,7 +34,10 @@ TEACHER_TOKENS = 90  # persona, template and question around the example
 # What Python and the libraries take: resident memory on a CPU, the context and kernels on a GPU.
 LIBRARIES = {"cpu": 0.58e9, "cuda": 0.8e9}
 DEPTHS = (3, 6)  # layers of the models that are traced
-GPU_CALL = 8e-6  # seconds to launch a kernel from Python, assumed
+# Seconds of a call to a GPU from Python, and how much longer it takes where autograd records it, and where
+# checkpointing records and repeats it: fitted to one H100's host (`benchmarks/gpu.py`).
+GPU_CALL = 18e-6
+RECORDED, CHECKPOINTED = 1.5, 2.7
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,7 @@ def machine_named(name: str, settings: Settings) -> Machine:
         of["memory"],
         LIBRARIES["cuda"],
         GPU_CALL,
-        of["share"] * of["flops"],
-        of["share"] * of["bandwidth"],
+        *(of["share"] * of[rate] for rate in ("flops", "bandwidth", "flops32")),
     )
 
 
@@ -216,7 +218,7 @@ class Passes:
                 for operation, count in second.operations.items()
             }
         )
-        return Work(operations, self._at_full_depth(first.peak, second.peak))
+        return Work(operations, self._at_full_depth(first.peak, second.peak), second.pace)
 
     def _at_full_depth(self, first: float, second: float) -> float:
         return first + self.more * (second - first) / (DEPTHS[1] - DEPTHS[0])
@@ -252,10 +254,14 @@ class _Shallow:
         self.config.num_hidden_layers = depth
         if getattr(self.config, "layer_types", None):
             self.config.layer_types = self.config.layer_types[:depth]
+        attention = "sdpa" if bundles else _gpu_attention.__name__
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, attn_implementation="sdpa")
+            base = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, attn_implementation=attention)
             base.requires_grad_(False)
-            self.model = models.attach_adapter(base.eval(), settings.changed(model={"sharded": False}))
+            self.model = models.attach_adapter(base, settings.changed(model={"sharded": False})).eval()
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Dropout) and not bundles:
+                module.forward = partial(_gpu_dropout, module)
         self.elements = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.weights = self._weights()
 
@@ -272,7 +278,7 @@ class _Shallow:
         sft = self.settings.sft
         mine = self._share(sft.batch_size)
         rows = self._sequences(mine, self.prompt + self.solution)
-        return self._traced("train", rows, mine * self.solution, sft.gradient_checkpointing)
+        return self._traced("train", rows, mine * self.solution, sft.gradient_checkpointing, dropout=True)
 
     def train_grpo(self) -> Work:
         grpo = self.settings.grpo
@@ -310,20 +316,26 @@ class _Shallow:
         )
 
     @cache  # noqa: B019
-    def _traced(self, kind: str, rows: tuple[tuple[int, int], ...], scored: int, checkpointing: bool = False):
+    def _traced(
+        self, kind: str, rows: tuple[tuple[int, int], ...], scored: int, checkpointing=False, dropout=False
+    ) -> Work:
         base = self.model.get_base_model()
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             base.train()
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.train(dropout)
         hooks = self._scoring_hooks() if kind == "score" else []
         try:
-            return traced(lambda: self._pass(rows, scored, kind))
+            work = traced(lambda: self._pass(rows, scored, kind))
+            return replace(work, pace=1.0 if kind == "read" else CHECKPOINTED if checkpointing else RECORDED)
         finally:
             for hook in hooks:
                 hook.remove()
             if checkpointing:
                 base.gradient_checkpointing_disable()
-                base.eval()
+            self.model.eval()
 
     def _pass(self, rows, scored: int, kind: str) -> None:
         """One pass of each (rows, tokens), then the log-probabilities of `scored` tokens of them together."""
@@ -402,6 +414,25 @@ class _Shallow:
         else:
             each_inside = each / (self.settings.processes if self.settings.model.sharded else 1)
         return inside * each_inside + outside * each
+
+
+# Without a device torch takes these apart into many operations; a GPU has a kernel for each.
+
+
+def _gpu_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **_):
+    """Attention of transformers' models by the kernel that takes any mask."""
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+    bias = attention_mask.expand(len(query), query.shape[1], -1, -1)
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    attended = attend(query, key, value, bias, torch.is_grad_enabled(), dropout, scale=scaling)
+    return attended[0].transpose(1, 2).contiguous(), None
+
+
+def _gpu_dropout(module: torch.nn.Dropout, values: torch.Tensor) -> torch.Tensor:
+    return torch.native_dropout(values, module.p, True)[0] if module.training and module.p else values
+
+
+AttentionInterface.register(_gpu_attention.__name__, _gpu_attention)
 
 
 def configuration(settings: Settings) -> AutoConfig:

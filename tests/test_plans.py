@@ -1,11 +1,14 @@
 """The plan: what is traced without memory is what really happens, and a profile that cannot fit is refused."""
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_tiny_model
 
-from lorapar_utils import plans
-from lorapar_utils.costs import Machine, Operation, traced
+from lorapar_utils import costs, plans
+from lorapar_utils.costs import Machine, Operation, Shaped, Work, traced
 from lorapar_utils.errors import InputError
 from lorapar_utils.plans import Passes
 from lorapar_utils.settings import load_profile
@@ -44,9 +47,20 @@ def test_arithmetic_of_a_matrix_product_and_the_bytes_it_moves():
 
 
 def test_an_operation_takes_its_arithmetic_or_its_bytes_whichever_is_longer():
-    machine = Machine("one X", 1.0, 0.0, overhead=0.25, flops=10.0, bandwidth=4.0)
-    assert machine.seconds(Operation(None, (), None, flops=20, moved=4)) == 2.25
-    assert machine.seconds(Operation(None, (), None, flops=20, moved=40)) == 10.25
+    machine = Machine("one X", 1.0, 0.0, overhead=0.0, flops=10.0, bandwidth=4.0, flops32=1.0)
+    assert machine.seconds(Operation(None, (), None, flops=20, moved=4)) == 2.0
+    assert machine.seconds(Operation(None, (), None, flops=20, moved=40)) == 10.0
+    exact = (Shaped((2, 2), (2, 1), torch.float32),)
+    assert machine.seconds(Operation(None, exact, None, flops=20, moved=4)) == 20.0
+
+
+def test_calls_run_ahead_of_a_gpu_and_come_on_top_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(costs, "timed_here", lambda operation: 2.0)
+    work = Work(Counter({Operation(None, (), None, flops=20, moved=4): 3}), peak=0, pace=5.0)
+    gpu = Machine("one X", 1.0, 0.0, overhead=0.25, flops=10.0, bandwidth=4.0)
+    assert work.seconds(gpu) == 6.0
+    assert work.seconds(replace(gpu, overhead=1.0)) == 15.0
+    assert work.seconds(replace(gpu, flops=None)) == 6.75
 
 
 def test_layers_that_were_not_traced_cost_what_traced_ones_do():
@@ -59,6 +73,17 @@ def test_layers_that_were_not_traced_cost_what_traced_ones_do():
         found, expected = passes.work(kind, *arguments), getattr(whole, kind)(*arguments)
         assert found.operations == expected.operations
         assert found.peak + passes.weights == pytest.approx(expected.peak + whole.weights, rel=0.02)
+
+
+def test_a_gpu_has_one_kernel_for_attention_and_one_for_dropout():
+    settings = load_profile("smoke", model={"dtype": "bfloat16"}, adapter={"dropout": 0.1})
+    passes = Passes(settings, bundles=False)
+    for kind in ("train_sft", "train_grpo", "score"):
+        names = Counter(str(operation.function) for operation in passes.work(kind, *[4] * (kind == "score")).operations)
+        assert any("efficient_attention" in name for name in names) and not any(
+            "softmax.default" in n and "log" not in n for n in names
+        )
+        assert any("native_dropout" in name for name in names) == (kind == "train_sft")
 
 
 def test_what_a_batch_adds_and_what_checkpointing_saves():
