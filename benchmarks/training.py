@@ -153,6 +153,8 @@ class Bench:
     def finish(self, trainer) -> tuple[float, list[dict]]:
         times = StepTimes()
         trainer.add_callback(times)
+        if not trainer.args.activation_checkpointing:
+            self.model.get_base_model().activation_checkpointing_disable()  # trainers switch it on and never off
         trainer.train()
         training.drop_trl_head(self.model.get_base_model())
         return times.seconds, [entry for entry in trainer.state.log_history if "train_runtime" not in entry]

@@ -5,4 +5,9 @@ Import the module that answers your question: `settings`, `data`, `models`, `vot
 Importing the package itself loads none of them, so figures and tables never pay for torch.
 """
 
+import os
+
 __version__ = "0.1.0"
+
+# TRL reports each trainer that is made to the Hugging Face hub; nothing here asks a reader's consent. Set to 0 to allow.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -131,6 +131,7 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
     makers = {
         "claims": lambda: judged[["claim", "verdict", "effect"]],
         "status": lambda: status_table(records),
+        "gpu": lambda: gpu_table(json.loads((project_root() / "benchmarks" / "gpu-h100.json").read_text())),
     }
     return {
         "settings": settings,
@@ -155,6 +156,49 @@ def status_table(records: dict[str, Record]) -> pd.DataFrame:
                 "commit": (r.run["commit"] or "no git")[:10] + ("+changes" if r.run["dirty"] else ""),
             }
             for r in records.values()
+        ]
+    )
+
+
+def gpu_table(found: dict) -> pd.DataFrame:
+    """What `benchmarks/gpu.py` measured: seconds and peak memory of each part, and of what it was held against."""
+    scoring, step, rollout = found["scoring"], found["training"], found["rollout"]
+    rows = [
+        (
+            f"importance of {scoring['examples']} examples, in batches",
+            scoring,
+            scoring["seconds"]["batched"],
+            f"plain forward and backward {scoring['seconds']['plain_pass']:.2f} s, "
+            f"one by one {scoring['seconds']['one_by_one']:.2f} s",
+        ),
+        (
+            f"a step over {step['tokens']} tokens, activations kept, LoRA-PAR",
+            step,
+            step["seconds"]["lora_par"],
+            f"LoRA with fused AdamW {step['seconds']['lora']:.3f} s",
+        ),
+        (
+            f"{rollout['completions']} completions of {rollout['tokens_each']} tokens",
+            rollout,
+            rollout["seconds"]["complete"],
+            f"`model.generate` {rollout['seconds']['generate']:.2f} s",
+        ),
+    ]
+    for stage in ("sft", "grpo"):
+        rows += [
+            (
+                f"a step of {stage.upper()} by its trainer, {measured['rows']} rows a pass"
+                + (", activations computed again" if measured["checkpointing"] else ""),
+                measured,
+                measured["seconds_a_step"],
+                "",
+            )
+            for measured in found[stage]
+        ]
+    return pd.DataFrame(
+        [
+            {"what": what, "seconds": f"{taken:.3f}", "peak GB": f"{part['peak_bytes'] / 1e9:.1f}", "beside it": beside}
+            for what, part, taken, beside in rows
         ]
     )
 

@@ -387,6 +387,8 @@ def _optimizer(model: PeftModel, masks: dict[str, torch.Tensor], config: SFTConf
 
 def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[dict]:
     base = trainer.model.get_base_model()
+    if not trainer.args.activation_checkpointing:
+        base.activation_checkpointing_disable()  # trainers switch it on and never off
     if not torch.cuda.is_available():
         use_answer_head(base, getattr(trainer.args, "temperature", 1.0))
     trainer.remove_callback(PrinterCallback)

@@ -45,7 +45,7 @@ def test_greedy_and_drawn_completions_are_those_of_the_cpu():
 def test_fp32_training_is_the_cpus(stage, tmp_path):
     # A process of its own: where there is a GPU, trainers take it.
     script = f"import test_gpu; test_gpu.train_and_save({stage!r}, {str(tmp_path / 'cpu')!r})"
-    where = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parent)}
+    where = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     subprocess.run([sys.executable, "-c", script], env=os.environ | where, check=True)
     model, _, _ = train(stage, model=make_tiny_policy().to(DEVICE))
     found, before = adapter(model), adapter(make_tiny_policy())

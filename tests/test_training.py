@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -175,6 +176,20 @@ def test_a_stage_that_is_interrupted_by_hand_goes_on_in_the_same_kernel(stage, t
     assert [path.name for path in training._finished(tmp_path)] == ["checkpoint-2"]
     again, _, _ = train(stage, tmp_path)
     assert weights_hash(again) == weights_hash(straight)
+
+
+def test_a_stage_leaves_no_checkpointing_of_activations_to_the_next():
+    model, _, _ = train("sft", sft={"gradient_checkpointing": True})
+    assert model.get_base_model().is_activation_checkpointing
+    train("grpo", model=model)
+    assert not model.get_base_model().is_activation_checkpointing
+
+
+def test_nothing_is_reported_to_the_hub():
+    script = "import lorapar_utils.training; from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
+    quiet = {name: value for name, value in os.environ.items() if not name.startswith("HF_HUB")}
+    done = subprocess.run([sys.executable, "-c", script], env=quiet, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "True"
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path):
