@@ -9,5 +9,5 @@ import os
 
 __version__ = "0.1.0"
 
-# TRL reports each trainer that is made to the Hugging Face hub; nothing here asks a reader's consent. Set to 0 to allow.
+# TRL reports each trainer that is made to the Hugging Face hub, without asking. Set to 0 to allow.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
