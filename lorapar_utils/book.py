@@ -131,7 +131,7 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
     makers = {
         "claims": lambda: judged[["claim", "verdict", "effect"]],
         "status": lambda: status_table(records),
-        "gpu": lambda: gpu_table(json.loads((project_root() / "benchmarks" / "gpu-h100.json").read_text())),
+        "gpu": lambda: gpu_table(json.loads((project_root() / "book" / "_static" / "gpu-h100.json").read_text())),
     }
     return {
         "settings": settings,

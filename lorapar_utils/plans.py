@@ -35,7 +35,7 @@ TEACHER_TOKENS = 90  # persona, template and question around the example
 LIBRARIES = {"cpu": 0.58e9, "cuda": 0.8e9}
 DEPTHS = (3, 6)  # layers of the models that are traced
 # Seconds of a call to a GPU from Python, and how much longer it takes where autograd records it: fitted to one H100's
-# host (`benchmarks/gpu-h100.json`).
+# host (`book/_static/gpu-h100.json`).
 GPU_CALL, RECORDED = 17e-6, 2.0
 
 

@@ -357,6 +357,16 @@ def test_a_number_on_a_page_links_to_its_record_and_tells_n_interval_and_commit(
     assert f"commit {(made.run['commit'] or 'none')[:10]}" in text and text.endswith(", not measured")
 
 
+def test_the_page_on_gpus_shows_every_part_that_was_measured():
+    from lorapar_utils import book
+
+    found = json.loads((ROOT / "book" / "_static" / "gpu-h100.json").read_text())
+    text = book.to_markdown(book.gpu_table(found))
+    steps = [measured["seconds_a_step"] for stage in ("sft", "grpo") for measured in found[stage]]
+    for seconds in (found["scoring"]["seconds"]["batched"], found["rollout"]["seconds"]["complete"], *steps):
+        assert f"| {seconds:.3f} |" in text
+
+
 def test_figures_need_no_torch():
     code = (
         "import sys, lorapar_utils.plots, lorapar_utils.tables, lorapar_utils.claims; sys.exit('torch' in sys.modules)"
