@@ -38,6 +38,7 @@ VARIANTS = {"sft": [(1, True), (1, False), (8, False)], "grpo": [(8, True), (8, 
 def main(out: str, architecture: str = "Llama-2-7b-hf") -> None:
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: this machine has no GPU that torch can use; nothing was measured")
+    machine()  # a card that the plan does not know is refused before anything is measured
     settings = load_profile(
         "llama2-7b",
         model={"source": f"random/{architecture}", "system_prompt": words(0, SHARED)},
@@ -117,7 +118,7 @@ def one_step(model, batch, partition, settings) -> dict:
     whole = settings.changed(sft={"batch_size": len(batch), "gradient_checkpointing": False})
     passes = Passes(whole, bundles=False, lengths=(PROMPT, ANSWER, SHARED))
     cards = yaml.safe_load((project_root() / "profiles" / "architectures" / "machines.yaml").read_text())
-    card = next((of for name, of in cards.items() if name in torch.cuda.get_device_name()), None)
+    card = next(of for name, of in cards.items() if name in torch.cuda.get_device_name())
     work = passes.work("train_sft")
     flops, update = work.flops, passes.update(partition_size(partition))
     seconds = work.seconds(machine()) + update.seconds(machine())
@@ -129,7 +130,7 @@ def one_step(model, batch, partition, settings) -> dict:
         "optimizer_bytes": active.state_bytes(),
         **planned(passes, work, seconds, 4 * passes.elements + 17 * partition_size(partition)),
         "flops": flops,
-        "utilisation": flops / taken["lora_par"] / card["flops"] if card else None,
+        "utilisation": flops / taken["lora_par"] / card["flops"],
     }
 
 
