@@ -28,6 +28,8 @@ from lorapar_utils.settings import Settings, project_root
 # A process may wait for the first one's evaluation; one that died is noticed at once, by accelerate.
 PATIENCE = timedelta(hours=12)
 LAST_CHARACTERS = 40_000
+# A failure in the launcher's report. Its log names a local rank and a code too, in one line and in the other order.
+REPORTED = r"^\s+rank\s+: (\d+).*?^\s+exitcode\s+: (-?\d+)"
 LAUNCHER_REPORT = re.compile(r"^[WE]\d{4} .*torch/distributed/elastic", re.M)
 
 
@@ -100,7 +102,7 @@ def _why(said: str, count: int) -> str:
     own = re.findall(r"^InputError: (.+)", said, re.M)
     if own:
         return own[-1]
-    ended = [(int(rank), int(code)) for rank, code in re.findall(r"rank\s*: (\d+).*?exitcode\s*: (-?\d+)", said, re.S)]
+    ended = [(int(rank), int(code)) for rank, code in re.findall(REPORTED, said, re.M | re.S)]
     # One that was killed is the cause; others lost it, which is an error of theirs, or were told to stop (SIGTERM).
     ended.sort(key=lambda pair: (pair[1] == -signal.SIGTERM, pair[1] >= 0))
     rank, code = ended[0] if ended else ("?", "?")

@@ -80,6 +80,24 @@ def test_a_process_ends_without_what_its_interpreter_does_last():
     assert (done.returncode, done.stdout) == (3, "1\n")
 
 
+def test_the_process_that_was_killed_is_named_also_if_another_ended_before_the_launcher_looked():
+    said = """
+E1126 02:31:13.100000 11925 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1) local_rank: 0 (pid: 7)
+Failures:
+[1]:
+  time      : 2026-11-26_02:31:13
+  host      : localhost
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 8)
+  error_file: <N/A>
+Root Cause (first observed failure):
+[0]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 7)
+"""
+    assert processes._why(said, 2).startswith("processes: process 1 of 2 was killed by SIGKILL")
+
+
 def kill_the_second(folder: Path) -> None:
     """SIGKILL to the second of the processes that this one launched, once they have written a checkpoint."""
     while not list(folder.glob(".stage1-steps-*/checkpoint-*/finished")):
