@@ -128,7 +128,7 @@ def one_step(model, batch, partition, settings) -> dict:
         "lora_par_over_lora": taken["lora_par"] / taken["lora"],
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "optimizer_bytes": active.state_bytes(),
-        **planned(passes, work, seconds, 4 * passes.elements + 17 * partition_size(partition)),
+        **planned(passes, work, seconds, 5 * passes.elements + 16 * partition_size(partition)),
         "flops": flops,
         "utilisation": flops / taken["lora_par"] / card["flops"],
     }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_tiny_examples, make_tiny_model, make_tiny_policy, make_tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from test_training import settings, train
+from test_training import settings, train, train_interrupted
 
 from lorapar_utils import evaluation
 from lorapar_utils.importance import score_importance
@@ -62,15 +62,7 @@ def train_and_save(stage, file):
 @STAGES
 def test_a_stage_that_is_interrupted_ends_as_if_it_had_not_been(stage, tmp_path):
     straight, _, _ = train(stage, model=make_tiny_policy(torch.bfloat16).to(DEVICE))
-    steps = iter(range(3))
-
-    def stop_button():
-        if next(steps, None) is None:
-            raise KeyboardInterrupt
-        return {}
-
-    with pytest.raises(KeyboardInterrupt):
-        train(stage, tmp_path, stop_button, model=make_tiny_policy(torch.bfloat16).to(DEVICE))
+    train_interrupted(stage, tmp_path, make_tiny_policy(torch.bfloat16).to(DEVICE))
     again, _, _ = train(stage, tmp_path, model=make_tiny_policy(torch.bfloat16).to(DEVICE))
     expected = adapter(straight)
     assert all(torch.equal(values, expected[name]) for name, values in adapter(again).items())

@@ -161,9 +161,8 @@ def test_a_stage_killed_after_its_last_checkpoint_trains_no_step_more(stage, tmp
     assert not any(p._backward_hooks for p in again.parameters())
 
 
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_a_stage_that_is_interrupted_by_hand_goes_on_in_the_same_kernel(stage, tmp_path):
-    straight, _, _ = train(stage)
+def train_interrupted(stage, folder, model=None):
+    """Train with checkpoints in `folder` until somebody presses stop, after the third step."""
     steps = iter(range(3))
 
     def stop_button():
@@ -172,7 +171,13 @@ def test_a_stage_that_is_interrupted_by_hand_goes_on_in_the_same_kernel(stage, t
         return {}
 
     with pytest.raises(KeyboardInterrupt):
-        train(stage, tmp_path, stop_button)
+        train(stage, folder, stop_button, model)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_stage_that_is_interrupted_by_hand_goes_on_in_the_same_kernel(stage, tmp_path):
+    straight, _, _ = train(stage)
+    train_interrupted(stage, tmp_path)
     assert [path.name for path in training._finished(tmp_path)] == ["checkpoint-2"]
     again, _, _ = train(stage, tmp_path)
     assert weights_hash(again) == weights_hash(straight)
