@@ -1,18 +1,22 @@
-# make book | test | lab | figures | bench | publish   (PROFILE=cpu unless given; see profiles/)
+# make book | plan | test | lab | figures | bench | publish   (PROFILE=cpu unless given: a name of profiles/, or the path of a
+# YAML file; CORES=1 for fewer than this machine has)
 # make book CLUSTER=slurm sends the jobs to a cluster (see profiles/cluster/); make test-slurm tries that on a Slurm of its own.
 PROFILE ?= cpu
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-CORES ?= $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)))" 2>/dev/null || echo 2)
+
+# What was given, as one word of the shell: folders may have spaces, quotes and dollar signs in their names.
+quoted = '$(subst ','\'',$(value $(1)))'
+profile = $(call quoted,PROFILE)
 
 .PHONY: book test test-slurm lab figures bench publish plan
 
 book: $(VENV)/.installed
-	@$(PY) -m lorapar_utils.build $(PROFILE) --cores $(CORES) $(if $(CLUSTER),--cluster $(CLUSTER))
+	@$(PY) -m lorapar_utils.build $(profile) $(if $(CORES),--cores $(CORES)) $(if $(CLUSTER),--cluster $(call quoted,CLUSTER))
 
 plan: $(VENV)/.installed
-	@$(PY) -m lorapar_utils.build $(PROFILE) --cores $(CORES) --dry-run $(if $(MACHINE),--machine $(MACHINE))
+	@$(PY) -m lorapar_utils.build $(profile) $(if $(CORES),--cores $(CORES)) --dry-run $(if $(MACHINE),--machine $(call quoted,MACHINE))
 
 test: $(VENV)/.installed
 	$(PY) -m pytest
@@ -22,11 +26,11 @@ test-slurm: $(VENV)/.installed
 	$(PY) -m pytest tests/cluster
 
 lab: $(VENV)/.installed
-	JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter $(VENV)/bin/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
+	JUPYTER_CONFIG_PATH="$$PWD/.jupyter" $(VENV)/bin/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
 
 figures: $(VENV)/.installed
-	@$(PY) -m lorapar_utils.plots results/$(PROFILE) figures
-	@$(PY) -m lorapar_utils.exports results/$(PROFILE) tables
+	@$(PY) -m lorapar_utils.plots "results/$$(basename $(profile) .yaml)" figures
+	@$(PY) -m lorapar_utils.exports "results/$$(basename $(profile) .yaml)" tables
 
 bench: $(VENV)/.installed
 	$(PY) benchmarks/scoring.py
@@ -35,10 +39,10 @@ bench: $(VENV)/.installed
 	$(PY) benchmarks/training.py
 	$(PY) benchmarks/costs.py
 	$(PY) benchmarks/processes.py
-	$(if $(DATA),$(PY) benchmarks/harness.py $(DATA))
+	$(if $(DATA),$(PY) benchmarks/harness.py $(call quoted,DATA))
 
 publish: $(VENV)/.installed
-	@$(PY) -m lorapar_utils.publish $(PROFILE)
+	@$(PY) -m lorapar_utils.publish $(profile)
 
 # Complete or not at all: the mark is written last, and an interrupted install is continued.
 # torch comes first and alone: where a registry offers a CPU build under the same version, it is taken.

@@ -3,39 +3,53 @@
 # A phase keeps its artefacts under runs/<profile>/ with a manifest of what they were made from, and makes them again
 # only if that changed. Stamps order the phases, and are `ancient`: each rule names every source that can change
 # its result, so a notebook that runs again to redraw a figure does not set off the training that follows it.
+# Paths are quoted where a shell reads them: the clone, or a profile outside it, may lie in a folder with spaces.
+import shlex
 import sys
 from glob import glob
+from urllib.parse import unquote
 
 from lorapar_utils.settings import load_profile, profile_files, project_root
 
-SETTINGS = load_profile(config.get("profile", "cpu"))
+SETTINGS = load_profile(unquote(str(config.get("profile", "cpu"))))
 PROFILE = SETTINGS.profile
 RUNS = f"runs/{PROFILE}"
-PAPERMILL = f"{sys.executable} -m papermill --no-progress-bar -k python3"
+PAPERMILL = f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar -k python3"
 EXPERIMENTS = [f"{name}-seed{seed}" for name, seed in SETTINGS.experiment_runs()]
 PHASES = ["00_tour", "01_voting", "02_importance", "03_theta_ablation", "04_two_stage", "05_benchmarks", "06_claims"]
 # The longer and varied runs that pages show beside this one's.
 LONGER = sorted({*glob("results/cpu-*/*.json"), *glob(f"results/{PROFILE}-*/*.json")})
-PROFILE_FILES = [str(path.relative_to(project_root())) for path in profile_files(PROFILE)]
+# From the root, or in full where a profile lies outside the clone.
+PROFILE_FILES = [
+    str(path.relative_to(project_root()) if path.is_relative_to(project_root()) else path)
+    for path in profile_files(SETTINGS.profile_argument)
+]
 
 
 def code(*modules):
-    used = ("settings", "data", "manifests", "splits", "records", *modules)
+    used = ("settings", "data", "data_files", "data_splits", "manifests", "splits", "records", *modules)
     return [f"lorapar_utils/{module}.py" for module in used] + ["lorapar_utils/lorapar.mplstyle"] * ("plots" in modules)
 
 
 SHOW = code("notebook", "plots", "tables", "statistics")
-VOTE = code("models", "processes", "voting", "teachers", "label_scores", "bundles", "summaries", "notebook", "plots", "tables")
-SCORE = code("phases", "models", "processes", "voting", "encoding", "importance", "partition", "summaries", "notebook", "plots", "explorer")
-TRAIN = code("phases", "models", "processes", "voting", "encoding", "importance", "partition", "optim", "bundles", "answer_head", "generation", "training", "rewards", "evaluation", "harness", "humaneval", "sandbox")
+MODELS = ("models", "model_files", "shortcuts", "encoding", "processes", "machine")
+VOTE = code(*MODELS, "voting", "teachers", "label_scores", "bundles", "summaries", "notebook", "plots", "tables")
+SCORE = code("phases", *MODELS, "voting", "importance", "partition", "summaries", "notebook", "plots", "explorer")
+TRAIN = code("phases", *MODELS, "voting", "importance", "partition", "optim", "bundles", "answer_head", "generation", "training", "rewards", "evaluation", "harness", "humaneval", "sandbox")
 
 
-# What every notebook job is told; in `params`, so that a change of one reruns what it concerns.
-COMMON = {"papermill": PAPERMILL, "profile": PROFILE, "runs": RUNS}
+# What every job is told; in `params`, so that a change of one reruns what it concerns. Notebooks get profile and name
+# by -r, as text: papermill's -p would make a number of a profile that is called 2026.
+COMMON = {
+    "papermill": PAPERMILL,
+    "python": sys.executable,
+    "profile": SETTINGS.profile_argument,
+    "runs": RUNS,
+}
 
 
 wildcard_constraints:
-    run=r"[\w.]+-seed\d+",
+    run=r"[\w.-]+-seed\d+",
 
 
 rule all:
@@ -61,8 +75,8 @@ rule voting:
         common=COMMON,
     threads: SETTINGS.threads
     shell:
-        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook} {output.notebook} -p profile {params.common[profile]} > {log} 2>&1"
-        " && cp {params.common[runs]}/votes/manifest.json {output.stamp}"
+        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook:q} {output.notebook:q} -r profile {params.common[profile]:q} > {log:q} 2>&1"
+        " && cp {params.common[runs]:q}/votes/manifest.json {output.stamp:q}"
 
 
 rule importance:
@@ -85,8 +99,8 @@ rule importance:
         scores=SETTINGS.scores_folder.relative_to(project_root()),
     threads: SETTINGS.threads
     shell:
-        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook} {output.notebook} -p profile {params.common[profile]} > {log} 2>&1"
-        " && cp {params.scores}/manifest.json {output.stamp}"
+        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook:q} {output.notebook:q} -r profile {params.common[profile]:q} > {log:q} 2>&1"
+        " && cp {params.scores:q}/manifest.json {output.stamp:q}"
 
 
 rule experiment:
@@ -108,8 +122,8 @@ rule experiment:
         seed=lambda wildcards: wildcards.run.rsplit("-seed", 1)[1],
     threads: SETTINGS.threads
     shell:
-        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook} {output.notebook}"
-        " -p profile {params.common[profile]} -p name {params.name} -p seed {params.seed} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook:q} {output.notebook:q}"
+        " -r profile {params.common[profile]:q} -r name {params.name:q} -p seed {params.seed} > {log:q} 2>&1"
 
 
 rule tour:
@@ -129,7 +143,7 @@ rule tour:
         common=COMMON,
     threads: SETTINGS.threads
     shell:
-        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook} {output.notebook} -p profile {params.common[profile]} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook:q} {output.notebook:q} -r profile {params.common[profile]:q} > {log:q} 2>&1"
 
 
 rule show:
@@ -152,7 +166,7 @@ rule show:
         common=COMMON,
     threads: 1
     shell:
-        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook} {output.notebook} -p profile {params.common[profile]} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook:q} {output.notebook:q} -r profile {params.common[profile]:q} > {log:q} 2>&1"
 
 
 rule book:
@@ -171,8 +185,8 @@ rule book:
     log:
         f"{RUNS}/logs/book.log",
     params:
-        python=sys.executable,
-        profile=PROFILE,
+        common=COMMON,
     threads: 1
     shell:
-        "{params.python} -m lorapar_utils.book {params.profile} --experiment {input.experiment} > {log} 2>&1"
+        "OMP_NUM_THREADS={threads} {params.common[python]:q} -m lorapar_utils.book {params.common[profile]:q}"
+        " --experiment {input.experiment:q} > {log:q} 2>&1"

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from lorapar_utils import data, models, training
-from lorapar_utils.encoding import encode_examples
+from lorapar_utils.encoding import encode_examples, prompt_ids
 from lorapar_utils.settings import load_profile
 
 REPEATS, SFT_STEPS, GRPO_STEPS = 3, 6, 2
@@ -125,7 +125,7 @@ class Bench:
             )
             prompts = [
                 {key: row[key] for key in ("answer", "solution")}
-                | {"prompt": data.chat_messages(row["prompt"], self.settings)}
+                | {"prompt": self.tokenizer.decode(prompt_ids(row["prompt"], self.tokenizer, self.settings))}
                 for row in rows
             ]
             return self.finish(

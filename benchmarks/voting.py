@@ -18,7 +18,7 @@ import diskcache
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from api_server import Server, transformers_serve
 
-from lorapar_utils import models
+from lorapar_utils import model_files
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import load_profile
 from lorapar_utils.teachers import build_teachers
@@ -42,7 +42,7 @@ def main() -> None:
     median = statistics.median(ratios)
     print(f"throughput ratio, median of {REPEATS}: {median:.1f} (goal: at least {GOAL})")
     with tempfile.TemporaryDirectory() as scratch:
-        model = models.packaged_model()
+        model = model_files.packaged_model()
         with transformers_serve(model, Path(scratch) / "serve.log") as address:
             for concurrency in (1, 4):
                 counts: Counter[str] = Counter()

@@ -1,7 +1,8 @@
 """Score answer tokens only, and read what sequences share once: TRL's fused head, on a CPU, does neither.
 
 TRL 1.16 skips positions without a label on Triton devices alone. On a CPU with a 49k vocabulary and answers of a
-few tokens the rest is more than half of a training step. Same result, fewer rows.
+few tokens the rest is more than half of a training step. Same result, fewer rows; TRL's head stays where a model's
+logits are not what `shortcuts` knows.
 """
 
 import types
@@ -12,6 +13,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from lorapar_utils.bundles import hidden_before
 from lorapar_utils.encoding import IGNORED
+from lorapar_utils.shortcuts import answer_logits, shortcuts_of
 
 
 def use_answer_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
@@ -24,6 +26,10 @@ def use_answer_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
     temperature
         Logits are divided by it, as the trainer's head does.
     """
+    shortcuts = shortcuts_of(model)
+    # A router's own loss is added by TRL's head.
+    if not shortcuts.head or getattr(model.config.get_text_config(), "output_router_logits", False):
+        return
     trl_forward = model.forward
 
     def forward(self, *args, fused_lm_head=False, labels=None, num_items_in_batch=None, **kwargs):
@@ -34,11 +40,11 @@ def use_answer_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
         mask = targets != IGNORED
         kwargs.pop("use_cache", None)
         virtual = kwargs.get("inputs_embeds") is not None or kwargs.get("past_key_values") is not None
-        if not virtual:
+        if shortcuts.bundles and not virtual:
             hidden = hidden_before(self.base_model, *args, scored=mask, **kwargs)
-        else:  # of a prompt-learning method
+        else:
             hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state[:, :-1][mask]
-        logits = self.get_output_embeddings()(hidden).float() / temperature
+        logits = answer_logits(self, hidden) / temperature
         log_probs = logits.log_softmax(-1)
         chosen = log_probs.gather(1, targets[mask].unsqueeze(1)).squeeze(1)
         with torch.no_grad():

@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from lorapar_utils.errors import InputError
-from lorapar_utils.settings import load_profile, project_root
+from lorapar_utils.machine import lock, usable_cores
+from lorapar_utils.records import claim_runs
+from lorapar_utils.settings import load_profile, profile_files, project_root
 
 FREE_BYTES = 1_000_000_000
 ANCIENT_EDGES = 2  # votes -> scores -> experiments
@@ -21,8 +24,8 @@ ANCIENT_EDGES = 2  # votes -> scores -> experiments
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("profile", nargs="?", default="cpu")
-    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("profile", nargs="?", default="cpu", help="a name of profiles/, or the path of a YAML file")
+    parser.add_argument("--cores", type=int, default=usable_cores())
     parser.add_argument("--cluster", default="", help="a folder of profiles/cluster: send the jobs there")
     parser.add_argument("--dry-run", action="store_true", help="show what it would take and what would run")
     parser.add_argument("--machine", default="here", help="of --dry-run: here, or a GPU of machines.yaml")
@@ -49,26 +52,35 @@ def build(profile: str, cores: int, *, cluster: str = "", dry_run: bool = False)
     Raises
     ------
     InputError
-        An invalid profile, one that this machine has no memory for, an unknown cluster or one whose executor is not
-        installed, a `runs/` that cannot be written or has no space, or another build under way.
+        An invalid profile, one without experiments or that this machine has no memory for, one whose runs another
+        file's are, an unknown cluster or one whose executor is not installed, a `runs/` that cannot be written or has
+        no space, or another build under way.
     """
     settings = load_profile(profile)
+    if not settings.experiment_runs():
+        raise InputError(f"profile {settings.profile}: it has no experiments or no seeds; name some, or extend cpu")
     root = project_root()
+    for path in profile_files(profile):
+        if re.search("[{}]", str(path)):
+            raise InputError(f"{path}: Snakemake takes what is in braces for a wildcard; rename the folder")
     runs = root / "runs"
     _check_writable(runs)
+    claim_runs(settings)
     # A cluster's nodes are not this machine, and the test profile fits any.
     if settings.publishable and not cluster and not dry_run:
         from lorapar_utils import plans  # imports torch and transformers, which nothing else here needs
 
         here = plans.memory_here()
         plans.check_fits(settings, here, plans.Passes(settings, bundles=here.cpu))
-    command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--config", f"profile={settings.profile}"]
+    # As in an address (%20): Snakemake reads it as YAML, and hands it on to a cluster's jobs through a shell.
+    asked = quote(settings.profile_file)
+    command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--config", f"profile={asked}"]
     # Our own lock is released by the system when a process dies; Snakemake's would outlive a kill -9.
     command += ["--nolock", "--rerun-incomplete"] + (["--dry-run"] if dry_run else [])
     if cluster:
         command += ["--workflow-profile", str(_cluster_profile(cluster))]
     try:
-        with FileLock(runs / ".lock", timeout=0):
+        with lock(runs / ".lock", timeout=0):
             code = subprocess.run(command, cwd=root).returncode
             # Snakemake 9 leaves out what lies behind an `ancient` edge of a job that runs, even if it is missing: plan
             # again, once for each such edge of the longest path at most.

@@ -109,11 +109,16 @@ def hidden_before(
     found: dict[int, torch.Tensor] = {}
     for bundle in bundled(sequences):
         tokens, positions, allowed, places = layout(bundle, sequences)
-        mask = torch.zeros(allowed.shape, dtype=backbone.dtype).masked_fill_(~allowed, torch.finfo(backbone.dtype).min)
+        mask = None  # one sequence is read as the model itself reads it, whatever its length
+        if len(bundle.rows) > 1:
+            lowest = torch.finfo(backbone.dtype).min
+            mask = (
+                torch.zeros(allowed.shape, dtype=backbone.dtype).masked_fill_(~allowed, lowest)[None, None].to(device)
+            )
         states = backbone(
             input_ids=tokens.to(device),
             position_ids=positions.to(device),
-            attention_mask=mask[None, None].to(device),
+            attention_mask=mask,
             use_cache=False,
             **options,
         ).last_hidden_state[0]

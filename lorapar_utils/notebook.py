@@ -14,7 +14,7 @@ from pandas.io.formats.style import Styler
 
 from lorapar_utils import claims, plots, tables
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, beside_notebooks, cite
+from lorapar_utils.records import Record, beside_notebooks, cite, claim_runs
 from lorapar_utils.settings import Settings, load_profile
 
 
@@ -31,15 +31,19 @@ def start(*, profile: str, **parameters) -> Settings:
     Raises
     ------
     InputError
-        Papermill injected a name that the notebook's parameters cell does not assign (papermill only warns).
+        Papermill injected a name that the notebook's parameters cell does not assign (papermill only warns), the
+        profile is not valid, or the runs of its name come from another file.
     """
     _reject_unknown_parameters()
     _quiet()
     plots.use_style()
     settings = load_profile(profile, **parameters)
+    claim_runs(settings)
     print(f"profile {settings.profile}: results under runs/{settings.profile}/")
     if not settings.publishable:
         print("This profile is for testing the pipeline: its numbers mean nothing.")
+    if settings.has_free_text:
+        print("Its answers are free text: where a page says accuracy, read the overlap with the reference (chrF).")
     return settings
 
 

@@ -3,6 +3,8 @@
 The phase before these, votes and the split they make, is `splits`.
 """
 
+import functools
+import io
 import itertools
 import json
 import resource
@@ -10,7 +12,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from lorapar_utils import data, evaluation, models, processes, statistics, training
 from lorapar_utils.encoding import encode_examples
 from lorapar_utils.importance import score_importance
-from lorapar_utils.manifests import completed, inputs_of, is_current, made_from
+from lorapar_utils.manifests import completed, inputs_of, is_current, made_from, model_identity
 from lorapar_utils.partition import Partition, build_partition, random_partition
 from lorapar_utils.records import Record, fingerprint, new_record, read_record, write_atomically, write_record
 from lorapar_utils.settings import Settings
@@ -30,6 +33,21 @@ from lorapar_utils.splits import system_examples
 
 Scores = dict[str, torch.Tensor]
 STABILITY_DRAWS = 3
+# Whose code a trained adapter, and a score, rests on.
+TRAINING_CODE = (
+    "training",
+    "answer_head",
+    "bundles",
+    "generation",
+    "shortcuts",
+    "optim",
+    "partition",
+    "rewards",
+    "encoding",
+    "models",
+)
+SCORING_CODE = ("evaluation", "generation", "shortcuts", "bundles", "label_scores", "rewards", "encoding", "models")
+BENCHMARK_CODE = ("harness", "humaneval", "sandbox")
 
 
 def scores(settings: Settings) -> tuple[Scores, Scores]:
@@ -126,83 +144,116 @@ def partition(settings: Settings, selection: str = "importance") -> Partition:
 
 
 def experiment(settings: Settings, name: str, seed: int) -> Record:
-    """Train and score one configuration of `experiments`; read it back if nothing it rests on changed.
+    """Train and score one configuration of `experiments`; what was made before from the same inputs is read back.
 
     A stage that was finished before an interruption is not trained again; one that was begun goes on from its last
-    checkpoint, to the same end.
+    checkpoint, to the same end. What is measured after a stage is kept apart from its training, and the record is put
+    together from both each time: a metric or a benchmark that was added later needs no training.
 
     Returns
     -------
     Record
         Metrics `STAGE/system1`, `STAGE/system2`, `STAGE/accuracy`, … for STAGE in `base` (no training), `stage1`,
         `stage2`; `active/stage1`, …; tables `history_STAGE` and `samples`; items with test outcomes.
+
+    Raises
+    ------
+    InputError
+        An unknown experiment, or, before anything is trained, examples that one of its stages cannot read.
     """
     spec, profile = settings.experiments.get(name), settings
     settings = settings.for_experiment(name, seed)
     folder = settings.runs / "experiments" / f"{name}-seed{seed}"
     path = settings.runs / "records" / f"{name}-seed{seed}.json"
-    inputs = _experiment_inputs(settings, spec)
-    if path.is_file() and is_current(folder, inputs):
-        return read_record(path)
-    if processes.are_to_start(settings):
+    stages = _Stages(settings, spec, folder, _experiment_inputs(settings, spec))
+    if not stages.are_done() and processes.are_to_start(settings):
         processes.launch("experiment", profile, name, seed)
-        return read_record(path)
-    stages = _Stages(settings, spec, folder, inputs)
     outcomes = {"base": stages.score_base()} if not spec.stages else stages.run()
 
     def keep():
-        record = _experiment_record(settings, spec, f"{name}-seed{seed}", outcomes, stages.jaccard())
+        record = _experiment_record(settings, spec, f"{name}-seed{seed}", outcomes)
+        if path.is_file() and not stages.made:
+            # Measured before: only what is read from it may have changed.
+            before = read_record(path)
+            if before.result == json.loads(json.dumps(record.result)):
+                return
+            record = replace(record, run=before.run, environment=before.environment)
         write_record(record, path)
-        write_atomically(folder / "manifest.json", json.dumps(inputs, indent=1))
 
     processes.by_first(keep)
     return read_record(path)
 
 
 class _Stages:
-    """The stages of one experiment over one model, loaded only when a stage really has to run."""
+    """The stages of one experiment over one model, loaded only when a stage really has to be trained or scored.
+
+    Attributes
+    ----------
+    made
+        Whether anything was trained or scored anew.
+    """
 
     def __init__(self, settings: Settings, spec, folder: Path, inputs: dict):
         self.settings, self.spec, self.folder, self.inputs = settings, spec, folder, inputs
-        self._model = self._tokenizer = self._trainable = None
-        self.partition = partition(settings, spec.selection) if spec.method == "lorapar" else None
+        self.made = False
+        self._model = self._tokenizer = self._trainable = self._holds = None
         self._converts = settings.adapter.init in ("olora", "pissa") and bool(spec.stages)
 
+    @functools.cached_property
+    def partition(self) -> Partition | None:
+        return partition(self.settings, self.spec.selection) if self.spec.method == "lorapar" else None
+
+    def are_done(self) -> bool:
+        """Whether every stage was trained and scored from these inputs."""
+        names = [f"stage{number}" for number in range(1, len(self.spec.stages) + 1)]
+        wanted = {name: _stage_inputs(self.inputs, number) for number, name in enumerate(names, start=1)}
+        wanted |= {f"{name}.scores": self._scoring(name) for name in names or ["base"]}
+        return all(made_from(self.folder / name) == inputs for name, inputs in wanted.items())
+
     def score_base(self) -> dict:
-        """Score the model without an adapter, or read back what was found."""
-        return self._finished(
-            "base", self.inputs, lambda: {"history": [], **self._score(*models.load_base(self.settings))}
-        )
+        """Score the model without an adapter, or read back what was measured."""
+        return {"history": [], **self._scored("base")}
 
     def run(self) -> dict[str, dict]:
         """Train and score each stage from the one before, or read back what was finished, by another experiment too."""
-        outcomes, previous = {}, None
+        outcomes = {}
+        if not self.are_done():
+            self._check()
         for number, stage in enumerate(self.spec.stages, start=1):
-            name, inputs = f"stage{number}", _stage_inputs(self.inputs, number)
-            make = partial(self._train_and_score, name, stage, previous, inputs)
-            outcomes[name] = self._finished(name, inputs, make)
-            previous = self.folder / name
+            name, previous = f"stage{number}", f"stage{number - 1}" if number > 1 else None
+            trained = self._trained(name, stage, previous, _stage_inputs(self.inputs, number))
+            outcomes[name] = trained | self._scored(name)
         return outcomes
 
-    def jaccard(self) -> dict[str, dict]:
-        if self.partition is None:
-            return {}
-        return {"jaccard": {"value": self.partition.jaccard, "n": self.partition.active[0].numel()}}
+    def _check(self) -> None:
+        """Read all that training and scoring will read: what cannot be is named before the first stage is trained."""
+        evaluation.check_benchmarks(self.settings)
+        tokenizer = models.load_tokenizer(self.settings)
+        with redirect_stdout(io.StringIO()):  # what is left out is said when the stage begins
+            for stage in self.spec.stages:
+                if stage == "grpo":
+                    training.prompts_to_reinforce(self._examples(stage), tokenizer, self.settings)
+                else:
+                    encode_examples(self._examples(stage), tokenizer, self.settings)
 
-    def _finished(self, name: str, wanted: dict, make: Callable[[], dict]) -> dict:
+    def _examples(self, stage: str) -> list[dict]:
+        systems = {"grpo": (2,), "sft": (1,), "sft_all": (1, 2)}[stage]
+        return [row for system in systems for row in system_examples(self.settings, system)]
+
+    def _kept(self, name: str, wanted: dict, make: Callable[[], tuple[dict, Callable[[Path], None]]]) -> dict:
+        """`name`'s outcome: as it lies there, as another experiment made it, or made now and kept."""
         home = self.folder / name
         if not is_current(home, wanted):
             twin = processes.by_first(lambda: _made_elsewhere(home, wanted))
-            outcome = None if twin else make()
+            outcome, save = (None, None) if twin else make()
+            self.made = True
 
             def keep():
                 with completed(home, wanted) as scratch:
                     if twin:
                         shutil.copytree(twin, scratch, dirs_exist_ok=True)
                     else:
-                        initial = self.folder / ".initial" if self._converts else None
-                        if self._model is not None:
-                            models.save_adapter(self._model, scratch, initial)
+                        save(scratch)
                         write_atomically(scratch / "outcome.json", json.dumps(outcome))
                 for unneeded in self.folder.glob(f".{name}-steps-*"):
                     shutil.rmtree(unneeded)
@@ -210,33 +261,55 @@ class _Stages:
             processes.by_first(keep)
         return json.loads((home / "outcome.json").read_text())
 
-    def _train_and_score(self, name: str, stage: str, previous: Path | None, inputs: dict) -> dict:
+    def _trained(self, name: str, stage: str, previous: str | None, wanted: dict) -> dict:
+        def make():
+            outcome = self._train(name, stage, previous, wanted)
+            initial = self.folder / ".initial" if self._converts else None
+            return outcome, lambda scratch: models.save_adapter(self._model, scratch, initial)
+
+        return self._kept(name, wanted, make)
+
+    def _scored(self, name: str) -> dict:
+        return self._kept(f"{name}.scores", self._scoring(name), lambda: (self._score(name), lambda scratch: None))
+
+    def _scoring(self, name: str) -> dict:
+        """What the scores after a stage rest on: the stage, what is asked, and how answers are judged."""
+        trained = None if name == "base" else fingerprint(_stage_inputs(self.inputs, int(name[-1])))
+        return json.loads(json.dumps(self.inputs["scoring"] | {"trained": trained}, default=str))
+
+    def _train(self, name: str, stage: str, previous: str | None, inputs: dict) -> dict:
         model, tokenizer = self._loaded(previous)
         masks = self._masks(model, stage)
-        began = time.time()
         # Named by what the stage rests on: a checkpoint of other settings is never gone on from.
         checkpoints = self.folder / f".{name}-steps-{fingerprint(inputs)}"
-        history = self._train(stage, model, tokenizer, masks, checkpoints)
-        trained = time.time()
+        run = training.run_grpo if stage == "grpo" else training.run_sft
+        began = time.time()
+        self._holds = None
+        history = run(
+            model, tokenizer, self._examples(stage), masks, self.settings, checkpoints, self._watch(model, tokenizer)
+        )
+        self._holds = name
         active = sum(int(mask.sum()) for mask in masks.values())
         return {
             "history": history,
             "active": active / sum(mask.numel() for mask in masks.values()),
             "elements": sum(mask.numel() for mask in masks.values()),
-            "train_seconds": round(trained - began, 1),
+            "jaccard": None if self.partition is None else self.partition.jaccard,
+            "train_seconds": round(time.time() - began, 1),
             "peak_bytes": _peak_bytes(),
-            **self._score(model, tokenizer),
         }
 
-    def _loaded(self, previous: Path | None):
+    def _loaded(self, stage: str | None):
+        """The model as it was after `stage`; None: with its adapter fresh."""
         if self._model is None:
             base, self._tokenizer = models.load_base(self.settings)
             self._model = models.attach_adapter(base, self.settings)
             self._trainable = [name for name, p in self._model.named_parameters() if p.requires_grad]
             if self._converts:
                 processes.by_first(lambda: self._model.save_pretrained(self.folder / ".initial"))
-            if previous is not None:
-                models.restore_adapter(self._model, previous)
+        if stage != self._holds:
+            models.restore_adapter(self._model, self.folder / stage)
+            self._holds = stage
         return self._model, self._tokenizer
 
     def _masks(self, model: PeftModel, stage: str) -> dict[str, torch.Tensor]:
@@ -245,43 +318,40 @@ class _Stages:
         parameters = dict(model.named_parameters())
         return {name: torch.ones_like(parameters[name], dtype=torch.bool) for name in self._trainable}
 
-    def _train(self, stage: str, model: PeftModel, tokenizer, masks: dict, checkpoints: Path) -> list[dict]:
-        common = (masks, self.settings, checkpoints, self._watch(model, tokenizer))
-        if stage == "grpo":
-            return training.run_grpo(model, tokenizer, system_examples(self.settings, 2), *common)
-        examples = system_examples(self.settings, 1)
-        if stage == "sft_all":
-            examples = examples + system_examples(self.settings, 2)
-        return training.run_sft(model, tokenizer, examples, *common)
-
     def _watch(self, model: PeftModel, tokenizer) -> Callable[[], dict] | None:
-        """Greedy accuracy of each system on a few validation prompts; None where nobody asked for it."""
+        """Greedy accuracy of each system (of free text, overlap) on a few validation prompts; None if nobody asked."""
         count = self.settings.evaluation.watch_prompts
-        if count == 0 or "grpo" not in self.spec.stages:
+        prompts = [row for rows in self._validation().values() for row in rows[:count]]
+        if not prompts or "grpo" not in self.spec.stages:
             return None
-        prompts = [row for system in (1, 2) for row in self._validation(system)[:count]]
 
         def watch() -> dict:
             items = evaluation.score_greedy(model, tokenizer, prompts, self.settings)
             metrics = evaluation.accuracy_metrics(items)
-            return {f"validation/system{k}": metrics[f"system{k}"]["value"] for k in (1, 2)}
+            watched = [key for key in ("system1", "system2", "overlap") if key in metrics]
+            return {f"validation/{key}": metrics[key]["value"] for key in watched}
 
         return watch
 
-    def _validation(self, system: int) -> list[dict]:
-        rows = [row for row in data.load_pool(self.settings) if row["split"] == "validation"]
-        return [row for row in rows if data.construction_system(row["steps"]) == system]
+    def _validation(self) -> dict[int, list[dict]]:
+        """Validation rows by the system that they were constructed for (0: unknown), those that have any."""
+        by_system: dict[int, list[dict]] = {}
+        for row in data.load_pool(self.settings):
+            if row["split"] == "validation":
+                by_system.setdefault(data.construction_system(row["steps"]), []).append(row)
+        return dict(sorted(by_system.items()))
 
-    def _score(self, model, tokenizer) -> dict:
+    def _score(self, name: str) -> dict:
+        loaded = models.load_base(self.settings) if name == "base" else self._loaded(name)
         began = time.time()
         test = [row for row in data.load_pool(self.settings) if row["split"] == "test"]
-        validation = self._validation(2)
-        outcome = {"items": evaluation.score_greedy(model, tokenizer, test, self.settings), "pass": {}}
-        if "grpo" in self.spec.stages and validation:
-            chosen = validation[: self.settings.evaluation.pass_k_prompts]
-            outcome["pass"] = evaluation.pass_at(model, tokenizer, chosen, self.settings)
+        outcome = {"items": evaluation.score_pool(*loaded, test, self.settings), "pass": {}}
+        chains = self._validation().get(2, [])[: self.settings.evaluation.pass_k_prompts]
+        # What could be reinforced is measured where something will be.
+        if "grpo" in self.spec.stages and chains and not self.settings.has_free_text:
+            outcome["pass"] = evaluation.pass_at(*loaded, chains, self.settings)
         outcome["benchmarks"] = {
-            name: evaluation.benchmark_items(model, tokenizer, name, self.settings)
+            name: evaluation.benchmark_items(*loaded, name, self.settings)
             for name in self.settings.evaluation.benchmarks
         }
         return outcome | {"score_seconds": round(time.time() - began, 1)}
@@ -295,8 +365,11 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _experiment_record(settings, spec, name: str, outcomes: dict[str, dict], jaccard: dict) -> Record:
-    metrics, tables, items = dict(jaccard), {}, []
+def _experiment_record(settings, spec, name: str, outcomes: dict[str, dict]) -> Record:
+    metrics, tables, items = {}, {}, []
+    first = next(iter(outcomes.values()))
+    if first.get("jaccard") is not None:
+        metrics["jaccard"] = {"value": first["jaccard"], "n": first["elements"]}
     for label, outcome in outcomes.items():
         metrics |= {f"{label}/{key}": value for key, value in evaluation.accuracy_metrics(outcome["items"]).items()}
         metrics |= {f"{label}/{key}": value for key, value in outcome["pass"].items()}
@@ -316,7 +389,11 @@ def _experiment_record(settings, spec, name: str, outcomes: dict[str, dict], jac
                 [item["correct"] for item in outcome["items"] if item["system"] == system]
                 for outcome in outcomes.values()
             )
-            metrics[f"gain/system{system}"] = statistics.paired_difference(before, after)
+            if before:
+                metrics[f"gain/system{system}"] = statistics.paired_difference(before, after)
+        if settings.has_free_text:
+            before, after = ([item["overlap"] for item in outcome["items"]] for outcome in outcomes.values())
+            metrics["gain/overlap"] = statistics.mean([b - a for a, b in zip(before, after, strict=True)])
     return new_record(
         name,
         settings,
@@ -325,7 +402,8 @@ def _experiment_record(settings, spec, name: str, outcomes: dict[str, dict], jac
         items=items,
         parameters=spec.model_dump()
         | settings.partition.model_dump()
-        | {"modules": settings.adapter.modules, "init": settings.adapter.init, "score": settings.importance.score},
+        | {"modules": settings.adapter.modules, "init": settings.adapter.init, "score": settings.importance.score}
+        | {"pool": settings.pool.source},
         notebook=f"experiment.ipynb out.ipynb -p name {name.rsplit('-seed', 1)[0]} -p seed {settings.seed}",
         seconds=sum(o.get("train_seconds", 0.0) + o["score_seconds"] for o in outcomes.values()),
         hashes=_hashes(settings),
@@ -342,6 +420,7 @@ def _scores_inputs(settings: Settings) -> dict:
         examples=settings.importance.examples,
         score=settings.importance.score,
         max_length=settings.sft.max_length,
+        long_rows=settings.sft.long_rows,
         seed=settings.seed,
     )
 
@@ -351,45 +430,47 @@ def _what_is_learnt(rows: list[dict]) -> list[list]:
 
 
 def _experiment_inputs(settings: Settings, spec) -> dict:
-    used = {"pool": settings.pool, "evaluation": settings.evaluation}
+    """What an experiment's training rests on, and under `scoring` what its measurements rest on besides."""
+    used = {}
     if set(spec.stages) & {"sft", "sft_all"}:
         used["sft"] = settings.sft
     if "grpo" in spec.stages:
         used["grpo"] = settings.grpo
+    watch = settings.evaluation.model_dump(include={"watch_prompts", "watch_every", "max_new_tokens"})
     if spec.method == "lorapar":
         learnt = {"scores": fingerprint(_scores_inputs(settings)), "partition": settings.partition.model_dump()}
     else:
         systems = [_what_is_learnt(system_examples(settings, k)) for k in (1, 2)] if spec.stages else []
         learnt = {"systems": fingerprint(systems), "adapter": settings.adapter.model_dump(), "seed": settings.seed}
-    code = [
-        "training",
-        "answer_head",
-        "bundles",
-        "generation",
-        "optim",
-        "partition",
-        "rewards",
-        "encoding",
-        "evaluation",
-    ]
-    if settings.evaluation.benchmarks:
-        code += ["harness", "humaneval", "sandbox"]
-    return inputs_of(
+    inputs = inputs_of(
         settings,
-        (*code, "models"),
+        TRAINING_CODE,
         experiment=spec.model_dump(exclude={"title", "seeds", "sweep"}),
+        watch=watch if watch["watch_prompts"] and "grpo" in spec.stages else None,
         **learnt,
         **{key: section.model_dump() for key, section in used.items()},
     )
+    held_out = [row for row in data.load_pool(settings) if row["split"] != "train"]
+    scoring_code = SCORING_CODE + (BENCHMARK_CODE if settings.evaluation.benchmarks else ())
+    return inputs | {
+        "scoring": inputs_of(
+            settings,
+            scoring_code,
+            data=fingerprint(held_out),
+            evaluation=settings.evaluation.model_dump(exclude={"watch_prompts", "watch_every"}),
+            reinforced="grpo" in spec.stages,
+            seed=settings.seed,
+        )
+    }
 
 
 def _stage_inputs(inputs: dict, number: int) -> dict:
     """What of an experiment's inputs the stage of that number rests on: what only later stages read is left out."""
     experiment = inputs["experiment"]
     done = experiment["stages"][:number]
-    # An experiment that will train by GRPO also measures, after each stage, what could be reinforced.
     about = {"method": experiment["method"], "selection": experiment["selection"], "stages": done}
-    found = inputs | {"experiment": about | {"reinforced": "grpo" in experiment["stages"]}}
+    found = {key: value for key, value in inputs.items() if key != "scoring"}
+    found["experiment"] = about
     # The share of the common region that a kind of stage trains, and its settings.
     for kinds, share, section in (({"sft", "sft_all"}, "alpha", "sft"), ({"grpo"}, "beta", "grpo")):
         if not kinds & set(done):
@@ -410,7 +491,7 @@ def _made_elsewhere(home: Path, inputs: dict) -> Path | None:
 
 def _hashes(settings: Settings) -> dict[str, str]:
     return {
-        "model": fingerprint(settings.model.model_dump()),
+        "model": fingerprint(model_identity(settings)),
         "data": fingerprint([row for row in data.load_pool(settings)]),
     }
 

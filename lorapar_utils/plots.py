@@ -32,6 +32,8 @@ REGION_LABELS = {
     "inactive": "inactive",
 }
 STAGES = {"base": "base model", "stage1": "after stage 1", "stage2": "after stage 2"}
+# What a pool is scored by: metric -> (label, the system whose colour it has).
+SCORES = {"system1": ("System 1", 1), "system2": ("System 2", 2), "overlap": ("overlap with the reference", 1)}
 
 
 def use_style() -> None:
@@ -345,21 +347,21 @@ def learning_curves(record: Record) -> Figure:
 
 
 def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
-    """Greedy accuracy on validation prompts, one stage after the other."""
-    for system in (1, 2):
+    """Greedy accuracy (of free text, overlap) on validation prompts, one stage after the other."""
+    for field, (label, system) in SCORES.items():
         begin, points = 0, []
         for rows in histories:
-            key = f"validation/system{system}"
+            key = f"validation/{field}"
             points += [(begin + row["step"], row[key]) for row in rows if key in row]
             begin += max(row["step"] for row in rows)
-            if system == 1 and rows is not histories[-1]:
+            if field == "system1" and rows is not histories[-1]:
                 axes.axvline(begin, color="0.6", linewidth=1)
         if points:
             axes.plot(
                 *zip(*points, strict=True),
                 marker=MARKERS[system - 1],
                 color=SYSTEM_COLOURS[system],
-                label=f"System {system}",
+                label=label,
             )
     if axes.lines and axes.get_legend_handles_labels()[0]:
         axes.legend()
@@ -367,30 +369,34 @@ def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
 
 
 def stage_accuracy(records: list[Record]) -> Figure:
-    """Test accuracy of each system before training, after stage 1 and after stage 2, with 95 % intervals."""
+    """Test accuracy of each system before training, after stage 1 and after stage 2, with 95 % intervals.
+
+    Of free text the overlap with the reference.
+    """
     rows = []
     for record in records:
         for key, metric in record.result["metrics"].items():
             stage, _, field = key.partition("/")
-            if stage in STAGES and field in ("system1", "system2"):
-                rows.append(
-                    {"title": record.run["parameters"]["title"], "stage": stage, "system": int(field[-1]), **metric}
-                )
+            if stage in STAGES and field in SCORES:
+                rows.append({"title": record.run["parameters"]["title"], "stage": stage, "field": field, **metric})
     if not rows:
-        raise InputError("records: none has accuracies by stage; run the experiments first")
+        raise InputError("records: none has scores by stage; run the experiments first")
     frame = pd.DataFrame(rows)
     titles = list(dict.fromkeys(frame["title"] + "\n" + frame["stage"].map(STAGES)))
     figure, axes = plt.subplots(figsize=(8, 0.55 * len(titles) + 1.4))
-    for system, offset in ((1, -0.14), (2, 0.14)):
-        part = frame[frame["system"] == system]
-        y = [titles.index(label) + offset for label in part["title"] + "\n" + part["stage"].map(STAGES)]
+    for field, offset in (("system1", -0.14), ("system2", 0.14), ("overlap", 0.0)):
+        part, (label, colour) = frame[frame["field"] == field], SCORES[field]
+        if part.empty:
+            continue
+        y = [titles.index(title) + offset for title in part["title"] + "\n" + part["stage"].map(STAGES)]
         errors = [part["value"] - part["low"], part["high"] - part["value"]]
         axes.errorbar(
-            part["value"], y, xerr=errors, fmt="o", capsize=3, color=SYSTEM_COLOURS[system], label=f"System {system}"
+            part["value"], y, xerr=errors, fmt="o", capsize=3, color=SYSTEM_COLOURS[colour], label=label
         )
     axes.set_yticks(range(len(titles)), titles, fontsize="small")
     axes.invert_yaxis()
-    axes.set(xlabel="test accuracy (95 % interval)", xlim=(-0.02, 1.02))
+    scored = "overlap" if set(frame["field"]) == {"overlap"} else "accuracy"
+    axes.set(xlabel=f"test {scored} (95 % interval)", xlim=(-0.02, 1.02))
     axes.legend(loc="best")
     return figure
 
@@ -487,7 +493,7 @@ def save_all(
     for name in names:
         try:
             figure = FIGURES[name](joined if name in LONGER else records)
-        except KeyError as missing:
+        except (KeyError, InputError) as missing:
             print(f"{name}: skipped, there is no record {missing}")
             continue
         for suffix in formats:

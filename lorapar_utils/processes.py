@@ -22,6 +22,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from lorapar_utils import machine
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import Settings, project_root
 
@@ -67,7 +68,7 @@ def launch(phase: str, settings: Settings, *arguments: object) -> None:
         json.dump(given, task)
         task.flush()
         command = [*launcher(count), "-m", "lorapar_utils.processes", task.name]
-        threads = str(max(1, settings.threads // count))
+        threads = str(max(1, machine.threads_from_environment(settings.threads) // count))
         running = subprocess.Popen(
             command,
             cwd=project_root(),

@@ -1,6 +1,7 @@
 """`make publish PROFILE=…`: promote a run's records to results/, where figures and README take them from."""
 
 import re
+import shlex
 import shutil
 import sys
 
@@ -24,7 +25,7 @@ def publish(profile: str) -> int:
     source = settings.runs / "records"
     records = read_records(source)
     if not records:
-        raise InputError(f"{source}: no records; run `make book PROFILE={profile}` first")
+        raise InputError(f"{source}: no records; run `make book PROFILE={shlex.quote(profile)}` first")
     for record in records.values():
         _check(record)
     target = project_root() / "results" / settings.profile
@@ -63,7 +64,12 @@ def readme_with_results(readme: str, records: dict[str, Record]) -> str:
 def _check(record: Record) -> None:
     if not record.run["publishable"]:
         raise InputError(f"record {record.name}: made by a profile that is not publishable")
-    if record.run["dirty"] is not False:
+    if record.run["dirty"] is None:
+        raise InputError(
+            f"record {record.name}: made without git, so that no commit tells its code; "
+            "install git, run it again in a clone, and publish that"
+        )
+    if record.run["dirty"]:
         raise InputError(f"record {record.name}: made from uncommitted changes; commit them and run it again")
 
 

@@ -10,9 +10,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,7 +82,7 @@ def new_record(
             "publishable": settings.publishable,
             "parameters": parameters or {},
             "seed": settings.seed,
-            "command": f"papermill notebooks/{notebook} -p profile {settings.profile}" if notebook else None,
+            "command": f"papermill notebooks/{notebook} -p profile {_shell_word(settings)}" if notebook else None,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": None if seconds is None else round(seconds, 1),
             **git,
@@ -187,14 +189,47 @@ def common_seeds(sides: Sequence[Sequence[Record]]) -> list[list[Record]]:
     return [[record for record in side if record.run["seed"] in seeds] for side in sides]
 
 
+def score_after(record: Record, stage: str) -> dict | None:
+    """The pool's main metric after `stage`: accuracy, or overlap where the answers are free text; None without it."""
+    metrics = record.result["metrics"]
+    return metrics.get(f"{stage}/accuracy", metrics.get(f"{stage}/overlap"))
+
+
 def mean_outcomes(records: Iterable[Record], stage: str, system: int | None = None) -> dict[str, float]:
-    """Each test item's share of correct answers after `stage` over the records (an experiment's seeds)."""
-    seen: dict[str, list[bool]] = {}
+    """Each test item's score after `stage`, its mean over the records (an experiment's seeds).
+
+    A score is 1 for a right answer and 0 for a wrong one; of free text it is the overlap with the reference.
+    """
+    seen: dict[str, list[float]] = {}
     for record in records:
         for item in record.items:
             if item["stage"] == stage and (system is None or item.get("system") == system):
-                seen.setdefault(item["id"], []).append(item["correct"])
+                seen.setdefault(item["id"], []).append(item.get("overlap", item["correct"]))
     return {key: sum(outcomes) / len(outcomes) for key, outcomes in seen.items()}
+
+
+def claim_runs(settings: Settings) -> None:
+    """Note in `runs/<profile>/` which file its settings come from: two profiles of one name never share it.
+
+    Raises
+    ------
+    InputError
+        What is there was made from another file.
+    """
+    root, note = project_root(), settings.runs / "profile.txt"
+    owner = note.read_text().strip() if note.is_file() else None
+    if owner == settings.profile_file:
+        return
+    if owner is not None:
+        if (root / Path(owner).expanduser()).is_file():
+            raise InputError(
+                f"profile: runs/{settings.profile} was made from {owner}, and this is {settings.profile_file}: "
+                f"rename one of the files, or delete runs/{settings.profile}"
+            )
+        print(f"runs/{settings.profile} was made from {owner}, which is gone; {settings.profile_file} goes on with it")
+    # Where nothing can be written, nothing gets mixed up.
+    with suppress(OSError):
+        write_atomically(note, f"{settings.profile_file}\n")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -214,11 +249,25 @@ def _items_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.items.jsonl")
 
 
+def _shell_word(settings: Settings) -> str:
+    """`profile_argument`, quoted where a shell needs it; never the `~` that it is to expand."""
+    home, slash, rest = settings.profile_argument.partition("~/")
+    return f"~/{shlex.quote(rest)}" if slash and not home else shlex.quote(settings.profile_argument)
+
+
 def _git_state() -> dict:
+    """The commit and whether files differ from it; nothing is known without git, or in no clone."""
+
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=project_root(), capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=project_root(), capture_output=True, text=True)
+        except OSError:
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    # An unpacked archive may lie in the repository of something else.
+    if not git("ls-files", "profiles/defaults.yaml"):
+        return {"commit": None, "dirty": None}
     changed = git("status", "--porcelain", "--untracked-files=no")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
 

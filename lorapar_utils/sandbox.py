@@ -1,8 +1,17 @@
 """Where model-written code runs: two sandboxes of the operating system, and nothing that the code says is believed.
 
+Deviation: the benchmark's own checker runs program and tests in one process. Here an answer is what can be carried
+between two (`sandboxed/carried.py`): the built-in kinds, `collections`, `Fraction` and `Decimal`, a subclass of these
+as what it is built on, and an iterator as an iterator over its items. What is carried compares as it would there.
+Judged wrong here and perhaps right there: an object of another class of the program's own, or one that is equal by that
+class's rule alone; an answer of more than a million characters, or nested about a hundred deep; an iterator of more
+than 100,000 items. The default of a `defaultdict` is carried where it is a built-in class. Answers and arguments are
+copies: none of the 164 tests asks whether two are one object, or looks at an argument after the call.
+
 The *worker* runs the model's program and answers calls of its function. The *checker*, in a sandbox of its own, runs
-the benchmark's tests against a stand-in that passes each call on. Only literals travel back, so the program can neither
-print a verdict, nor patch the tests, nor end the process that judges it: all it can do is to return the right values.
+the benchmark's tests against a stand-in that passes each call on. Only literals travel back, and from them the checker
+builds values of a fixed list of kinds, whose code is Python's. So the program can neither print a verdict, nor patch
+the tests, nor end the process that judges it: all it can do is to return the right values.
 
 bubblewrap gives each of the two fresh namespaces (no network, no other process, no file but Python's own library, a
 small empty `/tmp`); rlimits bound time, memory, processes, files. There is no fallback where that cannot be had.
@@ -24,7 +33,9 @@ from lorapar_utils.errors import InputError
 PYTHON = "/python"  # where the sandbox has it
 ENVIRONMENT = {"PATH": "/usr/bin:/bin"}  # of what starts it; inside there is none
 FIRST_USER, USERS = 61_184, 4_000  # that no machine has of its own; systemd lends them to services
-WORKER, CHECKER = (Path(__file__).parent / "sandboxed" / name for name in ("worker.py", "checker.py"))
+CARRIED, WORKER, CHECKER = (
+    Path(__file__).parent / "sandboxed" / f"{name}.py" for name in ("carried", "worker", "checker")
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +153,8 @@ def _started(script: Path, fds: tuple[int, ...], limits: Limits, number: int) ->
     python = f"{PYTHON}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
     seconds = math.ceil(limits.seconds) + 1
     values = (limits.memory, limits.processes, limits.open_files, limits.scratch, seconds, *fds)
-    command = [*_bubblewrap(limits, number), python, "-I", "-S", "-c", script.read_text(), *map(str, values)]
+    code = CARRIED.read_text() + script.read_text()
+    command = [*_bubblewrap(limits, number), python, "-I", "-S", "-c", code, *map(str, values)]
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
     process = subprocess.Popen(command, stdin=pipe, stdout=null, stderr=null, pass_fds=fds, env=ENVIRONMENT)
     try:

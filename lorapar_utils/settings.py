@@ -2,11 +2,13 @@
 
 import itertools
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lorapar_utils.errors import InputError
 
@@ -14,6 +16,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Theta = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0.0)]
+Seed = Annotated[int, Field(ge=0)]  # part of file names
 Score = Literal["second_order", "first_order", "fisher", "magnitude", "random"]
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
@@ -28,6 +31,17 @@ MODULES = {
     "GUD": ("gate_proj", "up_proj", "down_proj"),
     "QKVGUD": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"),
 }
+
+LayerNames = tuple[Annotated[str, Field(pattern=r"^[\w.]+$")], ...]
+Modules = Literal["QKV", "GUD", "QKVGUD"] | Annotated[LayerNames, Field(min_length=1)]
+
+# What the models are told where the profile says nothing: to end as the pool's answers end.
+SYSTEM_PROMPTS = {
+    "checked": ("Answer the question. Work in short steps, one a line, if you need any. End with #### and the answer."),
+    "free text": "Follow the instruction. Answer with the response alone.",
+}
+# Whose answers are free text: nothing in them can be compared as a value.
+FREE_TEXT = ("dolly-15k", "open-platypus", "codealpaca-20k")
 
 # What an experiment's method changes about the adapter. All of them train every element, LoRA-PAR a part; `lora` and
 # `lorapar` start from the profile's own `adapter.init`, so that one differs from the other in the partition only.
@@ -44,6 +58,24 @@ METHODS = {
     "shira": {"kind": "shira"},
 }
 
+# Settings that name a file or folder, by the keys that lead there; `*` is any item of a list.
+PATHS = (
+    ("model", "source"),
+    ("pool", "path"),
+    ("voting", "teachers", "*", "path"),
+    ("voting", "teachers", "*", "source"),
+    ("evaluation", "gsm8k", "path"),
+    ("evaluation", "mmlu", "path"),
+)
+# What `source` says in place of a folder, even where a folder has that name.
+KEYWORDS = ("packaged", "gemma3-270m")
+
+# Names become those of files and folders, parts of shell commands, and Snakemake's wildcards.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+NAME_RULE = "use up to 100 of a-z, A-Z, 0-9, '_', '.' and '-', with neither '.' nor '-' at the beginning"
+# Other things of runs/, which a profile's own folder would share.
+RESERVED = ("vote_cache", "file_hashes", "slurm")
+
 # What a notebook parameter or keyword changes: the paper's symbols have one short name each.
 SHORT_NAMES = {
     "theta": ("partition", "theta"),
@@ -58,6 +90,37 @@ SHORT_NAMES = {
 }
 
 
+def _check_names(named: Any) -> Any:
+    """Refuse what is `named` in a way that would not work everywhere (see `NAME`)."""
+    known: dict[str, str] = {}
+    for name in named if isinstance(named, dict) else ():
+        if not isinstance(name, str):
+            raise ValueError(f"YAML reads the name {name!r} as {_kind(name)}; put it in quotes, with a letter in it")
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot name a file; {NAME_RULE}")
+        if re.search(r"-seed\d+$", name):
+            raise ValueError(f"{name!r} ends as runs do, which are named NAME-seed0; choose another ending")
+        if _reads_as_value(name):
+            raise ValueError(f"{name!r} would be read as a value, not as a name; begin it with a word, as in theta_0.5")
+        if (twin := known.setdefault(name.casefold(), name)) != name:
+            raise ValueError(f"{twin!r} and {name!r} would be one file on macOS; let them differ by more than case")
+    return named
+
+
+def _reads_as_value(name: str) -> bool:
+    """Whether `papermill -p name …` makes something else than text of it."""
+    try:
+        float(name)
+    except ValueError:
+        return name in ("True", "False", "None")
+    return True
+
+
+def _kind(value: object) -> str:
+    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a section", str: "text"}
+    return kinds.get(type(value), "nothing" if value is None else f"a {type(value).__name__}")
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -67,7 +130,8 @@ class ModelSection(Section):
     gguf_file: str | None
     revision: str | None
     target_name: str
-    system_prompt: str
+    system_prompt: str | None  # null = as the pool's answers are written; see `Settings.system_prompt`
+    plain_template: str
     dtype: Literal["auto", "float32", "bfloat16"]
     quantization: Literal["nf4"] | None
     sharded: bool
@@ -82,6 +146,7 @@ class SplitSizes(Section):
 class PoolSection(Section):
     source: Literal["builtin", "gsm8k", "dolly-15k", "open-platypus", "codealpaca-20k"]
     path: str | None
+    bad_rows: Literal["refuse", "drop"]
     running_totals: bool
     seed: int
     system1: SplitSizes
@@ -140,7 +205,7 @@ Teacher = Annotated[LocalTeacher | ApiTeacher | RecordedTeacher, Field(discrimin
 
 class VotingSection(Section):
     teachers: tuple[Teacher, ...]
-    panels: dict[str, tuple[str, ...]]
+    panels: Annotated[dict[str, tuple[str, ...]], BeforeValidator(_check_names)]
     panel: str | None
     quorum: Positive | None
     tie: Literal["undecided", "system1", "system2"] | None
@@ -186,7 +251,7 @@ class AdapterSection(Section):
     r: Positive
     lora_alpha: Positive
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
-    modules: Literal["QKV", "GUD", "QKVGUD"]
+    modules: Modules
     virtual_tokens: Positive
 
 
@@ -209,6 +274,7 @@ class SftSection(Section):
     batch_size: Positive
     accumulation: Positive
     max_length: Positive
+    long_rows: Literal["drop", "truncate", "refuse"]
     warmup_ratio: Share
     weight_decay: Annotated[float, Field(ge=0.0)]
     max_grad_norm: Rate
@@ -222,7 +288,9 @@ class GrpoSection(Section):
     completions: Annotated[int, Field(ge=2)]
     micro_batch: Positive
     rollout_batch: Positive | None
+    max_prompt_length: Positive
     max_completion_length: Positive
+    reward: Literal["auto", "answer", "overlap"]
     temperature: Rate
     warmup_ratio: Share
     weight_decay: Annotated[float, Field(ge=0.0)]
@@ -280,6 +348,7 @@ class MmluSection(Section):
 
 
 class HumanEvalSection(Section):
+    items: Positive | None
     max_new_tokens: Positive
     samples: Annotated[int, Field(ge=0)]
 
@@ -308,21 +377,22 @@ class ExperimentSection(Section):
     stages: tuple[Literal["sft", "sft_all", "grpo"], ...]
     selection: Literal["importance", "random"] = "importance"
     score: Score | None = None
-    modules: Literal["QKV", "GUD", "QKVGUD"] | None = None
+    modules: Modules | None = None
     theta: Theta | None = None
     alpha: Share | None = None
     beta: Share | None = None
     panel: str | None = None
     split_by: Literal["votes", "construction", "random"] | None = None
-    seeds: tuple[int, ...] | None = None
+    seeds: tuple[Seed, ...] | None = None
     title: str
 
 
 class Settings(Section):
     profile: str
+    profile_file: str  # from the project's root, else from the home directory (`~/…`), else in full
     publishable: bool
     seed: int
-    seeds: tuple[int, ...]
+    seeds: tuple[Seed, ...]
     threads: Positive
     processes: Positive
     checkpoint_every: Positive
@@ -336,7 +406,7 @@ class Settings(Section):
     sft: SftSection
     grpo: GrpoSection
     evaluation: EvaluationSection
-    experiments: dict[str, ExperimentSection]
+    experiments: Annotated[dict[str, ExperimentSection], BeforeValidator(_check_names)]
 
     @model_validator(mode="after")
     def _base_can_be_had(self):
@@ -349,18 +419,45 @@ class Settings(Section):
         return self
 
     @property
+    def profile_argument(self) -> str:
+        """What loads this profile again: its name, or the path of a file that lies elsewhere than in `profiles/`."""
+        return self.profile if self.profile_file == f"profiles/{self.profile}.yaml" else self.profile_file
+
+    @property
     def runs(self) -> Path:
         """Where everything that this profile makes is written."""
         return project_root() / "runs" / self.profile
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        return MODULES[self.adapter.modules]
+        """Names of the linear layers that get an adapter."""
+        modules = self.adapter.modules
+        return MODULES[modules] if isinstance(modules, str) else modules
+
+    @property
+    def has_free_text(self) -> bool:
+        """Whether the pool's answers are free text, scored by overlap and loss, not by their value."""
+        return self.pool.source in FREE_TEXT
+
+    @property
+    def system_prompt(self) -> str:
+        """`model.system_prompt`, or what fits the pool's answers."""
+        if self.model.system_prompt is not None:
+            return self.model.system_prompt
+        return SYSTEM_PROMPTS["free text" if self.has_free_text else "checked"]
+
+    @property
+    def reward(self) -> str:
+        """`grpo.reward`, where `auto` is `overlap` for free text and `answer` for the rest."""
+        if self.grpo.reward != "auto":
+            return self.grpo.reward
+        return "overlap" if self.has_free_text else "answer"
 
     @property
     def scores_folder(self) -> Path:
         """Where these settings' importance scores are kept."""
-        parts = (self.importance.score, self.adapter.init, self.adapter.modules, self.split_name, f"seed{self.seed}")
+        modules = self.adapter.modules if isinstance(self.adapter.modules, str) else "+".join(self.adapter.modules)
+        parts = (self.importance.score, self.adapter.init, modules, self.split_name, f"seed{self.seed}")
         return self.runs / "scores" / "-".join(parts)
 
     @property
@@ -385,7 +482,8 @@ class Settings(Section):
 
     def changed(self, **overrides: Any) -> "Settings":
         """A validated copy with `overrides` (see `load_profile`) in place."""
-        return _validate(_merge(self.model_dump(), _expand(overrides)), where=f"profile {self.profile}")
+        over = _with_paths(_expand(overrides), (Path.cwd(), project_root()))
+        return _validate(_merge(self.model_dump(), over), where=f"profile {self.profile}")
 
 
 def project_root() -> Path:
@@ -400,10 +498,14 @@ def project_root() -> Path:
 def load_profile(name_or_path: str | os.PathLike = "cpu", **overrides: Any) -> Settings:
     """Read a profile over the defaults and validate it.
 
+    Relative paths in a profile (see `PATHS`) are taken from the profile's own folder, else from the project's root, so
+    that they mean the same wherever it is loaded; those in `overrides` from the working directory, else from the root.
+    What lies in neither place stays as it was written: it may be a hub id.
+
     Parameters
     ----------
     name_or_path
-        `smoke`, `cpu`, … (a file of `profiles/`), or the path of a YAML file.
+        `smoke`, `cpu`, … (a file of `profiles/`), or the path of a YAML file anywhere.
     **overrides
         Values on top: a setting (`seed=1`), a short name (`theta`, `alpha`, `beta`, `modules`, `init`), or a
         whole section as a dict (`sft={"epochs": 1}`). `None` keeps the profile's value.
@@ -413,38 +515,172 @@ def load_profile(name_or_path: str | os.PathLike = "cpu", **overrides: Any) -> S
     InputError
         An unknown profile, key or value; the message names file, key and what is allowed.
     """
-    layers: dict = {}
-    for path in profile_files(name_or_path):
-        own = _read_yaml(path)
-        own.pop("extends", None)
-        layers = _merge(layers, own)
-    layers["profile"] = path.stem
-    layers["experiments"] = _with_grids(layers.get("experiments") or {}, layers.pop("grids", None) or [], str(path))
-    return _validate(_merge(layers, _expand(overrides)), where=str(path))
+    root = project_root()
+    merged: dict = {}
+    for path, layer in _layers(name_or_path):
+        merged = _merge(merged, _with_paths(layer, (path.parent, root)))
+    _check_file_name(path)
+    merged |= {"profile": path.stem, "profile_file": _shown(path)}
+    merged["experiments"] = _with_grids(merged.get("experiments") or {}, merged.pop("grids", None) or [], str(path))
+    over = _with_paths(_expand(overrides), (Path.cwd(), root))
+    return _validate(_merge(merged, over), where=str(path))
 
 
 def profile_files(name_or_path: str | os.PathLike) -> list[Path]:
-    """The files that a profile is laid over, itself last: the defaults, then the profile that it `extends`."""
-    folder = project_root() / "profiles"
-    path = Path(name_or_path) if str(name_or_path).endswith((".yaml", ".yml")) else folder / f"{name_or_path}.yaml"
-    if not path.is_file() or path.name == "defaults.yaml":
-        known = sorted(p.stem for p in folder.glob("*.yaml") if p.stem != "defaults")
-        raise InputError(f"profile: no {str(name_or_path)!r}; choose one of {', '.join(known)} or give a YAML file")
-    files = [folder / "defaults.yaml", path]
-    if (parent := _read_yaml(path).get("extends")) is not None:
-        if not (folder / f"{parent}.yaml").is_file():
-            raise InputError(f"{path}: extends = {parent!r}: there is no profiles/{parent}.yaml")
-        files.insert(1, folder / f"{parent}.yaml")
-    return files
+    """The files that a profile is laid over, itself last: the defaults, then what it `extends`, from the farthest."""
+    return [path for path, _ in _layers(name_or_path)]
+
+
+def _layers(name_or_path: str | os.PathLike) -> list[tuple[Path, dict]]:
+    """Each of `profile_files` with what it says itself."""
+    defaults = project_root() / "profiles" / "defaults.yaml"
+    path = _profile_at(str(name_or_path))
+    if path is None or path.samefile(defaults):
+        raise InputError(
+            f"profile: no {str(name_or_path)!r}; choose one of {', '.join(_known_profiles())} or give a YAML file"
+        )
+    layers = [(path, _read_yaml(path))]
+    while "extends" in layers[-1][1]:
+        parent = _parent([path for path, _ in layers], layers[-1][1].pop("extends"))
+        layers.append((parent, _read_yaml(parent)))
+    return [(defaults, _read_yaml(defaults)), *reversed(layers)]
+
+
+def _parent(chain: Sequence[Path], named: object) -> Path:
+    """The file that the last of `chain`, each extending the next, extends by the name `named`."""
+    child, defaults = chain[-1], project_root() / "profiles" / "defaults.yaml"
+    where = f"{child}: extends = {named!r}"
+    trail = " -> ".join([*(path.name for path in chain), str(named)])
+    if not isinstance(named, str) or not named.strip():
+        raise InputError(f"{where} is no name; give that of one profile, as in `extends: cpu` ({trail})")
+    parent = _profile_at(named, child.parent)
+    if named == "defaults" or (parent and parent.samefile(defaults)):
+        raise InputError(f"{where}: every profile starts from the defaults; leave the line out ({trail})")
+    if parent is None:
+        missing = f"profiles/{named}.yaml" if Path(named).name == named and not _is_yaml(named) else named
+        known = f"one of {', '.join(_known_profiles())}"
+        raise InputError(f"{where}: there is no {missing} ({trail}); name {known}, or a path from {child.parent}")
+    if any(parent.samefile(path) for path in chain):
+        raise InputError(f"{where}: the profiles extend each other in a circle ({trail}); take one `extends` out")
+    return parent
+
+
+def _profile_at(named: str, folder: Path | None = None) -> Path | None:
+    """The file of a profile: by its name in `profiles/`, or a path from `folder` (the working directory) or the root.
+
+    A name without folder and suffix is looked for in `profiles/` first: it means the same everywhere.
+    """
+    root, text = project_root(), os.path.expanduser(named)
+    places = [folder or Path.cwd(), root, root / "profiles"]
+    if Path(text).name == text and not _is_yaml(text):
+        places = [root / "profiles", places[0]]
+    for place in places:
+        path = os.path.abspath(place / (text if _is_yaml(text) else f"{text}.yaml"))
+        if os.path.isfile(path):
+            return Path(path)
+    return None
+
+
+def _is_yaml(named: str) -> bool:
+    return named.lower().endswith((".yaml", ".yml"))
+
+
+def _known_profiles() -> list[str]:
+    return sorted(path.stem for path in (project_root() / "profiles").glob("*.yaml") if path.stem != "defaults")
+
+
+def _check_file_name(path: Path) -> None:
+    """A profile's file gives the name of `runs/<name>/`: one that can be a folder's, and no other profile has."""
+    if not NAME.fullmatch(path.stem) or path.stem in RESERVED:
+        reserved = "runs/ has something else of that name; " if path.stem in RESERVED else ""
+        raise InputError(f"profile: {path} would be run in runs/{path.stem}: {reserved}rename the file; {NAME_RULE}")
+    for other in sorted((project_root() / "profiles").glob("*.y*ml")):
+        # Without regard to case, as some file systems are.
+        if other.is_file() and other.stem.casefold() == path.stem.casefold() and not other.samefile(path):
+            raise InputError(
+                f"profile: {path} and {other} have one name, and both would be run in runs/{path.stem}; rename one"
+            )
+
+
+def _shown(path: Path) -> str:
+    """`path` as it goes into commands and records: from the root, or without the name of the home directory."""
+    if path.is_relative_to(project_root()):
+        return path.relative_to(project_root()).as_posix()
+    home = Path(os.path.expanduser("~"))
+    for folder in (home, home.resolve()):
+        if path.is_relative_to(folder):
+            return f"~/{path.relative_to(folder).as_posix()}"
+    return str(path)
+
+
+class _ProfileLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would silently take the second."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            # `<<` may be there more than once: it lays one section over another.
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
 
 
 def _read_yaml(path: Path) -> dict:
+    """What a profile's file says, which is at least one thing."""
     try:
-        content = yaml.safe_load(path.read_text())
+        # utf-8-sig: some editors begin a file with a byte-order mark.
+        text = path.read_text(encoding="utf-8-sig")
+        content = yaml.load(text, Loader=_ProfileLoader)
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML ({error})") from None
+        raise InputError(_explain_yaml(error, path, text)) from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not text in UTF-8; save it in that encoding") from None
+    except ValueError as error:  # a date such as 2026-13-01
+        raise InputError(f"{path}: not valid YAML ({error}); put what is meant as text in quotes") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if content is None or content == {}:
+        raise InputError(f"{path}: the file is empty; begin it with `extends: cpu` or the settings that it changes")
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected 'key: value' lines, found {type(content).__name__}")
+        raise InputError(f"{path}: expected 'key: value' lines, found {_kind(content)}")
+    for key in ("profile", "profile_file"):
+        if key in content:
+            raise InputError(f"{path}: {key} is not a setting: a profile is called as its file; leave the line out")
+    return content
+
+
+def _explain_yaml(error: yaml.YAMLError, path: Path, text: str) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"{path}: not valid YAML ({error})"
+    line = text.splitlines()[mark.line] if mark.line < len(text.splitlines()) else ""
+    indent = line[: len(line) - len(line.lstrip())]
+    remedy = "; indent with spaces, not with tabs" if "\t" in indent else ""
+    return f"{path}: not valid YAML in line {mark.line + 1}: {error.problem}{remedy}"
+
+
+def _with_paths(content: Any, folders: Sequence[Path], keys: tuple = ()) -> Any:
+    """`content`, whose paths (see `PATHS`) are absolute where one of `folders`, the first that has it, holds the file.
+
+    Others stay as they are written: they may be hub ids, and if not, messages show the user's own words.
+    """
+    if isinstance(content, dict):
+        return {key: _with_paths(value, folders, (*keys, key)) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_with_paths(value, folders, (*keys, "*")) for value in content]
+    if keys not in PATHS or not isinstance(content, str) or not content:
+        return content
+    if keys[-1] == "source" and content in KEYWORDS:
+        return content
+    for folder in folders:
+        path = os.path.abspath(folder / os.path.expanduser(content))
+        # A file that happens to be called as a hub's model is not one.
+        if os.path.isdir(path) or (os.path.isfile(path) and (keys[-1] == "path" or path.endswith(".gguf"))):
+            return path
     return content
 
 
@@ -463,25 +699,35 @@ def _with_grids(experiments: dict, grids: list[dict], where: str) -> dict:
     A grid is an experiment whose `name` and `title` take the combination's values: `{name: "{modules}_{theta}", over:
     {modules: [QKV, GUD], theta: [0.5, 0.9]}, …}` is four.
     """
-    found = dict(experiments)
+    if not isinstance(experiments, dict):
+        raise InputError(f"{where}: experiments is {_kind(experiments)}; write a line `name: {{sweep: …}}` for each")
+    if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
+        raise InputError(f"{where}: grids is no list of sections; write `- {{name: …, title: …, over: …}}` for each")
+    everything = dict(experiments)
     for grid in grids:
         if missing := {"name", "title", "over"} - set(grid):
             raise InputError(f"{where}: grids: {grid} lacks {', '.join(sorted(missing))}")
-        if loose := [key for key, values in grid["over"].items() if not isinstance(values, list)]:
+        if not isinstance(grid["over"], dict):
+            raise InputError(f"{where}: grids: {grid['name']}: over is {_kind(grid['over'])}; write `theta: [a, b, …]`")
+        if loose := [key for key, values in grid["over"].items() if not isinstance(values, list) or not values]:
             raise InputError(f"{where}: grids: {grid['name']}: over.{loose[0]} is no list; write [a, b, …]")
         common = {key: value for key, value in grid.items() if key not in ("name", "title", "over")}
         for values in itertools.product(*grid["over"].values()):
-            chosen = dict(zip(grid["over"], values, strict=True))
+            cell = dict(zip(grid["over"], values, strict=True))
             try:
-                name, title = (grid[key].format(**chosen) for key in ("name", "title"))
+                name, title = (str(grid[key]).format(**cell) for key in ("name", "title"))
             except KeyError as unknown:
                 raise InputError(
-                    f"{where}: grids: {grid['name']} uses {unknown}; its `over` has {', '.join(chosen)}"
+                    f"{where}: grids: {grid['name']} uses {unknown}; its `over` has {', '.join(cell)}"
                 ) from None
-            if name in found:
+            except (AttributeError, IndexError, ValueError) as error:
+                raise InputError(
+                    f"{where}: grids: {grid['name']}: {error}; write {{theta}} where a value of `over` belongs"
+                ) from None
+            if name in everything:
                 raise InputError(f"{where}: grids: {name!r} is there twice; give each grid its own names")
-            found[name] = {**common, **chosen, "title": title}
-    return found
+            everything[name] = {**common, **cell, "title": title}
+    return everything
 
 
 def _expand(overrides: dict) -> dict:
@@ -502,15 +748,28 @@ def _validate(content: dict, where: str) -> Settings:
 
 
 def _explain(item: dict, where: str) -> str:
-    key = ".".join(str(part) for part in item["loc"]) or "profile"
+    # Without pydantic's names of the kinds that a setting can be of, such as `tuple[str, ...]`.
+    key = ".".join(str(part) for part in item["loc"] if "[" not in str(part)) or "profile"
     if item["type"] == "extra_forbidden":
         section = _section_at(item["loc"][:-1])
-        allowed = ", ".join(getattr(section, "model_fields", {})) or "see profiles/defaults.yaml"
+        own = (name for name in getattr(section, "model_fields", {}) if name not in ("profile", "profile_file"))
+        allowed = ", ".join(own) or "see profiles/defaults.yaml"
         return f"{where}: {key} is not a setting; allowed here: {allowed}"
     if item["type"] == "missing":
         return f"{where}: {key} is missing; give it a value, as profiles/defaults.yaml does"
     value = "" if isinstance(item["input"], dict) else f" = {item['input']!r}"
-    return f"{where}: {key}{value}: {item['msg']}"
+    return f"{where}: {key}{value}: {item['msg'].removeprefix('Value error, ')}{_remedy(item)}"
+
+
+def _remedy(item: dict) -> str:
+    """What to write instead, where YAML made something else of what was meant."""
+    if item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
+        return f"; YAML reads it as {_kind(item['input'])}, so put it in quotes"
+    if item["type"] in ("tuple_type", "list_type"):
+        return "; write a list: [a, b]"
+    if item["type"] in ("model_type", "dict_type"):
+        return "; write its settings below it, as `key: value` lines"
+    return ""
 
 
 def _section_at(location: tuple) -> Any:

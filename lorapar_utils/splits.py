@@ -5,17 +5,20 @@ without `--dry-run` it asks them.
 """
 
 import argparse
+import os
 import random
+import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import datasets
 import diskcache
 import numpy as np
 import pandas as pd
 
-from lorapar_utils import data, teachers, voting
+from lorapar_utils import data, records, teachers, voting
 from lorapar_utils.errors import InputError
 from lorapar_utils.manifests import completed, inputs_of, is_current
 from lorapar_utils.settings import Settings, load_profile, project_root
@@ -82,9 +85,22 @@ def system_examples(settings: Settings, system: int) -> list[dict]:
 
 @contextmanager
 def _vote_cache() -> Iterator[diskcache.Cache]:
-    """One for all profiles of a clone: a paid answer is asked for once."""
-    with diskcache.Cache(project_root() / "runs" / "vote_cache", disk=diskcache.JSONDisk, eviction_policy="none") as c:
-        yield c
+    """One for all profiles of a clone, or of all that share `LORAPAR_VOTES`: a paid answer is asked for once.
+
+    Without SQLite's write-ahead log, which loses what two machines write on a network file system. Where there are no
+    file locks at all, nothing is asked: the answers could not be kept.
+    """
+    folder = project_root() / Path(os.environ.get("LORAPAR_VOTES") or "runs/vote_cache").expanduser()
+    kept = {"disk": diskcache.JSONDisk, "eviction_policy": "none", "sqlite_journal_mode": "delete"}
+    try:
+        with diskcache.Cache(folder, **kept) as cache:
+            yield cache
+    except (sqlite3.OperationalError, diskcache.Timeout) as error:
+        raise InputError(
+            f"votes: {folder} cannot keep them ({str(error) or 'it stayed locked'}). They need space and a file system "
+            "with locks, which some network folders lack: move that folder to a disk that has them, and set "
+            "LORAPAR_VOTES to where it is"
+        ) from error
 
 
 def _training_split(settings: Settings) -> datasets.Dataset:
@@ -98,9 +114,14 @@ def _electorate(settings: Settings) -> tuple[datasets.Dataset, list[voting.Teach
 
 def _voting_inputs(settings: Settings) -> dict:
     asked = settings.voting.model_dump(include={"calibration", "role_play_template", "plain_template"})
-    asked["teachers"] = [teachers.identity(section, settings) for section in settings.voting.teachers]
+    # A name labels a column of the votes; a limit decides which answers are cut off: both change what is written here.
+    asked["teachers"] = [
+        teachers.identity(section, settings) | section.model_dump(include={"name", "max_tokens"})
+        for section in settings.voting.teachers
+    ]
     modules = ("data", "voting", "teachers", "label_scores", "bundles", "models")
-    return inputs_of(settings, modules, pool=settings.pool.model_dump(), voting=asked)
+    rows = [[row[key] for key in data.COLUMNS] for row in _training_split(settings)]
+    return inputs_of(settings, modules, examples=records.fingerprint(rows), voting=asked)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import pandas as pd
 import yaml
 
 from lorapar_utils import statistics
-from lorapar_utils.records import Record, common_seeds, mean_outcomes
+from lorapar_utils.records import Record, common_seeds, mean_outcomes, score_after
 from lorapar_utils.settings import project_root
 
 
@@ -45,19 +45,24 @@ def points(metric: dict | None) -> str:
 
 
 def stage_table(records: Iterable[Record]) -> pd.DataFrame:
-    """One row an experiment: System 1 and System 2 test accuracy after each stage, and the active share."""
+    """One row an experiment: System 1 and System 2 test accuracy after each stage, and the active share.
+
+    Of free text the overlap with the reference, and its loss, in place of the accuracies.
+    """
     rows = []
     for record in records:
         metrics = record.result["metrics"]
         for stage in ("base", "stage1", "stage2"):
-            if f"{stage}/accuracy" in metrics:
+            if score_after(record, stage):
+                scores = {f"System {k}": percent(metrics.get(f"{stage}/system{k}")) for k in (1, 2)}
+                if overlap := metrics.get(f"{stage}/overlap"):
+                    scores = {"overlap": percent(overlap), "loss": number(metrics.get(f"{stage}/loss"))}
                 rows.append(
                     {
                         "experiment": record.run["parameters"]["title"],
                         "seed": record.run["seed"],
                         "stage": stage,
-                        "System 1": percent(metrics.get(f"{stage}/system1")),
-                        "System 2": percent(metrics.get(f"{stage}/system2")),
+                        **scores,
                         "active": _share(metrics.get(f"active/{stage}")),
                         "records": label(record),
                     }
@@ -66,7 +71,11 @@ def stage_table(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def gain_table(records: Iterable[Record]) -> pd.DataFrame:
-    """What stage 2 changed over stage 1 by experiment, seed and system: paired, with McNemar's exact p."""
+    """What stage 2 changed over stage 1 by experiment, seed and system: paired, with McNemar's exact p.
+
+    Of free text the change of the overlap, which has no such p.
+    """
+    keys = {"gain/system1": 1, "gain/system2": 2, "gain/overlap": "overlap"}
     return pd.DataFrame(
         [
             {
@@ -74,14 +83,20 @@ def gain_table(records: Iterable[Record]) -> pd.DataFrame:
                 "seed": record.run["seed"],
                 "system": system,
                 "gain": points(gain),
-                "p": f"{gain['p_value']:.3f}" if gain["p_value"] >= 0.001 else "< 0.001",
+                "p": _p_value(gain),
                 "records": label(record),
             }
             for record in records
-            for system in (1, 2)
-            if (gain := record.result["metrics"].get(f"gain/system{system}"))
+            for key, system in keys.items()
+            if (gain := record.result["metrics"].get(key))
         ]
     )
+
+
+def _p_value(metric: dict) -> str:
+    if "p_value" not in metric:
+        return "–"
+    return f"{metric['p_value']:.3f}" if metric["p_value"] >= 0.001 else "< 0.001"
 
 
 def budget_table(records: Iterable[Record]) -> pd.DataFrame:
@@ -141,7 +156,7 @@ def theta_points(records: Iterable[Record]) -> list[dict]:
     groups: dict[tuple, dict[int, Record]] = {}
     for record in records:
         parameters = record.run["parameters"]
-        if "stage1/accuracy" not in record.result["metrics"]:
+        if score_after(record, "stage1") is None:
             continue
         score = parameters.get("score") or "second_order"
         chosen_by = {"second_order": "importance", "random": "random scores"}.get(score, score)
@@ -155,7 +170,7 @@ def theta_points(records: Iterable[Record]) -> list[dict]:
             "theta": theta,
             "selection": selection,
             "active": next(iter(runs.values())).metric("active/stage1")["value"],
-            "seeds": [run.metric("stage1/accuracy")["value"] for _, run in sorted(runs.items())],
+            "seeds": [score_after(run, "stage1")["value"] for _, run in sorted(runs.items())],
             "records": [run for _, run in sorted(runs.items())],
             **statistics.share(list(mean_outcomes(runs.values(), "stage1").values())),
         }
@@ -183,8 +198,9 @@ METHOD_ROWS = {
 }
 # LoRA-PAR as the paper has it: anything else is an ablation.
 USUAL = {"selection": "importance", "theta": 0.9, "alpha": 1.0, "beta": 1.0, "split_by": None, "panel": None}
-# The paper's columns beside each of our benchmarks; its MMLU was trained on Dolly-15k.
+# The paper's columns beside each of our benchmarks; its MMLU was trained on Dolly-15k, or on Open-Platypus.
 PUBLISHED = {"pool": "gsm8k", "gsm8k": "gsm8k", "mmlu": "mmlu_dolly", "humaneval": "humaneval"}
+TRAINED_ON = {("mmlu", "open-platypus"): "mmlu_platypus"}
 
 
 def method_runs(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -213,7 +229,9 @@ def benchmark_table(records: Iterable[Record], benchmark: str = "pool") -> pd.Da
     reads "not run". `truncated` is the share of completions that never ended: they can only be wrong.
     """
     runs = method_runs(records)
-    published = _published(PUBLISHED[benchmark])
+    pools = {run.run["parameters"].get("pool") for group in runs.values() for run in group}
+    column = TRAINED_ON.get((benchmark, pools.pop())) if len(pools) == 1 else None
+    published = _published(column or PUBLISHED[benchmark])
     rows = []
     for title, (_, row) in METHOD_ROWS.items():
         found = runs.get(title, [])
@@ -248,7 +266,7 @@ def cost_points(records: Iterable[Record]) -> pd.DataFrame:
         last = _last(found)
         if last == "base":
             continue
-        stages = [stage for stage in ("stage1", "stage2") if f"{stage}/accuracy" in found[0].result["metrics"]]
+        stages = [stage for stage in ("stage1", "stage2") if score_after(found[0], stage)]
         active = found[0].metric(f"active/{last}")
         rows.append(
             {
@@ -284,8 +302,7 @@ def _published(column: str) -> dict[str, tuple]:
 
 
 def _last(runs: list[Record]) -> str:
-    metrics = runs[0].result["metrics"] if runs else {}
-    return next((stage for stage in ("stage2", "stage1") if f"{stage}/accuracy" in metrics), "base")
+    return next((stage for stage in ("stage2", "stage1") if runs and score_after(runs[0], stage)), "base")
 
 
 def _stage_of(stage: str, benchmark: str) -> str:

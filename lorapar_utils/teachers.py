@@ -4,31 +4,44 @@ Deviation: the paper's teachers are large reasoning models that answer in words,
 teacher is read by the log-likelihood of its two labels, so that every vote comes with a margin.
 """
 
+import csv
 import functools
 import hashlib
+import html
+import io
 import json
 import os
 import re
 import threading
+import unicodedata
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import jinja2
 import openai
 import pandas as pd
 import tenacity
-from openai.types.chat import ChatCompletion
 
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import fingerprint
 from lorapar_utils.settings import ApiTeacher, LocalTeacher, RecordedTeacher, Settings
 from lorapar_utils.voting import Ballot, Teacher
 
-VERDICT = re.compile(r"(?:(?:final\s+)?(?:answer|verdict|vote|classification)\s*(?:is\s*)?:?)?\s*system\s*([12])", re.I)
-THINKING = re.compile(r"</?think(?:ing)?>", re.I)
-# What changes how fast or at what price a question is asked, not how it is answered.
-LOGISTICS = {"concurrency", "timeout", "retries", "price_in", "price_out"}
+# What a teacher is called, where its key lies, what its answers cost or are limited by: none of it shapes an answer.
+LOGISTICS = {
+    "name",
+    "api_key_env",
+    "max_tokens",
+    "max_tokens_field",
+    "concurrency",
+    "timeout",
+    "retries",
+    "price_in",
+    "price_out",
+}
 
 
 def build_teachers(settings: Settings, examples: Sequence[dict]) -> list[Teacher]:
@@ -37,8 +50,9 @@ def build_teachers(settings: Settings, examples: Sequence[dict]) -> list[Teacher
     Raises
     ------
     InputError
-        A template that names an unknown variable; of an API teacher: no key, an unreachable server, a refused key; of
-        recorded votes: a missing file or column, missing, repeated or unknown ids, a vote that is not 0, 1 or 2.
+        A template that names an unknown variable; of an API teacher: no key, or one that cannot be sent, an address
+        that is none; of recorded votes: a missing file or column, missing, repeated or unknown ids, a cell that is no
+        vote.
     """
 
     @functools.cache
@@ -55,17 +69,23 @@ def build_teachers(settings: Settings, examples: Sequence[dict]) -> list[Teacher
         "api": lambda section: _api(section, settings),
         "recorded": lambda section: _recorded(section, ids),
     }
-    return [makers[section.kind](section) for section in settings.voting.teachers]
+    teachers = [makers[section.kind](section) for section in settings.voting.teachers]
+    for teacher in teachers:
+        for example in examples[:1]:
+            teacher.prompt(example)
+    return teachers
 
 
 def identity(section: LocalTeacher | ApiTeacher | RecordedTeacher, settings: Settings) -> dict:
     """All that shapes a teacher's answers: what its votes are kept under."""
-    told = section.model_dump(exclude=LOGISTICS)
     if section.kind == "recorded":
-        return told | {"sha256": hashlib.sha256(_read_bytes(section)).hexdigest()}
-    if section.kind == "local" and section.source is None:
-        return told | {"model": settings.model.model_dump(exclude={"system_prompt"})}
-    return told
+        return {"kind": "recorded", "sha256": hashlib.sha256(_read_bytes(section)).hexdigest()}
+    shaping = section.model_dump(exclude=LOGISTICS)
+    if section.kind == "api":
+        return shaping | {"base_url": _address(section)}
+    if section.source is None:
+        return shaping | {"model": settings.model.model_dump(exclude={"system_prompt"})}
+    return shaping
 
 
 # --- what a teacher reads, and what it answers ---------------------------------------------------------------
@@ -86,7 +106,7 @@ def teacher_prompt(section: LocalTeacher | ApiTeacher, example: dict, settings: 
             )
             .strip()
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         kind = "role_play_template" if section.role_play else "plain_template"
         raise InputError(f"voting.{kind}: {error}; it may use target, persona, prompt, answer and question") from None
 
@@ -96,20 +116,102 @@ def _template(source: str) -> jinja2.Template:
     return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(source)
 
 
+# Between these, a model thinks: tags, and the channels of gpt-oss and Gemma.
+_THOUGHTS = r"(?:think|thinking|thoughts?|reason|reasoning|analysis|reflection|scratchpad|seed:think)"
+OPENED = re.compile(
+    rf"<{_THOUGHTS}(?:\s[^<>]*)?>|\[THINK\]|◁think▷|<\|begin_of_thought\|>"
+    r"|<\|channel\|?>\s*(?:analysis|commentary|thought)",
+    re.I,
+)
+CLOSED = re.compile(
+    rf"</{_THOUGHTS}\s*>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|channel\|>\s*final|<channel\|>", re.I
+)
+# What a server without the model's own stop tokens leaves in, and tags that say "this is the answer" or are layout.
+LEFT_IN = re.compile(
+    r"<\|[^<>|\n]*\|?>|<[^<>|\s]+\|>|\[\|[^\[\]|\n]*\|\]|</?s>|\[/?(?:INST|EOS|BOS|DONE)\]"
+    r"|<(?:bos|eos|pad|eot|end|(?:start|end)_of_(?:turn|utterance|text))>"
+    r"|</?(?:(?:final[_-]?)?(?:answer|verdict|vote|classification|decision|judge?ment|result|output|response)|final"
+    r"|b|strong|i|em|u|code|pre|p|br|div|span|center|mark|h[1-6]|li|ul|ol|blockquote)\s*/?>",
+    re.I,
+)
+LATEX = re.compile(
+    r"\\+(?:boxed|fbox|framebox|text\w*|math(?:rm|bf|sf|it|tt)|emph|operatorname|mbox|bm)\s*\{([^{}]*)\}"
+)
+LATEX_MARKS = re.compile(r"\\[\[\](),;:! ]|\$")
+LABEL = re.compile(
+    r"(?:(?:so|thus|hence|therefore),?\s+)?(?:(?:the|my)\s+)?(?:(?:final|overall)\s+)?"
+    r"(?:answer|verdict|vote|classification|judge?ment|decision|conclusion|result|category|label|choice|kind|type"
+    r"|response|output)(?:\s+is)?\s*(?:[:=→⇒]|[=–—-]+>?)?",
+    re.I,
+)
+SYSTEM = re.compile(r"system(?:\s*|[~‐–-])(?:(1|i|one)|(2|ii|two))\b", re.I)
+NO_VERDICT = "no verdict in the last line"
+
+
 def parse_vote(text: str) -> tuple[int, str]:
     """The system that an answer ends with, and ""; or 0 and why it is an abstention.
 
-    The last line has to say `System 1` or `System 2` and nothing else (`Answer:` before it and marks around it are
-    accepted). Reasoning before it, in `<think>` tags or not, is skipped. Anything else is never guessed at.
+    The last line has to say `System 1` or `System 2` and nothing else. `Answer:` before it is accepted, and so is what
+    does not change its meaning: Markdown, LaTeX, quotes, brackets, tags such as `<answer>`, stop tokens, another
+    spelling of the number (`II`, full-width digits), one JSON object with one answer. Reasoning before it, in `<think>`
+    tags or not, is skipped. Anything else is never guessed at.
+
+    >>> parse_vote("It chains three sums. **Answer:** System 2")
+    (0, 'no verdict in the last line')
+    >>> parse_vote("It chains three sums.\n**Answer:** System 2")
+    (2, '')
     """
-    visible = THINKING.split(text)[-1] if re.search(r"</think(?:ing)?>", text, re.I) else text
-    if THINKING.search(visible):
+    plain = unicodedata.normalize("NFKC", html.unescape(text))
+    plain = "".join(character for character in plain if unicodedata.category(character) != "Cf")
+    visible = CLOSED.split(plain)[-1]
+    if OPENED.search(visible):
         return 0, "stopped while thinking"
-    lines = [line.strip() for line in visible.splitlines() if line.strip()]
+    if (answer := _json_answer(visible)) is not None:
+        return (answer, "") if answer else (0, NO_VERDICT)
+    lines = [bare for line in visible.splitlines() if (bare := _bare(line))]
     if not lines:
         return 0, "empty answer"
-    found = VERDICT.fullmatch(lines[-1].strip("*_#`\"'.:!() \t"))
-    return (int(found[1]), "") if found else (0, "no verdict in the last line")
+    system, labelled = _verdict(lines[-1])
+    if system and not labelled and len(lines) > 1 and _verdict(lines[-2])[0] == 3 - system:
+        return 0, NO_VERDICT  # both systems, one a line: the choices, not a choice
+    return (system, "") if system else (0, NO_VERDICT)
+
+
+def _verdict(bare: str) -> tuple[int, bool]:
+    """The one system that a bare line names, else 0; and whether it is labelled as the answer."""
+    label = LABEL.match(bare)
+    named = SYSTEM.fullmatch(_bare(bare[label.end() :]) if label else bare)
+    return (0 if named is None else 1 if named[1] else 2), label is not None
+
+
+def _bare(line: str) -> str:
+    """A line without what only decorates it."""
+    line = LATEX_MARKS.sub(" ", LEFT_IN.sub(" ", line))
+    while (inner := LATEX.sub(r"\1", line)) != line:
+        line = inner
+    line = re.sub("[*`\"'“”„‘’‚«»‹›「」]", "", line).replace("_", " ")
+    while True:
+        line = re.sub(r"^[\s#>+.:•·●▪◦‣–—-]+|[\s#.:!,;–—-]+$", "", line)
+        wrapped = re.fullmatch(r"\((\S.*)\)|\[(\S.*)\]|\{(\S.*)\}|【(\S.*)】", line)
+        if wrapped is None:
+            return line
+        line = wrapped[wrapped.lastindex]
+
+
+def _json_answer(visible: str) -> int | None:
+    """Of an answer that ends with a JSON object: the system under its one label, 0 without; None of other answers."""
+    ending = LEFT_IN.sub(" ", visible[visible.rfind("{") :]).strip("`\n\t ")
+    try:
+        fields = json.loads(ending)
+    except ValueError:
+        return None
+    if not isinstance(fields, dict):
+        return None
+    answers = [value for key, value in fields.items() if LABEL.fullmatch(_bare(key))]
+    systems_named = {named[1] is None for named in SYSTEM.finditer(ending)}
+    if len(answers) != 1 or not isinstance(answers[0], str) or len(systems_named) != 1:
+        return 0
+    return _verdict(_bare(answers[0]))[0]
 
 
 # --- local models --------------------------------------------------------------------------------------------
@@ -135,38 +237,90 @@ def _local(section: LocalTeacher, settings: Settings, load: Callable) -> Teacher
 
 # --- OpenAI-compatible servers -------------------------------------------------------------------------------
 
+OPENAI = "https://api.openai.com/v1"
+# A server's last word on one question; every other status may pass, or is about the account or the address.
+ABOUT_THE_QUESTION = {400, 413, 414, 422, 451}
+# 200: servers that send their errors as if they were answers.
+MONEY_STATUSES = {200, 400, 401, 403, 429}
+MONEY = re.compile(
+    r"(?<![a-z])(?:insufficient[ _]\w+|billing|credits?|quota|balance|payment|funds|budget|arrears|arrearage"
+    r"|(?:usage|spend|spending)[ _]limits?)(?![a-z])",
+    re.I,
+)
+RATE = re.compile(r"rate.?limit|per.(?:second|minute|hour|day)|(?:retry|try again) (?:in|after)", re.I)
+FILTER = re.compile(
+    r"content.?(?:filter|policy|management|moderation)|moderation|flagged|safety|inappropriate|data_inspection", re.I
+)
+PASSING = re.compile(r"overloaded|temporar|try again|timed? ?out|unavailable|still loading|at capacity", re.I)
+KEY = re.compile(r"(?<![a-z])api.?key", re.I)
+UNKNOWN_MODEL = re.compile(
+    r"model_not_found|model[^.]{0,80}(?:not exist|not found)|(?:invalid|unknown|no such) model|deployment", re.I
+)
+NO_ENDPOINT = re.compile(r"endpoint|unknown request url|invalid url|cannot (?:post|get)|no route", re.I)
+LIMIT = re.compile(r"max_(?:completion_|output_|new_)?tokens|in the completion", re.I)
+UNKNOWN_FIELD = re.compile(
+    r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not (?:permitted|allowed)", re.I
+)
+# finish_reason, as the servers spell it.
+CUT = {"length", "max_tokens", "max_length"}
+FILTERED = {"content_filter", "safety", "sensitive", "recitation"}
+BROKEN_OFF = {"error", "abort", "aborted", "cancelled", "insufficient_system_resource"}
+ENDED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"}
 
-class _Garbled(Exception):
-    """A 200 whose body is no chat completion."""
+
+class _Unusable(Exception):
+    """A 200 whose body is no answer, for a reason that may pass: worth another try."""
+
+
+@dataclass(frozen=True)
+class _Server:
+    """A teacher's client, and how to speak of it without showing its key."""
+
+    section: ApiTeacher
+    key: str
+    address: str
+    client: openai.OpenAI
+
+    @property
+    def where(self) -> str:
+        return f"teacher {self.section.name!r}"
+
+    def shown(self, message: object) -> str:
+        """The start of what the server or the client says, without the key, in whole or in part."""
+        # OpenAI shows a refused key with stars in its middle.
+        return re.sub(r"\S*\*{3,}\S*", "[the key]", self.without_key(str(message)))[:200]
+
+    def without_key(self, text: str) -> str:
+        if len(self.key) < 8:  # "any word", for a server without keys
+            return re.sub(rf"(?<!\w){re.escape(self.key)}(?!\w)", "[the key]", text)
+        parts = [self.key[start : start + 8] for start in range(len(self.key) - 7)]
+        text = text.replace(self.key, "[the key]")
+        return re.sub(r"\S+", lambda word: "[the key]" if any(part in word[0] for part in parts) else word[0], text)
 
 
 def _api(section: ApiTeacher, settings: Settings) -> Teacher:
-    key = os.environ.get(section.api_key_env)
-    if not key:
-        raise InputError(
-            f"teacher {section.name!r}: the environment variable {section.api_key_env} is not set; "
-            "put the server's key there (any word, for a server without keys)"
-        )
+    server = _server(section)
     prompt = functools.partial(teacher_prompt, section, settings=settings)
 
     def ask(asked: Sequence[dict], answered: Callable[[int, Ballot], None]) -> None:
-        client = openai.OpenAI(
-            base_url=section.base_url, api_key=key, timeout=section.timeout, max_retries=section.retries
-        )
         lock = threading.Lock()
 
         def answer(i: int) -> None:
-            ballot = _ask_server(client, section, prompt(asked[i]))
+            ballot = _ask_server(server, prompt(asked[i]))
             with lock:  # kept by the thread that got it: what was paid for is never lost
                 answered(i, ballot)
 
-        _check_server(client, section)
         # The first question alone: a wrong model name then costs one refused call, not one a thread.
         answer(0)
         pool = ThreadPoolExecutor(section.concurrency)
+        calls = [pool.submit(answer, i) for i in range(1, len(asked))]
         try:
-            for future in as_completed([pool.submit(answer, i) for i in range(1, len(asked))]):
-                future.result()
+            for call in as_completed(calls):
+                call.result()
+        except InputError:
+            pool.shutdown(wait=False, cancel_futures=True)
+            wait(calls, timeout=section.timeout)  # those under way are paid for: the next run is to know their answers
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -178,115 +332,323 @@ def _api(section: ApiTeacher, settings: Settings) -> Teacher:
         price_in=section.price_in,
         price_out=section.price_out,
         max_tokens=section.max_tokens,
+        check=functools.partial(_check_server, server),
     )
 
 
-def _check_server(client: openai.OpenAI, section: ApiTeacher) -> None:
-    """Reachable, and the key accepted? Listing models is free; servers that don't list them are asked nonetheless."""
+def _server(section: ApiTeacher) -> _Server:
+    where, variable = f"teacher {section.name!r}", section.api_key_env
+    if not variable.isidentifier() or (len(variable) > 20 and not variable.isupper()):
+        # It is not shown: it looks like the key itself.
+        raise InputError(f"{where}: api_key_env is the name of an environment variable, such as OPENAI_API_KEY")
+    key = os.environ.get(variable, "").strip().strip("\ufeff").strip()
+    if not key:
+        raise InputError(
+            f"{where}: the environment variable {variable} is not set; "
+            "put the server's key there (any word, for a server without keys)"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(
+            f"{where}: the key in the environment variable {variable} has characters that cannot be sent; "
+            "use printable ASCII alone, without line ends inside"
+        )
+    address, parts = _address(section), urlsplit(_written_address(section))
+    options = {}
+    if parts.username is not None:
+        # Taken out of the address, so that no message of the client's shows them.
+        login = (unquote(parts.username), unquote(parts.password or ""))
+        options["http_client"] = openai.DefaultHttpxClient(auth=login)
+    client = openai.OpenAI(
+        base_url=address,
+        api_key=key,
+        timeout=section.timeout,
+        max_retries=section.retries,
+        default_query=dict(parse_qsl(parts.query)),
+        **options,
+    )
+    return _Server(section, key, address, client)
+
+
+def _written_address(section: ApiTeacher) -> str:
+    return (section.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).strip()
+
+
+def _address(section: ApiTeacher) -> str:
+    """The server's base URL in one spelling, without user, password and query."""
     try:
-        client.with_options(max_retries=min(section.retries, 2)).models.list()
+        parts = urlsplit(_written_address(section))
+        port = parts.port
+    except ValueError:
+        parts = port = None
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InputError(
+            f"teacher {section.name!r}: base_url is no server's address; write it like http://localhost:8000/v1"
+        )
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    if port not in (None, {"http": 80, "https": 443}[parts.scheme]):
+        host = f"{host}:{port}"
+    return f"{parts.scheme}://{host}{parts.path.rstrip('/')}"
+
+
+def _check_server(server: _Server) -> None:
+    """Reachable, and the key accepted? Listing models is free; servers that don't list them are asked nonetheless."""
+    problem = None
+    try:
+        client = server.client.with_options(max_retries=min(server.section.retries, 2))
+        response = client.models.with_raw_response.list().http_response
+        if _is_page(response):
+            problem = _web_page(server)
     except openai.APIConnectionError as error:
-        raise _unreachable(section, client, error) from None
-    except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-        raise _refused(section, error) from None
-    except (openai.APIError, json.JSONDecodeError):
-        return
+        problem = _unreachable(server, error)
+    except openai.AuthenticationError as error:
+        problem = _refused(server, error.status_code, error.body)
+    except openai.APIError:
+        pass
+    # Outside the handlers: the client's exceptions hold the request, and with it the key.
+    if problem is not None:
+        raise problem
 
 
-def _ask_server(client: openai.OpenAI, section: ApiTeacher, prompt: str) -> Ballot:
-    """One question. Retries, backoff and Retry-After are the client's; a garbled body is tried again as often."""
+def _ask_server(server: _Server, prompt: str) -> Ballot:
+    """One question. Retries, backoff and Retry-After are the client's; an unusable body is tried again as often."""
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(_Garbled),
-        stop=tenacity.stop_after_attempt(section.retries + 1),
+        retry=tenacity.retry_if_exception_type(_Unusable),
+        stop=tenacity.stop_after_attempt(server.section.retries + 1),
         wait=tenacity.wait_random_exponential(max=8),
         reraise=True,
     )
+    broken = None
+    try:
+        outcome = retrying(_complete, server, prompt)
+    except _Unusable as error:
+        outcome = _failed(str(error))
+    except openai.APITimeoutError:
+        outcome = _failed(f"no answer within {server.section.timeout:g} s")
+    except openai.APIConnectionError as error:
+        broken = server.shown(error.__cause__ or error)
+        outcome = _failed(f"the connection broke: {broken}")
+    except openai.APIStatusError as error:
+        page = _is_page(error.response)
+        outcome = _judged(server, error.status_code, error.body, prompt, page=page)
+    if broken is not None:
+        _check_server(server)  # a server that is gone would fail on every question left
+    if isinstance(outcome, InputError):
+        raise outcome  # outside the handlers, as in `_check_server`
+    return outcome
+
+
+def _complete(server: _Server, prompt: str) -> Ballot | InputError:
+    section = server.section
     options = {section.limit_field: section.max_tokens}
     if section.temperature is not None:
         options["temperature"] = section.temperature
+    # Raw: the client checks no types, and what servers send is not always what it declares.
+    response = server.client.chat.completions.with_raw_response.create(
+        model=section.model, messages=[{"role": "user", "content": prompt}], **options
+    ).http_response
+    if _is_page(response):
+        return _web_page(server)
     try:
-        completion = retrying(_complete, client, section, prompt, options)
-    except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-        raise _refused(section, error) from None
-    except openai.NotFoundError as error:
-        raise InputError(
-            f"teacher {section.name!r}: the server at {client.base_url} does not know model {section.model!r} "
-            f"({error.message}); {_models_there(client)}"
-        ) from None
-    except openai.APITimeoutError:
-        return Ballot(system=0, reason=f"no answer within {section.timeout:g} s", final=False)
-    except openai.APIConnectionError as error:
-        raise _unreachable(section, client, error) from None
-    except openai.RateLimitError as error:
-        if error.code == "insufficient_quota":
-            raise InputError(
-                f"teacher {section.name!r}: the account has no credit left; answered votes are kept, so add credit "
-                "and run again"
-            ) from None
-        return Ballot(system=0, reason="rate limit, after every retry", final=False)
-    except openai.APIStatusError as error:
-        # A 4xx is the server's last word on this question (a content filter, say); a 5xx may pass.
-        return Ballot(system=0, reason=f"refused: {error.message[:200]}", final=error.status_code < 500)
-    except _Garbled as error:
-        return Ballot(system=0, reason=f"garbled answer: {error}", final=False)
-    return _ballot(completion)
+        body = json.loads(response.text)
+    except ValueError as error:
+        raise _Unusable(f"garbled answer: {server.shown(error)}") from None
+    if isinstance(body, list) and len(body) == 1:
+        [body] = body
+    if not isinstance(body, dict):
+        raise _Unusable("garbled answer: the body is no object")
+    choices = body.get("choices")
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        message = choices[0].get("message")
+        if isinstance(message, dict):
+            return _ballot(server, message, choices[0].get("finish_reason"), body.get("usage"))
+    error = body.get("error") or (body if {"message", "detail", "msg"} & body.keys() else None)
+    if error is None:
+        raise _Unusable("garbled answer: no choices in the body")
+    outcome = _judged(server, _status_in(error), error, prompt)
+    if isinstance(outcome, Ballot) and not outcome.final:
+        raise _Unusable(outcome.reason)
+    return outcome
 
 
-def _complete(client: openai.OpenAI, section: ApiTeacher, prompt: str, options: dict) -> ChatCompletion:
-    try:
-        completion = client.chat.completions.create(
-            model=section.model,
-            messages=[{"role": "user", "content": prompt}],
-            **options,
-        )
-    except (json.JSONDecodeError, openai.APIResponseValidationError) as error:
-        raise _Garbled(str(error)[:100]) from None
-    if not isinstance(completion, ChatCompletion) or not completion.choices or completion.choices[0].message is None:
-        raise _Garbled("no choices in the body")
-    return completion
-
-
-def _ballot(completion: ChatCompletion) -> Ballot:
-    choice, usage = completion.choices[0], completion.usage
-    text = choice.message.content or ""
-    if choice.message.refusal:
-        system, reason = 0, f"refused: {choice.message.refusal[:200]}"
-    elif choice.finish_reason == "length":
-        system, reason = 0, "reached max_tokens before a verdict"
+def _ballot(server: _Server, message: dict, finish_reason: object, usage: object) -> Ballot:
+    text, ended = _text(message.get("content")), str(finish_reason).lower()
+    system, reason, final, limit = 0, "", True, None
+    if message.get("refusal"):
+        reason = f"refused: {server.shown(message['refusal'])}"
+    elif ended in FILTERED:
+        reason = "refused: the provider's filter"
+    elif ended in CUT:
+        reason, limit = "reached max_tokens before a verdict", server.section.max_tokens
+    elif ended in BROKEN_OFF:
+        reason, final = f"the server broke off: finish_reason {ended}", False
+    elif not text.strip():
+        elsewhere = next((name for name in ("reasoning_content", "reasoning", "tool_calls") if message.get(name)), None)
+        reason, final = "empty answer", False
+        if elsewhere:
+            reason += f", with {elsewhere}: check the server's parsers"
     else:
         system, reason = parse_vote(text)
+        # Without a word that it was finished, an answer without a verdict may be a part of one.
+        final = bool(system) or ended in ENDED
+    counts = usage if isinstance(usage, dict) else {}
     return Ballot(
         system=system,
         reason=reason,
-        text=text,
-        tokens_in=usage.prompt_tokens if usage else 0,
-        tokens_out=usage.completion_tokens if usage else 0,
+        text=server.without_key(text),
+        tokens_in=_count(counts.get("prompt_tokens")),
+        tokens_out=_count(counts.get("completion_tokens")),
+        final=final,
+        limit=limit,
     )
 
 
-def _models_there(client: openai.OpenAI) -> str:
+def _text(content: object) -> str:
+    """An answer's text: a string, or the text parts of a list of parts."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _count(tokens: object) -> int:
     try:
-        names = [model.id for model in client.models.list()]
-    except (openai.APIError, json.JSONDecodeError):
-        names = []
-    return f"it has {', '.join(names[:10])}" if names else "check the model's name"
+        return max(0, int(float(tokens)))
+    except (TypeError, ValueError, OverflowError):
+        return 0
 
 
-def _unreachable(section: ApiTeacher, client: openai.OpenAI, error: Exception) -> InputError:
+def _failed(reason: str) -> Ballot:
+    return Ballot(system=0, reason=reason, final=False)
+
+
+# --- what a server's error means -----------------------------------------------------------------------------
+
+
+def _judged(server: _Server, status: int, body: object, prompt: str, *, page: bool = False) -> Ballot | InputError:
+    """What an error means for the question: an abstention, to be asked again or not; or an end to the whole run."""
+    section, where = server.section, server.where
+    said = _said(server, status, body)
+    words = _words(body).replace(prompt, " ")  # what servers quote of a question says nothing about the error
+    money = [] if RATE.search(words) and "insufficient_quota" not in words else MONEY.findall(words)
+    if status == 402 or (status in MONEY_STATUSES and any(word.lower() not in prompt.lower() for word in money)):
+        return InputError(
+            f"{where}: the account has no credit left ({said}); answered votes are kept, so add credit and run again"
+        )
+    if status == 401:
+        return _refused(server, status, body)
+    if page and (status in ABOUT_THE_QUESTION or status in (403, 404, 405, 410)):
+        return _web_page(server)
+    if FILTER.search(words) and (status in ABOUT_THE_QUESTION or status in (200, 403)):
+        return Ballot(system=0, reason=f"refused: {said}")
+    if status == 403 or (status in (200, 400) and KEY.search(words)):
+        return _refused(server, status, body)
+    if status in (200, 400, 404, 410) and (UNKNOWN_MODEL.search(words) or (status == 404 and "model" in words.lower())):
+        return InputError(
+            f"{where}: the server at {server.address} does not know model {section.model!r} ({said}); "
+            f"{_models_there(server)}"
+        )
+    if status in (404, 405, 410) or (status == 200 and NO_ENDPOINT.search(words)):
+        return InputError(
+            f"{where}: there is nothing at {server.address}/chat/completions ({said}); correct base_url, which often "
+            "ends with /v1"
+        )
+    if status in (200, 400, 422) and (remedy := _refused_setting(section, body, words, prompt)):
+        return InputError(f"{where}: the server refuses {remedy} ({said}); answered votes are kept")
+    final = status in ABOUT_THE_QUESTION and not money and not PASSING.search(words)
+    return Ballot(system=0, reason=f"refused: {said}", final=final)
+
+
+def _refused_setting(section: ApiTeacher, body: object, words: str, prompt: str) -> str | None:
+    """What is refused of a call's settings, and what to set instead; None for a fault of the question's own."""
+    parameter = str(body.get("param")) if isinstance(body, dict) else ""
+    if parameter == "temperature" or ("temperature" in words.lower() and "temperature" not in prompt.lower()):
+        return f"temperature = {section.temperature}; set it to null, or to a value that the server takes"
+    if not (LIMIT.search(parameter) or LIMIT.search(words)):
+        return None
+    if UNKNOWN_FIELD.search(words):
+        [other] = {"max_tokens", "max_completion_tokens"} - {section.limit_field}
+        return f"the field {section.limit_field}; set max_tokens_field to {other}"
+    return f"max_tokens = {section.max_tokens}; set it lower"
+
+
+def _said(server: _Server, status: int, body: object) -> str:
+    return server.shown(f"Error code: {status} - {_message(body) or 'no reason given'}")
+
+
+def _status_in(error: object) -> int:
+    """The HTTP status that an error body carries, 200 without."""
+    code = error.get("code") or error.get("status") if isinstance(error, dict) else None
+    status = _count(code)
+    return status if 400 <= status < 600 else 200
+
+
+def _unwrapped(body: object) -> object:
+    if isinstance(body, list) and len(body) == 1:
+        [body] = body
+    return body.get("error") or body if isinstance(body, dict) else body
+
+
+def _message(body: object) -> str:
+    """What an error body says to a person."""
+    error = _unwrapped(body)
+    if not isinstance(error, dict):
+        return " ".join(re.sub(r"<[^<>]*>", " ", str(error or "")).split())  # a page of HTML without its tags
+    spoken = next((error[key] for key in ("message", "detail", "msg") if error.get(key)), error)
+    if isinstance(spoken, list) and all(isinstance(item, dict) for item in spoken):
+        # FastAPI's, without `input`, which repeats the whole request.
+        places = [(".".join(map(str, item.get("loc") or [])), item.get("msg")) for item in spoken]
+        return "; ".join(f"{place}: {message}" for place, message in places)
+    return spoken if isinstance(spoken, str) else json.dumps(spoken)
+
+
+def _words(body: object) -> str:
+    """All of an error body that tells what kind of error it is."""
+    error = _unwrapped(body)
+    kinds = [error.get(key) for key in ("code", "type", "status", "param")] if isinstance(error, dict) else []
+    return " ".join([*(str(kind) for kind in kinds if kind), _message(body)])
+
+
+def _is_page(response) -> bool:
+    start = response.text.lstrip()[:15].lower()
+    return "text/html" in response.headers.get("content-type", "") or start.startswith(("<!doctype html", "<html"))
+
+
+def _web_page(server: _Server) -> InputError:
     return InputError(
-        f"teacher {section.name!r}: no answer from {client.base_url} ({error.__cause__ or error}); start the server or "
-        "correct base_url; answered votes are kept"
+        f"{server.where}: base_url = {server.address} answers with a web page, not as an OpenAI-compatible server; "
+        "correct it: probably /v1 is missing at its end"
     )
 
 
-def _refused(section: ApiTeacher, error: openai.APIStatusError) -> InputError:
+def _models_there(server: _Server) -> str:
+    try:
+        listed = json.loads(server.client.models.with_raw_response.list().http_response.text)
+        names = [str(model["id"]) for model in listed["data"]]
+    except (openai.APIError, ValueError, TypeError, LookupError):
+        names = []
+    return f"it has {', '.join(names[:10])}" if names else "check the model's name, and base_url"
+
+
+def _unreachable(server: _Server, error: Exception) -> InputError:
     return InputError(
-        f"teacher {section.name!r}: the server refuses the key in {section.api_key_env} ({error.message}); "
-        "answered votes are kept"
+        f"{server.where}: no answer from {server.address} ({server.shown(error.__cause__ or error)}); start the server "
+        "or correct base_url; answered votes are kept"
+    )
+
+
+def _refused(server: _Server, status: int, body: object) -> InputError:
+    return InputError(
+        f"{server.where}: the server refuses the key in {server.section.api_key_env} "
+        f"({_said(server, status, body)}); answered votes are kept"
     )
 
 
 # --- recorded votes ------------------------------------------------------------------------------------------
+
+# A column of numbers, as they are or as spreadsheets write them, or one of names; 0 abstains in either.
+CELLS = (re.compile(r"([12]|0)(?:[.,]0+)?"), re.compile(r"(?:system\s*|s)([12])|0", re.I))
+WANTED = "a CSV or Parquet file with columns id and system"
 
 
 def _recorded(section: RecordedTeacher, ids: Sequence[str]) -> Teacher:
@@ -302,35 +664,101 @@ def _recorded(section: RecordedTeacher, ids: Sequence[str]) -> Teacher:
 
 def _read_votes(section: RecordedTeacher, ids: Sequence[str]) -> dict[str, int]:
     where = f"teacher {section.name!r}: {section.path}"
-    _read_bytes(section)
-    try:
-        frame = (pd.read_parquet if section.path.endswith(".parquet") else pd.read_csv)(section.path)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{where} is not readable: {error}") from None
-    if missing := {"id", "system"} - set(frame.columns):
-        raise InputError(f"{where} lacks column {', '.join(sorted(missing))}; it has {', '.join(frame.columns)}")
-    frame["id"] = frame["id"].astype(str)
-    if repeated := frame["id"][frame["id"].duplicated()].tolist():
-        raise InputError(f"{where}: id {repeated[0]!r} is there twice; keep one vote an example")
-    if missing := sorted(set(ids) - set(frame["id"])):
-        raise InputError(f"{where}: {len(missing)} of {len(ids)} examples have no vote, first {missing[0]!r}")
-    if unknown := sorted(set(frame["id"]) - set(ids)):
+    rows = _rows(where, _read_bytes(section))
+    lines: dict[str, int] = {}
+    for line, identifier, _ in rows:
+        if not identifier:
+            raise InputError(f"{where}: line {line} has no id; write one, or remove the line")
+        if identifier in lines:
+            raise InputError(
+                f"{where}: id {identifier!r} is there twice, in lines {lines[identifier]} and {line}; "
+                "keep one vote an example"
+            )
+        lines[identifier] = line
+    unknown = sorted(lines.keys() - set(ids))
+    strangers = f"{len(unknown)} ids are not of this pool's training split, first {unknown[0]!r}" if unknown else ""
+    if unknown and re.fullmatch(r"[\d.,:/+\-eE]+", unknown[0]):
+        strangers += " (did a spreadsheet turn ids into numbers or dates? format the column as text)"
+    if missing := sorted(set(ids) - lines.keys()):
         raise InputError(
-            f"{where}: {len(unknown)} ids are not of this pool's training split, first {unknown[0]!r}; "
-            "was it recorded on another pool or seed?"
+            f"{where}: {len(missing)} of {len(ids)} examples have no vote, first {missing[0]!r}"
+            f"{'; ' if strangers else ''}{strangers}; add a line for each, with 0 for an abstention"
         )
-    wrong = frame[~frame["system"].isin([0, 1, 2])]
-    if len(wrong):
-        row = wrong.iloc[0]
-        raise InputError(f"{where}: id {row['id']!r} has system = {row['system']}; use 1, 2, or 0 for an abstention")
-    return dict(zip(frame["id"], frame["system"].astype(int), strict=True))
+    if unknown:
+        raise InputError(f"{where}: {strangers}; was it recorded on another pool or seed?")
+    pattern = max(CELLS, key=lambda cells: sum(bool(cells.fullmatch(cell)) for _, _, cell in rows))
+    votes = {}
+    for line, identifier, cell in rows:
+        vote = pattern.fullmatch(cell)
+        if vote is None:
+            seen = f"has system = {cell}" if cell else "has no system"
+            raise InputError(
+                f"{where}: id {identifier!r} {seen}; use 1, 2, or 0 for an abstention, in every line (line {line})"
+            )
+        votes[identifier] = int(vote[1] or 0)
+    return votes
+
+
+def _rows(where: str, data: bytes) -> list[tuple[int, str, str]]:
+    """Line, id and system of every row."""
+    header, *rows = _parquet_table(where, data) if data.startswith(b"PAR1") else _csv_table(where, data)
+    names = [name.lower() for name in header[1]]
+    if missing := {"id", "system"} - set(names):
+        raise InputError(
+            f"{where} lacks column {', '.join(sorted(missing))}; it has {', '.join(filter(None, header[1]))}"
+        )
+    if repeated := [name for name in ("id", "system") if names.count(name) > 1]:
+        raise InputError(f"{where} has column {repeated[0]} more than once; keep one")
+    places = [names.index("id"), names.index("system")]
+    for line, cells in rows:
+        if any(cells[len(names) :]):
+            raise InputError(
+                f"{where}: line {line} ({', '.join(cells)}) has more cells than the first line has columns; put cells "
+                "with a separator inside in double quotes"
+            )
+    return [(line, *(cells[place] if place < len(cells) else "" for place in places)) for line, cells in rows]
+
+
+def _parquet_table(where: str, data: bytes) -> list[tuple[int, list[str]]]:
+    try:
+        frame = pd.read_parquet(io.BytesIO(data))
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise InputError(f"{where} is not readable as Parquet ({error}); name {WANTED}") from None
+    frame = frame.reset_index() if "id" in frame.index.names else frame
+    frame = frame.astype(object).where(frame.notna(), "")
+    cells = [[str(cell).strip() for cell in row] for row in [list(frame.columns), *frame.to_numpy().tolist()]]
+    return list(enumerate(cells))
+
+
+def _csv_table(where: str, data: bytes) -> list[tuple[int, list[str]]]:
+    """Lines that are not blank, with their numbers, under the separator that gives the columns wanted."""
+    if data.startswith((b"PK", b"\xd0\xcf\x11\xe0", b"\x1f\x8b")):
+        raise InputError(f"{where} is a spreadsheet or an archive; save it as CSV with columns id and system")
+    try:
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise InputError(f"{where} is no UTF-8 text; save it as CSV in UTF-8, with columns id and system")
+    if not text.strip():
+        raise InputError(f"{where} is empty; name {WANTED}")
+    text = re.sub(r'^\s*"?sep=."?', "", text)  # a line for Excel alone
+    tables = []
+    for separator in ",;\t|":
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        try:
+            rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+        except csv.Error as error:
+            raise InputError(f"{where}: line {reader.line_num} is not readable ({error}); is a quote open?") from None
+        tables.append([(line, cells) for line, cells in rows if any(cells)])
+    wanted = [rows for rows in tables if {"id", "system"} <= {name.lower() for name in rows[0][1]}]
+    return wanted[0] if wanted else max(tables, key=lambda rows: len(rows[0][1]))
 
 
 def _read_bytes(section: RecordedTeacher) -> bytes:
     try:
-        return Path(section.path).read_bytes()
-    except OSError as error:
+        return Path(section.path).expanduser().read_bytes()
+    except (OSError, RuntimeError) as error:  # RuntimeError: `~` without a home
         raise InputError(
-            f"teacher {section.name!r}: path = {section.path}: {error.strerror}; name a CSV or Parquet "
-            "file with columns id and system"
+            f"teacher {section.name!r}: path = {section.path}: {getattr(error, 'strerror', error)}; name {WANTED}"
         ) from None

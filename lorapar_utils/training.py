@@ -5,10 +5,12 @@ system's examples, and the KL term is off (`beta=0` in TRL's sense; the paper's 
 """
 
 import importlib.util
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -23,8 +25,7 @@ from trl.models import unwrap_model_for_generation
 
 from lorapar_utils import processes, rewards
 from lorapar_utils.answer_head import drop_trl_head, use_answer_head
-from lorapar_utils.data import chat_messages
-from lorapar_utils.encoding import encode_examples
+from lorapar_utils.encoding import encode_examples, prompt_ids
 from lorapar_utils.errors import InputError
 from lorapar_utils.generation import complete, uniform, without_input_casts
 from lorapar_utils.optim import ActiveAdamW
@@ -109,7 +110,7 @@ def run_grpo(
     Parameters
     ----------
     examples
-        Rows of the pool (`prompt`, `answer`, `solution`); a row without a usable reference is an error.
+        Rows of the pool (`prompt`, `answer`, `solution`); see `prompts_to_reinforce`.
     settings
         Section `grpo`; `checkpoint_every`.
     model, tokenizer, masks, checkpoints, watch
@@ -122,16 +123,7 @@ def run_grpo(
         frac_reward_zero_std, …
     """
     grpo = settings.grpo
-    rows = [
-        {
-            "prompt": chat_messages(example["prompt"], settings),
-            "answer": example["answer"],
-            "solution": example["solution"],
-        }
-        for example in examples
-    ]
-    if not rows:
-        raise InputError("examples: System 2 is empty, so GRPO has no prompt; lower voting.quorum or add teachers")
+    rows = prompts_to_reinforce(examples, tokenizer, settings)
     with _checkpointing(checkpoints, settings) as saving:
         config = GRPOConfig(
             max_steps=grpo.steps,
@@ -178,7 +170,8 @@ def run_grpo(
             trainer = LeanGRPOTrainer(
                 model=model,
                 rows_at_once=_each_process("grpo.rollout_batch", grpo.rows_at_once),
-                reward_funcs=[correct, layout, steps],
+                read_prompt=partial(prompt_ids, tokenizer=tokenizer, settings=settings),
+                reward_funcs=REWARDS[settings.reward],
                 args=config,
                 train_dataset=datasets.Dataset.from_list(rows),
                 processing_class=tokenizer,
@@ -199,11 +192,17 @@ class LeanGRPOTrainer(GRPOTrainer):
     ----------
     rows_at_once
         Completions that this process writes together, whole groups of a prompt; a row's random numbers are the same.
+    read_prompt
+        Token ids of a prompt, the same as in every other phase.
     """
 
-    def __init__(self, *arguments, rows_at_once: int, **others):
+    def __init__(self, *arguments, rows_at_once: int, read_prompt: Callable[[str], list[int]], **others):
         self._rows_at_once = rows_at_once
+        self._read_prompt = read_prompt
         super().__init__(*arguments, **others)
+
+    def _tokenize_prompts(self, prompts):
+        return [self._read_prompt(prompt) for prompt in prompts], None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if self.use_vllm:
@@ -268,19 +267,62 @@ class LeanGRPOTrainer(GRPOTrainer):
 
 
 def correct(completions, answer, **_):
-    return [rewards.correctness(_text(c), a) for c, a in zip(completions, answer, strict=True)]
+    return [rewards.correctness(c, a) for c, a in zip(completions, answer, strict=True)]
 
 
 def layout(completions, **_):
-    return [rewards.layout(_text(c)) for c in completions]
+    return [rewards.layout(c) for c in completions]
 
 
 def steps(completions, solution, **_):
-    return [rewards.step_share(_text(c), s) for c, s in zip(completions, solution, strict=True)]
+    return [rewards.step_share(c, s) for c, s in zip(completions, solution, strict=True)]
 
 
-def _text(completion: list[dict]) -> str:
-    return completion[0]["content"]
+def overlap(completions, solution, **_):
+    return [rewards.overlap(c, s) for c, s in zip(completions, solution, strict=True)]
+
+
+# What `grpo.reward` adds up.
+REWARDS = {"answer": [correct, layout, steps], "overlap": [overlap]}
+
+
+def prompts_to_reinforce(
+    examples: Sequence[dict], tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> list[dict[str, str]]:
+    """The rows that GRPO reads of System 2's examples: `prompt`, `answer`, `solution`.
+
+    Prompts longer than `grpo.max_prompt_length` are left out, and their number is printed.
+
+    Raises
+    ------
+    InputError
+        No example, none that is short enough, or one whose reference the reward cannot compare with.
+    """
+    if not examples:
+        raise InputError("examples: System 2 is empty, so GRPO has no prompt; lower voting.quorum or add teachers")
+    limit, reward = settings.grpo.max_prompt_length, settings.reward
+    for example in examples:
+        reference = example["solution" if reward == "overlap" else "answer"]
+        if not (reference or "").strip():
+            raise InputError(f"example {example['id']}: it has no reference, so no completion of it can be rewarded")
+        if reward == "answer" and "\n" in reference:
+            raise InputError(
+                f"grpo.reward = 'answer': the reference of example {example['id']} has several lines, which no "
+                "`#### answer` can equal; set grpo.reward: overlap for free text"
+            )
+    rows = [
+        {key: example[key] for key in ("prompt", "answer", "solution")}
+        for example in examples
+        if len(prompt_ids(example["prompt"], tokenizer, settings)) <= limit
+    ]
+    if not rows:
+        raise InputError(f"grpo.max_prompt_length = {limit}: every prompt of System 2 is longer; raise it")
+    if len(rows) < len(examples):
+        print(
+            f"{len(examples) - len(rows)} of {len(examples)} prompts are longer than grpo.max_prompt_length = {limit} "
+            "and left out"
+        )
+    return rows
 
 
 def _rollouts(grpo: GrpoSection) -> dict:
@@ -316,6 +358,7 @@ def _common(settings: Settings, model: PeftModel) -> dict:
         use_cpu=not torch.cuda.is_available(),
         bf16=next(model.parameters()).dtype == torch.bfloat16,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is no number ends the stage, see `_Diverged`
         report_to="none",
         disable_tqdm=True,
         dataloader_num_workers=0,
@@ -394,6 +437,7 @@ def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[di
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_MarkFinished)
+    trainer.add_callback(_Diverged(trainer.args.output_dir))
     finished = _finished(Path(trainer.args.output_dir))
     if finished:
         _check_processes(finished[-1])
@@ -416,6 +460,24 @@ def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[di
 
 def _warmup(examples: int, batch: int, epochs: float, ratio: float) -> int:
     return round(ratio * epochs * -(-examples // batch))
+
+
+class _Diverged(TrainerCallback):
+    """Ends a stage whose loss or gradient is no number any more, before that step's checkpoint is written."""
+
+    def __init__(self, checkpoints: str):
+        self.checkpoints = Path(checkpoints)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        values = {key: float(logs[key]) for key in ("loss", "grad_norm") if key in (logs or {})}
+        broken = [f"{key} = {value}" for key, value in values.items() if not math.isfinite(value)]
+        if broken:
+            finished = _finished(self.checkpoints)
+            kept = f"the last good checkpoint is {finished[-1]}" if finished else "no checkpoint had been written"
+            raise InputError(
+                f"training diverged at step {state.global_step} of {state.max_steps}: {', '.join(broken)}; {kept}. "
+                "Lower the stage's learning_rate (sft or grpo), or train in float32 (model.dtype)"
+            )
 
 
 class _Watch(TrainerCallback):

@@ -29,7 +29,8 @@ class Ballot:
 
     `system` is 1, 2, or 0 for an abstention, whose `reason` says why. A local teacher leaves `system` open (None)
     and gives a `margin` > 0 where it leans to System 2, decided once calibrated. `final` is False for a call that
-    failed: it counts as an abstention now and is asked again by the next run.
+    failed: it counts as an abstention now and is asked again by the next run. An answer that was cut off has the
+    `limit` (in tokens) that cut it, and is asked again under a higher one only.
     """
 
     system: int | None = None
@@ -39,6 +40,11 @@ class Ballot:
     tokens_in: int = 0
     tokens_out: int = 0
     final: bool = True
+    limit: int | None = None
+
+
+def _nothing_to_check() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Teacher:
 
     `key` identifies all that shapes its answers but the prompt (the cache keeps ballots under key and prompt; None:
     not worth caching). `ask(examples, answered)` calls `answered(i, ballot)` as each answer comes in, in any order.
+    `check()` raises InputError if it is known beforehand that asking is in vain. `max_tokens` is 0 for a teacher that
+    costs nothing.
     """
 
     name: str
@@ -56,6 +64,7 @@ class Teacher:
     price_in: float = 0.0
     price_out: float = 0.0
     max_tokens: int = 0
+    check: Callable[[], None] = _nothing_to_check
 
 
 def vote(
@@ -68,6 +77,9 @@ def vote(
     tie: str | None = None,
 ) -> datasets.Dataset:
     """Ask every teacher about every example, once, and count.
+
+    Before the first question, every prompt is written and every teacher is checked; those that cost nothing are asked
+    first. Two teachers with one key are one: a question that both get is asked once.
 
     Parameters
     ----------
@@ -94,7 +106,8 @@ def vote(
     Raises
     ------
     InputError
-        No teacher, duplicate ids, a margin that is not finite, a teacher that only ever abstains.
+        No teacher, duplicate ids, a margin that is not finite, a teacher that only ever abstains, a server that only
+        ever fails.
     """
     if not teachers:
         raise InputError("voting.teachers: the list is empty; name at least one")
@@ -102,9 +115,16 @@ def vote(
         raise InputError("pool: example ids repeat; give every example its own id")
     examples = list(pool)
     columns: dict[str, list] = {}
+    keys = [_keys(teacher, examples) for teacher in teachers]
+    for teacher, own_keys in zip(teachers, keys, strict=True):
+        if any(_kept(teacher, key, cache) is None for key in own_keys):
+            teacher.check()
+    polled: dict[int, list[Ballot]] = {}
+    for number in sorted(range(len(teachers)), key=lambda number: teachers[number].max_tokens > 0):
+        polled[number] = _ballots(teachers[number], examples, keys[number], cache)
     votes, reasons, failed = [], [], []
-    for teacher in teachers:
-        ballots = _ballots(teacher, examples, cache)
+    for number, teacher in enumerate(teachers):
+        ballots = polled[number]
         if ballots[0].margin is not None:
             margins = _calibrated(teacher, ballots, cache, calibration)
             columns[f"margin_{teacher.name}"] = margins.tolist()
@@ -153,13 +173,20 @@ def plan(pool: datasets.Dataset, teachers: Sequence[Teacher], cache: diskcache.C
     """What `vote` would ask: one row a teacher, with calls, tokens and cost at most. Asks nothing.
 
     Prompt tokens are estimated from characters; completion tokens are bounded by `max_tokens`, and estimated from
-    this teacher's cached answers where there are any.
+    this teacher's cached answers where there are any. A question that an earlier teacher of the same identity, or an
+    earlier example, asks already is not asked again.
     """
     rows = []
+    planned: set[str] = set()
     for teacher in teachers:
         keys = _keys(teacher, list(pool))
-        texts = [teacher.prompt(e) for e, key in zip(pool, keys, strict=True) if key is None or key not in cache]
-        answered = [Ballot(**cache[key]) for key in keys if key is not None and key in cache]
+        kept = [_kept(teacher, key, cache) for key in keys]
+        texts = []
+        for example, key, ballot in zip(pool, keys, kept, strict=True):
+            if ballot is None and (key is None or key not in planned):
+                texts.append(teacher.prompt(example))
+                planned |= {key} - {None}
+        answered = [ballot for ballot in kept if ballot is not None]
         prompts = round(sum(map(len, texts)) / CHARACTERS_PER_TOKEN)
         bound = len(texts) * teacher.max_tokens
         mean = np.mean([ballot.tokens_out for ballot in answered]) if answered else teacher.max_tokens
@@ -178,26 +205,40 @@ def plan(pool: datasets.Dataset, teachers: Sequence[Teacher], cache: diskcache.C
     return pd.DataFrame(rows)
 
 
-def _ballots(teacher: Teacher, examples: Sequence[dict], cache: diskcache.Cache) -> list[Ballot]:
+def _ballots(
+    teacher: Teacher, examples: Sequence[dict], keys: Sequence[str | None], cache: diskcache.Cache
+) -> list[Ballot]:
     """The teacher's ballot on every example, from the cache where it is there."""
-    keys = _keys(teacher, examples)
-    known = {i: Ballot(**cache[key]) for i, key in enumerate(keys) if key is not None and key in cache}
-    missing = [i for i in range(len(examples)) if i not in known]
-    if missing:
-        fresh: list[Ballot] = []
-        with _progress(teacher, len(missing)) as update:
+    known = {i: ballot for i, key in enumerate(keys) if (ballot := _kept(teacher, key, cache)) is not None}
+    # Examples with one prompt are one question.
+    questions: dict[str | int, list[int]] = {}
+    for i, key in enumerate(keys):
+        if i not in known:
+            questions.setdefault(i if key is None else key, []).append(i)
+    if questions:
+        members = list(questions.values())
+        # A server that refuses everything is at fault itself: its refusals are kept once it has answered something.
+        answering = any(map(_is_answer, known.values()))
+        unkept: dict[str, Ballot] = {}
+        outcomes: Counter[bool] = Counter()  # answers (True) and failures
+        with _progress(teacher, len(members)) as update:
 
             def answered(position: int, ballot: Ballot) -> None:
-                index = missing[position]
-                known[index] = ballot
-                if keys[index] is not None and ballot.final:
-                    cache[keys[index]] = asdict(ballot)
-                fresh.append(ballot)
+                nonlocal answering
+                known.update(dict.fromkeys(members[position], ballot))
+                key = keys[members[position][0]]
+                if key is not None and ballot.final:
+                    unkept[key] = ballot
+                answering = answering or _is_answer(ballot)
+                while answering and unkept:
+                    key, final = unkept.popitem()
+                    cache[key] = asdict(final)
                 update(ballot)
-                if len(fresh) == len(known) == PROBATION:
-                    _refuse_silence(teacher, fresh)
+                outcomes[ballot.final] += 1
+                if outcomes[ballot.final] == PROBATION:
+                    _refuse_silence(teacher, list(known.values()))
 
-            teacher.ask([examples[i] for i in missing], answered)
+            teacher.ask([examples[same[0]] for same in members], answered)
     ballots = [known[i] for i in range(len(examples))]
     _refuse_silence(teacher, ballots)
     return ballots
@@ -209,14 +250,36 @@ def _keys(teacher: Teacher, examples: Sequence[dict]) -> list[str | None]:
     return [fingerprint([teacher.key, teacher.prompt(example)]) for example in examples]
 
 
+def _kept(teacher: Teacher, key: str | None, cache: diskcache.Cache) -> Ballot | None:
+    """The answer kept under `key`, unless there is none, or it was cut off under a lower limit than now."""
+    kept = None if key is None else cache.get(key)
+    if kept is None:
+        return None
+    ballot = Ballot(**kept)
+    return None if ballot.limit is not None and ballot.limit < teacher.max_tokens else ballot
+
+
+def _is_answer(ballot: Ballot) -> bool:
+    """Whether the teacher said something, if not a verdict: not a failure, and not a refusal by its server."""
+    return ballot.system != 0 or bool(ballot.text or ballot.tokens_out or ballot.limit)
+
+
 def _refuse_silence(teacher: Teacher, ballots: Sequence[Ballot]) -> None:
     if any(ballot.system != 0 for ballot in ballots):
         return
-    (reason, count), *_ = Counter(ballot.reason for ballot in ballots).most_common(1)
+    failures = [ballot for ballot in ballots if not ballot.final]
+    (reason, count), *_ = Counter(ballot.reason for ballot in failures or ballots).most_common(1)
+    if failures:
+        others = "" if len(failures) == len(ballots) else " and it abstained on the others"
+        raise InputError(
+            f"teacher {teacher.name!r}: no vote yet, because its server failed on {len(failures)} of {len(ballots)} "
+            f"examples ({count} times: {reason}){others}; no failure is kept as an answer: once the server is mended, "
+            "run again, and those examples are asked again"
+        )
     said = next((f"; for example it said {b.text[-200:]!r}" for b in ballots if b.text), "")
     raise InputError(
         f"teacher {teacher.name!r} abstained on all of its {len(ballots)} examples ({count} times: {reason}){said}; "
-        "change its question, its max_tokens, or leave it out"
+        "change its question, raise its max_tokens, or leave it out"
     )
 
 
@@ -242,5 +305,5 @@ def _calibrated(teacher: Teacher, ballots: Sequence[Ballot], cache: diskcache.Ca
     if not np.isfinite(margins).all():
         raise InputError(f"teacher {teacher.name!r}: a margin is NaN or infinite; check its model's dtype")
     if calibration == "content-free":
-        return margins - _ballots(teacher, [CONTENT_FREE], cache)[0].margin
+        return margins - _ballots(teacher, [CONTENT_FREE], _keys(teacher, [CONTENT_FREE]), cache)[0].margin
     return margins - (margins.mean() if calibration == "pool" else 0.0)

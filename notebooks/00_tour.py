@@ -32,7 +32,7 @@ from lorapar_utils import notebook, plots, tables
 from lorapar_utils.records import evidence, published_records
 
 settings = notebook.start(profile=profile)
-from lorapar_utils import data, evaluation, models
+from lorapar_utils import data, evaluation, models, splits
 from lorapar_utils.encoding import encode_examples
 from lorapar_utils.importance import score_importance
 from lorapar_utils.partition import build_partition
@@ -62,7 +62,12 @@ notebook.linked(tables.stage_table(main), main, settings)
 # %%
 model, tokenizer = models.load_base(settings)
 pool = [row for row in data.load_pool(settings) if row["split"] == "train"]
-systems = [[row for row in pool if data.construction_system(row["steps"]) == k][:examples] for k in (1, 2)]
+# By how many steps a question was made with; where its source does not tell, by the teachers' votes.
+systems = [
+    [row for row in pool if data.construction_system(row["steps"]) == k][:examples]
+    or splits.system_examples(settings, k)[:examples]
+    for k in (1, 2)
+]
 asked = [rows[-1]["prompt"] for rows in systems]
 for question, [(answer, _)] in zip(asked, evaluation.generate(model, tokenizer, asked, settings), strict=True):
     print(f"{question}\n  → {answer!r}")

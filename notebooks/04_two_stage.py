@@ -73,7 +73,7 @@ notebook.linked(tables.budget_table(records), records, settings)
 # ## Learning curves
 
 # %% mystnb={"image": {"alt": "Six panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "A group whose completions all earn the same reward has no advantage and teaches nothing.", "name": "fig-learning"}}
-figure = plots.learning_curves(records[0])
+figure = plots.learning_curves(records[0]) if records else None
 # %% [markdown]
 # ## Room to learn
 #

@@ -19,12 +19,17 @@ from pathlib import Path
 
 @dataclass
 class Server:
-    """`answer(question)` is what the teacher says; `fault(number)` names what happens to the n-th call, or None."""
+    """`answer(question)` is what the teacher says; `fault(number)` is what happens to the n-th call.
+
+    A fault is the name of a `do_` method below, or status, content and headers to reply with, or None.
+    """
 
     answer: Callable[[str], str] = lambda question: "System 1"
-    fault: Callable[[int], str | None] = lambda number: None
+    fault: Callable[[int], str | tuple | None] = lambda number: None
     latency: float = 0.0
     models: tuple[str, ...] = ("teacher",)
+    prefix: str = "/v1"
+    elsewhere: tuple = (404, {"detail": "Not Found"})  # what other paths reply
     keys: tuple[str, ...] = ("secret",)
     retry_after: str = "0.05"
     finish_reason: str = "stop"
@@ -32,6 +37,7 @@ class Server:
     answered: Counter = field(default_factory=Counter)
     refused_at: dict[str, float] = field(default_factory=dict)
     waited: list[float] = field(default_factory=list)
+    limits: list[int] = field(default_factory=list)
     address: str = ""
 
     @contextlib.contextmanager
@@ -45,11 +51,15 @@ class Server:
                 pass
 
             def do_GET(handler):
+                if handler.path != f"{self.prefix}/models":
+                    return handler.reply(*self.elsewhere)
                 if self._authorised(handler):
                     handler.reply(200, {"object": "list", "data": [{"id": m, "object": "model"} for m in self.models]})
 
             def do_POST(handler):
                 body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+                if handler.path != f"{self.prefix}/chat/completions":
+                    return handler.reply(*self.elsewhere)
                 if not self._authorised(handler):
                     return
                 if body["model"] not in self.models:
@@ -58,10 +68,14 @@ class Server:
                 with lock:
                     number = next(numbers)
                     self.asked.append(question)
+                    self.limits.append(body.get("max_tokens") or body.get("max_completion_tokens"))
                     if question in self.refused_at:
                         self.waited.append(time.monotonic() - self.refused_at.pop(question))
                 time.sleep(self.latency)
-                getattr(handler, f"do_{self.fault(number)}", handler.do_answer)(question)
+                fault = self.fault(number)
+                if isinstance(fault, tuple):
+                    return handler.reply(*fault)
+                getattr(handler, f"do_{fault}", handler.do_answer)(question)
 
             def do_answer(handler, question):
                 text = json.dumps(self.completion(self.answer(question)))
@@ -97,9 +111,8 @@ class Server:
                 body = (content if isinstance(content, str) else json.dumps(content)).encode()
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     handler.send_response(status)
-                    handler.send_header("Content-Type", "application/json")
                     handler.send_header("Content-Length", str(length or len(body)))
-                    for name, value in (headers or {}).items():
+                    for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
                         handler.send_header(name, value)
                     handler.end_headers()
                     handler.wfile.write(body)
@@ -124,17 +137,18 @@ class Server:
     def _authorised(self, handler) -> bool:
         if handler.headers.get("Authorization", "").removeprefix("Bearer ") in self.keys:
             return True
-        handler.reply(401, {"error": {"message": "wrong key"}})
+        shown = handler.headers.get("Authorization", "").removeprefix("Bearer ")
+        handler.reply(401, {"error": {"message": f"Incorrect API key provided: {shown}."}})
         return False
 
-    def completion(self, text: str) -> dict:
+    def completion(self, text: str, finish_reason: str | None = None) -> dict:
         message = {"role": "assistant", "content": text}
         return {
             "id": "c",
             "object": "chat.completion",
             "created": 0,
             "model": "teacher",
-            "choices": [{"index": 0, "message": message, "finish_reason": self.finish_reason}],
+            "choices": [{"index": 0, "message": message, "finish_reason": finish_reason or self.finish_reason}],
             "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
         }
 

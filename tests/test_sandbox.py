@@ -4,6 +4,7 @@ A hostile program's `attack` returns something true only where it got what it wa
 then: to pass is to have broken out.
 """
 
+import copy
 import os
 import socket
 import subprocess
@@ -104,6 +105,8 @@ FAKES = {
     "returns what is nested too deeply": "class Any:\n    def __repr__(self): return '[' * 100000\ndef double(x): return Any()",
     "defines nothing": "pass",
     "is no Python": "this is not Python",
+    "answers for itself with a name that is none": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\"('returned', ('eval', 'passed'))\\n\")\n    except OSError: pass\ndef double(x): return 2 * x",
+    "answers for itself with too much": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b\"('returned', ('bytearray', 1000000000000))\\n\")\n    except OSError: pass\ndef double(x): return 2 * x",
     "closes every descriptor": "import os\nos.closerange(0, 64)\ndef double(x): return 2 * x",
     "answers before it is asked": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'no literal\\n')\n    except OSError: pass\ndef double(x): return 2 * x",
 }  # fmt: skip
@@ -117,6 +120,115 @@ def test_humaneval_is_passed_by_its_own_solutions():
         if not verdict.passed:
             wrong[name] = verdict.reason
     assert len(read_problems()) == 164 and not wrong
+
+
+# What a program may return that is no literal, and what a test says of it: true in one process, and so in two.
+KINDS = {
+    "a Counter": ("collections.Counter('aab')", "answer == {'a': 2, 'b': 1} and answer['zz'] == 0"),
+    "an OrderedDict": ("collections.OrderedDict(b=1, a=2)", "answer == {'a': 2, 'b': 1} and list(answer) == ['b', 'a']"),
+    "a defaultdict": ("collections.defaultdict(list, a=[1])", "answer == {'a': [1]} and answer['zz'] == []"),
+    "a defaultdict with a function": ("collections.defaultdict(lambda: 0, a=1)", "answer == {'a': 1}"),
+    "a dict of a class of its own": ("type('Mine', (dict,), {})(a=1)", "answer == {'a': 1}"),
+    "a UserDict": ("collections.UserDict(a=1)", "answer == {'a': 1}"),
+    "a ChainMap": ("collections.ChainMap({'a': 1}, {'b': 2})", "answer == {'a': 1, 'b': 2}"),
+    "a UserList": ("collections.UserList('ab')", "answer == ['a', 'b']"),
+    "a Fraction": ("fractions.Fraction(1, 3) * 3", "answer == 1 and abs(answer - 1.0) < 1e-9"),
+    "a Decimal": ("decimal.Decimal('0.10')", "answer == decimal.Decimal('0.1') and answer != 0.1 and str(answer) == '0.10'"),
+    "infinity": ("float('inf')", "answer == float('inf')"),
+    "minus infinity in a list": ("[1, float('-inf')]", "answer == [1, float('-inf')]"),
+    "no number": ("float('nan')", "answer != answer"),
+    "a float to the last bit": ("0.1 + 0.2", "answer == 0.1 + 0.2 and answer != 0.3"),
+    "a float of a class of its own": ("type('Mine', (float,), {'__repr__': lambda self: 'Mine(1.5)'})(1.5)", "answer == 1.5"),
+    "an int of a class of its own": ("enum.IntEnum('Mine', 'one two').two", "answer == 2"),
+    "an int of more digits than are printed": ("10 ** 5000", "answer == 10 ** 5000"),
+    "text of a class of its own": ("enum.StrEnum('Mine', 'one')('one')", "answer == 'one'"),
+    "a complex number": ("complex(0.5, float('inf'))", "answer == complex(0.5, float('inf'))"),
+    "a namedtuple": ("collections.namedtuple('Mine', 'x y')(1, 2)", "answer == (1, 2) and answer != [1, 2]"),
+    "a set": ("{1, 2}", "answer == {1, 2} and answer != [1, 2]"),
+    "an empty set": ("set()", "answer == set()"),
+    "a frozenset in a set": ("{frozenset([1])}", "answer == {frozenset([1])}"),
+    "keys": ("{'a': 1}.keys()", "answer == {'a'} and answer != ['a']"),
+    "items": ("{'a': 1}.items()", "answer == {('a', 1)}"),
+    "values": ("{'a': 1}.values()", "answer != [1] and list(answer) == [1]"),
+    "a range": ("range(1, 9, 2)", "answer == range(1, 9, 2) and answer != [1, 3, 5, 7]"),
+    "a deque": ("collections.deque([1, 2])", "answer == collections.deque([1, 2]) and answer != [1, 2]"),
+    "bytes": ("b'ab'", "answer == b'ab' and answer != 'ab'"),
+    "a bytearray": ("bytearray(b'ab')", "answer == b'ab'"),
+    "a generator": ("(i for i in [1, 2])", "answer != [1, 2] and list(answer) == [1, 2]"),
+    "a map": ("map(str, [1, 2])", "tuple(answer) == ('1', '2')"),
+    "an ellipsis": ("...", "answer is ..."),
+    "None": ("None", "answer is None"),
+    "a truth value": ("1 == 1", "answer is True"),
+    "a lone surrogate": (r"'\ud800\n\u2028'", r"answer == '\ud800\n\u2028'"),
+    "one in another": ("{(1, 2): [fractions.Fraction(1, 2), {'a': {3}}]}", "answer == {(1, 2): [0.5, {'a': {3}}]}"),
+}  # fmt: skip
+IMPORTS = "import collections, decimal, enum, fractions\n"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_answer_of_any_kind_compares_as_in_one_process(name):
+    expression, said = KINDS[name]
+    namespace = {}
+    exec(IMPORTS, namespace)
+    namespace["answer"] = eval(expression, namespace)
+    assert eval(said, namespace)
+    program = f"{IMPORTS}def f(): return {expression}\n"
+    tests = f"{IMPORTS}def check(candidate):\n    answer = candidate()\n    assert {said}\n"
+    assert run_tests(program, tests, "f") == sandbox.Verdict(True, "passed")
+
+
+@pytest.mark.parametrize(
+    ("expression", "kind"),
+    [
+        ("type('Mine', (), {'__eq__': lambda self, other: True})()", "Mine"),
+        ("lambda: 1", "function"),
+        ("[open]", "builtin_function_or_method"),
+        ("iter(int, 1)", "callable_iterator of more than 100000 items"),
+    ],
+)
+def test_an_answer_that_cannot_be_carried_fails_and_says_so(expression, kind):
+    verdict = run_tests(f"def f(): return {expression}", "def check(candidate):\n    assert candidate() == 1\n", "f")
+    assert verdict == sandbox.Verdict(
+        False, f"failed: NoAnswer: the answer is of a kind that cannot be carried to the tests: {kind}"
+    )
+
+
+def test_the_rule_of_equality_of_a_class_stays_behind():
+    program = (
+        "class Any(int):\n    __eq__ = lambda self, other: True\n    __hash__ = None\ndef double(x): return Any(1)"
+    )
+    assert run_tests(program, TESTS, "double").reason.startswith("failed: AssertionError")
+
+
+def test_a_test_may_ask_with_what_is_no_literal():
+    tests = "def check(candidate):\n    assert candidate([float('inf')], {1}, key=range(2)) == [True, True, [0, 1]]\n"
+    program = "def f(a, b, key): return [a == [float('inf')], b == {1}, list(key)]"
+    assert run_tests(program, tests, "f").passed
+    lost = run_tests("def f(a): return 1", "def check(candidate):\n    assert candidate(lambda: 1) == 1\n", "f")
+    assert lost.reason == "failed: NoAnswer: the tests ask with what cannot be carried to the program: function"
+
+
+def test_an_error_arrives_as_the_nearest_that_python_knows():
+    program = "class Mine(ValueError): pass\ndef f(): raise Mine('no')"
+    assert run_tests(program, "def check(candidate):\n    try: candidate()\n    except ValueError: pass\n", "f").passed
+
+
+def test_no_test_of_humaneval_looks_at_an_argument_after_the_call():
+    """The sandbox carries copies: a program that ruins its arguments is judged as one that leaves them alone."""
+    for problem in read_problems().values():
+        program, tests = {}, {}
+        exec(problem["prompt"] + problem["canonical_solution"], program)
+
+        def candidate(*positional, solution=program[problem["entry_point"]]):
+            answer = solution(*copy.deepcopy(positional))
+            for value in positional:
+                if isinstance(value, (list, dict, set)):
+                    value.clear()
+            return answer
+
+        exec(problem["prompt"] + problem["test"], tests)
+        tests[problem["entry_point"]] = candidate
+        tests["check"](candidate)
 
 
 def leftovers(marker: str) -> list[str]:

@@ -7,7 +7,7 @@ from conftest import ROOT
 from packaging.specifiers import SpecifierSet
 
 from lorapar_utils.errors import InputError
-from lorapar_utils.settings import load_profile
+from lorapar_utils.settings import load_profile, profile_files
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "profiles").glob("*.yaml") if p.stem != "defaults"))
@@ -31,6 +31,155 @@ def test_a_profile_can_extend_another(project):
     path.write_text("extends: nothing\n")
     with pytest.raises(InputError, match="mine.yaml: extends = 'nothing': there is no profiles/nothing.yaml"):
         load_profile("mine")
+
+
+@pytest.mark.parametrize("parent", ["cpu-full", "cpu-chains", "cpu-elsewhere", "llama2-7b-sharded"])
+def test_a_profile_has_all_that_its_parents_parents_say(project, parent):
+    (project / "profiles" / "mine.yaml").write_text(f"extends: {parent}\nseed: 7\n")
+    mine, theirs = load_profile("mine"), load_profile(parent)
+    own = {"profile": "mine", "profile_file": "profiles/mine.yaml", "seed": 7}
+    assert mine.model_dump() == theirs.model_dump() | own
+
+
+def test_profiles_extend_files_beside_them_through_any_depth(project):
+    outside = project / "elsewhere" / "deep"
+    outside.mkdir(parents=True)
+    (outside / "mine.yaml").write_text("extends: ../middle.yaml\nsft: {epochs: 5}\n")
+    (outside.parent / "middle.yaml").write_text("extends: ./deep/first.yml\nsft: {epochs: 4, batch_size: 3}\n")
+    (outside / "first.yml").write_text("extends: smoke\n")
+    settings = load_profile(outside / "mine.yaml")
+    assert (settings.sft.epochs, settings.sft.batch_size, settings.importance.examples) == (5, 3, 4)
+    names = [path.name for path in profile_files(outside / "mine.yaml")]
+    assert names == ["defaults.yaml", "smoke.yaml", "first.yml", "middle.yaml", "mine.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("extends", "message"),
+    [
+        ("mine", r"mine.yaml: extends = 'mine': .*in a circle \(mine.yaml -> mine\)"),
+        (
+            "one",
+            r"three.yaml: extends = 'one': .*in a circle \(mine.yaml -> one.yaml -> two.yaml -> three.yaml -> one\)",
+        ),
+        (
+            "lost",
+            r"lost.yaml: extends = 'gone': there is no profiles/gone.yaml \(mine.yaml -> lost.yaml -> gone\); .*cpu",
+        ),
+        ("../gone.yaml", r"mine.yaml: extends = '../gone.yaml': there is no ../gone.yaml"),
+        ("defaults", "every profile starts from the defaults; leave the line out"),
+        ("../profiles/defaults.yaml", "every profile starts from the defaults"),
+        ("[cpu, smoke]", r"extends = \['cpu', 'smoke'\] is no name; give that of one profile"),
+        ("7", "extends = 7 is no name"),
+        ("", "extends = None is no name"),
+    ],
+)
+def test_what_cannot_be_extended_is_said_with_the_way_there(project, extends, message):
+    for name, parent in {"mine": extends, "one": "two", "two": "three", "three": "one", "lost": "gone"}.items():
+        (project / "profiles" / f"{name}.yaml").write_text(f"extends: {parent}\n")
+    with pytest.raises(InputError, match=message):
+        load_profile("mine")
+
+
+def test_a_profile_that_says_nothing_is_refused_and_one_that_only_extends_is_not(project):
+    path = project / "profiles" / "mine.yaml"
+    path.write_text("extends: smoke  # as it is\n")
+    assert load_profile("mine").sft == load_profile("smoke").sft
+    for nothing in ("", "# later\n", "{}\n", "---\n"):
+        path.write_text(nothing)
+        with pytest.raises(InputError, match="mine.yaml: the file is empty; begin it with `extends: cpu`"):
+            load_profile("mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nsft: {epochs: 1}\nseed: 2\n", "mine.yaml: not valid YAML in line 3: the key 'seed' is there twice"),
+        ("sft:\n  epochs: 1\n  epochs: 2\n", "line 3: the key 'epochs' is there twice"),
+        ("sft:\n\tepochs: 1\n", "line 2: .*; indent with spaces, not with tabs"),
+        ("seeds: 3\n", r"seeds = 3: .*; write a list: \[a, b\]"),
+        ("seeds: [0, -1]\n", "seeds.1 = -1: .*greater than or equal to 0"),
+        ("model: packaged\n", "model = 'packaged': .*; write its settings below it"),
+        (
+            "model: {revision: 1234567}\n",
+            "model.revision = 1234567: .*; YAML reads it as a number, so put it in quotes",
+        ),
+        ("model: {target_name: yes}\n", "YAML reads it as true or false, so put it in quotes"),
+        ("model: {revision: 2026-13-01}\n", "mine.yaml: not valid YAML .*; put what is meant as text in quotes"),
+        ("experiments: [base]\n", "experiments is a list; write a line `name: "),
+        ("grids: {name: a}\n", "grids is no list of sections"),
+        ("grids: [{name: a, title: b, over: theta}]\n", "grids: a: over is text; write `theta: "),
+        ("grids: [{name: 'a{', title: b, over: {theta: [1]}}]\n", "write {theta} where a value of `over` belongs"),
+        ("profile: other\n", "profile is not a setting: a profile is called as its file"),
+    ],
+)
+def test_what_yaml_reads_differently_than_meant_is_named(project, text, message):
+    path = project / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_profile(path)
+
+
+def test_files_of_other_editors_are_read(project):
+    path = project / "mine.yaml"
+    path.write_bytes(b"\xef\xbb\xbfextends: smoke\r\nmodel: {target_name: M\xc3\xbcller}\r\nseed: 3\r\n")
+    assert (load_profile(path).seed, load_profile(path).model.target_name) == (3, "Müller")
+    path.write_bytes(b"extends: smoke\nmodel: {target_name: M\xfcller}\n")
+    with pytest.raises(InputError, match="mine.yaml: not text in UTF-8"):
+        load_profile(path)
+
+
+def test_a_section_may_be_laid_over_another_with_one_key_changed(project):
+    path = project / "mine.yaml"
+    path.write_text("extends: smoke\nsft: &long {epochs: 3, learning_rate: 0.1}\ngrpo: {<<: {steps: 2}, steps: 5}\n")
+    assert (load_profile(path).sft.epochs, load_profile(path).grpo.steps) == (3, 5)
+
+
+BASELINE = {"sweep": "baseline", "method": "lora", "stages": ["sft_all"], "title": "x"}
+
+
+@pytest.mark.parametrize("name", ["pissa_rl", "pissa-rl", "theta_0.9", "7b", "_a", "a" * 100])
+def test_names_that_work_everywhere_are_taken(name):
+    assert name in load_profile("smoke", experiments={name: BASELINE}).experiments
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["my run"], "experiments: 'my run' cannot name a file; use up to 100 of a-z, A-Z, 0-9"),
+        (["LoRA/PAR"], "'LoRA/PAR' cannot name a file"),
+        (["α=1"], "'α=1' cannot name a file"),
+        (["größer"], "'größer' cannot name a file"),
+        (["a;b"], "'a;b' cannot name a file"),
+        (["a\n"], "cannot name a file"),
+        (["-a"], "'-a' cannot name a file"),
+        ([".a"], "'.a' cannot name a file"),
+        ([".."], "cannot name a file"),
+        ([""], "'' cannot name a file"),
+        (["a" * 101], "cannot name a file; use up to 100"),
+        (["a-seed1"], "'a-seed1' ends as runs do"),
+        (["1e3"], "'1e3' would be read as a value, not as a name"),
+        (["None"], "'None' would be read as a value"),
+        ([0.5], "YAML reads the name 0.5 as a number; put it in quotes, with a letter in it"),
+        ([True], "YAML reads the name True as true or false"),
+        (["QKV", "qkv"], "'QKV' and 'qkv' would be one file on macOS"),
+    ],
+)
+def test_names_that_would_fail_somewhere_are_refused(project, names, message):
+    experiments = {name: BASELINE for name in names}
+    with pytest.raises(InputError, match=message):
+        load_profile("smoke", experiments=experiments)
+    (project / "mine.yaml").write_text(yaml.safe_dump({"experiments": experiments}, allow_unicode=True))
+    with pytest.raises(InputError, match=f"mine.yaml: .*{message}"):
+        load_profile("mine.yaml")
+
+
+def test_names_that_a_grid_makes_and_panels_have_follow_the_same_rule(project):
+    grid = BASELINE | {"name": "lora {learning_rate}", "over": {"learning_rate": [0.1, 0.2]}}
+    (project / "mine.yaml").write_text(yaml.safe_dump({"extends": "smoke", "grids": [grid]}))
+    with pytest.raises(InputError, match="experiments: 'lora 0.1' cannot name a file"):
+        load_profile("mine.yaml")
+    with pytest.raises(InputError, match="voting.panels: 'a/b' cannot name a file"):
+        load_profile("smoke", voting={"panels": {"a/b": ["tutor"]}})
 
 
 def test_a_grid_is_one_experiment_for_each_combination(project):

@@ -1,7 +1,8 @@
 """Inside the checker's sandbox: run the benchmark's tests against a stand-in for the model's function.
 
-Read as text and run by `python -I -S -c`; nothing of the project can be imported there.
+Read as text, after `carried.py`, and run by `python -I -S -c`; nothing of the project can be imported there.
 """
+# ruff: noqa: F821 (`packed`, `unpacked`, `CannotBeCarried` are carried.py's)
 
 import ast
 import builtins
@@ -23,18 +24,22 @@ class NoAnswer(BaseException):
 
 def candidate(*positional, **named):
     try:
-        asked.write(repr((positional, named)) + "\n")
+        asked.write(ascii(packed((positional, named))) + "\n")
         asked.flush()
         line = told.readline(LONGEST)
         if not line.endswith("\n"):
             raise NoAnswer("no answer" if len(line) < LONGEST else "too long an answer")
         kind, value = ast.literal_eval(line)
+        if kind == "returned":
+            return unpacked(value)
+        if kind == "kept":
+            raise NoAnswer(f"the answer is of a kind that cannot be carried to the tests: {value}")
     except NoAnswer:
         raise
+    except CannotBeCarried as error:
+        raise NoAnswer(f"the tests ask with what cannot be carried to the program: {error}") from None
     except BaseException:
         raise NoAnswer("no answer, or not a literal") from None
-    if kind == "returned":
-        return value
     error = getattr(builtins, str(value), None)
     if not (isinstance(error, type) and issubclass(error, Exception)):
         error = RuntimeError

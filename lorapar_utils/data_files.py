@@ -1,0 +1,339 @@
+"""Which files of a folder hold which split of a data set, and their rows, each with the place that a message names.
+
+Deviations from `datasets.load_dataset`: a file that is no shard of another is not merged with it
+(`train_socratic.jsonl` beside `train.jsonl`), each row keeps its own types, so that a wrong one is named with its line,
+and nothing is kept on disk, so that a file mended in place is read anew.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import pyarrow.parquet
+
+from lorapar_utils.errors import InputError
+
+# As the hub names splits. `dev` keeps its name: MMLU has five worked examples a subject there, beside its validation.
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "eval": "validation",
+    "dev": "dev",
+    "test": "test",
+    "testing": "test",
+    "evaluation": "test",
+}
+TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+SUFFIXES = (*TEXT, *(f"{suffix}.gz" for suffix in TEXT), ".parquet", ".arrow")
+# What lies beside data: a saved `Dataset`'s own notes, a repository's cards, and `datasets`' caches in saved folders.
+NO_DATA = re.compile(
+    r"(dataset_infos?|dataset_dict|state|config|metadata|package)\.json|metadata\.(jsonl|csv)|readme\..*|cache-.*\.arrow",
+    re.IGNORECASE,
+)
+# Where a name tells a shard's number, and of how many: as the hub writes it, as a numbered part, or at the end. A
+# version (v1.1) is no number of a shard.
+SHARD_NUMBERS = (
+    re.compile(r"[-_. ]?(\d+)[-_ ]of[-_ ](\d+)(?:-[0-9a-f]+)?$"),
+    re.compile(r"[-_. ]?(?:part|shard|chunk)[-_. ]?(\d+)()(?!\d)"),
+    re.compile(r"(?<![\d.])(?<![^a-z]v)[-_. ]?(\d+)()$"),
+)
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+class Row(NamedTuple):
+    """One row as it was read, a dict where the file is in order."""
+
+    place: str  # such as `train.jsonl, line 3`
+    record: object
+
+
+class _File(NamedTuple):
+    path: Path
+    name: str  # below the folder
+    split: str | None  # None = the name does not tell
+    table: tuple  # what the shards of one table share
+    words: frozenset[str]  # of the name, without the split's
+    number: int | None
+    total: int | None
+
+
+def read_rows(
+    field: str, path: str | None, repository: str, config: str | None, splits: Sequence[str] | None = None
+) -> dict[str, list[Row]]:
+    """The rows of a data set, split by split.
+
+    Parameters
+    ----------
+    field
+        The setting that named the path, for messages.
+    path
+        A folder, a single file (the training split, whatever it is called), or None for the hub.
+    repository, config
+        The data set's id on the hub, and the configuration to take, which can be a folder under `path`.
+    splits
+        Those to read, of `train`, `validation`, `dev`, `test`; None reads all there are. Absent ones are left out.
+
+    Raises
+    ------
+    InputError
+        Nothing to read, files of which only one can be meant, a missing shard, a file that is empty, broken or not
+        there yet (Git LFS), or a hub that does not answer.
+    """
+    if path is None:
+        return _hub_rows(field, repository, config, splits)
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise InputError(f"{field}: there is no {path}; name the folder that holds {repository}'s files")
+    if root.is_file():
+        if splits is not None:
+            raise InputError(f"{field}: {path} is one file; name the folder that holds {' and '.join(splits)}")
+        if not root.name.lower().endswith(SUFFIXES):
+            raise InputError(f"{field}: {path} is no {_kinds()} file")
+        return {"train": _read(field, root, root.name)}
+    if config and any(_data_files(root / config)):
+        root = root / config
+    tables = _choose(field, path, root, repository, None if splits is None else tuple(splits), files_state(path))
+    rows = {}
+    for split, shards in tables.items():
+        rows[split] = [row for shard in shards for row in _read(field, shard.path, shard.name)]
+        if not rows[split]:
+            raise InputError(f"{field}: {_names(shards)} of the {split} split is empty; fill it or take it away")
+    return rows
+
+
+def files_state(path: str | None) -> tuple:
+    """What differs as soon as a data file under `path` was written, added or removed; nothing for the hub."""
+    if path is None:
+        return ()
+    root = Path(path).expanduser().absolute()
+    files = [root] if root.is_file() else _data_files(root)
+    stats = [(str(file), file.stat()) for file in files]
+    # The time of the last change to the inode cannot be set back, as `cp -p` and `touch` set the other.
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats)
+
+
+def _kinds() -> str:
+    return ".json, .jsonl, .parquet, .arrow, .csv or .tsv"
+
+
+def _data_files(root: Path) -> list[Path]:
+    """Files with rows: neither hidden (checkpoints, locks, resource forks), nor notes about the data."""
+    return [
+        path
+        for path in sorted(root.rglob("*"))
+        if path.name.lower().endswith(SUFFIXES)
+        and not any(part.startswith((".", "__", "~")) for part in path.relative_to(root).parts)
+        and not NO_DATA.fullmatch(path.name)
+        and path.is_file()
+    ]
+
+
+# --- which files are meant ---------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=32)
+def _choose(
+    field: str, path: str, root: Path, repository: str, splits: tuple[str, ...] | None, state: tuple
+) -> dict[str, list[_File]]:
+    """The shards of each split in order. Cached, so that what is left out is said once as long as `state` stays."""
+    files = [_describe(file, root) for file in _data_files(root)]
+    if not files:
+        raise InputError(f"{field}: {path} holds no {_kinds()} file; put {repository}'s files there")
+    of_split = defaultdict(list)
+    for file in files:
+        of_split[file.split].append(file)
+    untold = of_split.pop(None, [])
+    if untold and "train" not in of_split:
+        of_split["train"] = untold
+    chosen = {
+        split: _plainest(field, split, _tables(of_split[split]))
+        for split in of_split
+        if splits is None or split in splits
+    }
+    read = [file for shards in chosen.values() for file in shards]
+    paths = {file.path for file in read}
+    left_out = [file for file in files if file.path not in paths and (file.split in chosen or file.split is None)]
+    if left_out and read:
+        print(f"{field}: {_names(read)} read, {_names(left_out)} left out")
+    if len(of_split) > 1 and any(file.split is None for file in read):
+        print(f"{field}: {_names(chosen['train'])} read as the training split, of which no file has the name")
+    for split, shards in chosen.items():
+        _check_complete(field, split, shards)
+    return chosen
+
+
+def _describe(path: Path, root: Path) -> _File:
+    relative = path.relative_to(root)
+    name = relative.name.lower()
+    suffix = max((suffix for suffix in SUFFIXES if name.endswith(suffix)), key=len)
+    stem, number, total = name.removesuffix(suffix), None, None
+    for pattern in SHARD_NUMBERS:
+        if match := pattern.search(stem):
+            number, total = int(match[1]), int(match[2]) if match[2] else None
+            stem = stem[: match.start()] + " " + stem[match.end() :]
+            break
+    # The name tells the split, or else the folder next to it.
+    levels = [re.findall(r"[^\W_]+", part.lower()) for part in (stem, *reversed(relative.parent.parts))]
+    told = [{SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS} for words in levels]
+    split = next((names.pop() for names in told if len(names) == 1), None)
+    words = frozenset(word for words in levels for word in words if split is None or SPLIT_WORDS.get(word) != split)
+    table = (relative.parent, tuple(levels[0]), suffix, total)
+    return _File(path, str(relative), split, table, words, number, total)
+
+
+def _tables(files: list[_File]) -> list[list[_File]]:
+    """Files that are shards of one table together, by number; every other file by itself."""
+    alike = defaultdict(list)
+    for file in files:
+        alike[file.table].append(file)
+    tables = []
+    for shards in alike.values():
+        numbers = sorted(-1 if shard.number is None else shard.number for shard in shards)
+        if shards[0].total is not None or numbers in (list(range(len(shards))), list(range(1, len(shards) + 1))):
+            tables.append(sorted(shards, key=lambda shard: shard.number))
+        else:
+            tables += [
+                [shard if shard.number is None else shard._replace(words=shard.words | {str(shard.number)})]
+                for shard in shards
+            ]
+    return tables
+
+
+def _plainest(field: str, split: str, tables: list[list[_File]]) -> list[_File]:
+    """The table whose name all others only add words to: `train` of `train`, `train_socratic`, `train (copy)`."""
+    words = [table[0].words for table in tables]
+    plain = [table for table, own in zip(tables, words, strict=True) if all(own <= other for other in words)]
+    if len(plain) != 1:
+        names = _names([file for table in tables for file in table])
+        raise InputError(
+            f"{field}: {names}: any of them can be the {split} split; leave one there"
+            + (", or name the file itself" if split == "train" else "")
+        )
+    return plain[0]
+
+
+def _check_complete(field: str, split: str, shards: list[_File]) -> None:
+    total = shards[0].total
+    if total is None:
+        return
+    numbers = [shard.number for shard in shards]
+    if numbers not in (list(range(total)), list(range(1, total + 1))):
+        raise InputError(
+            f"{field}: the {split} split is in {total} shards, but those there have the numbers "
+            f"{', '.join(map(str, numbers))} ({_names(shards)}); fetch what is missing, remove what is there twice"
+        )
+
+
+def _names(files: list[_File]) -> str:
+    shown = ", ".join(file.name for file in files[:6])
+    return shown if len(files) <= 6 else f"{shown}, … ({len(files)} files)"
+
+
+# --- what is in them ---------------------------------------------------------------------------------------
+
+
+def _read(field: str, path: Path, name: str) -> list[Row]:
+    try:
+        with path.open("rb") as opened:
+            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise InputError(f"{field}: {name} is a Git LFS pointer, not the file; run `git lfs pull` beside it")
+        suffix = path.name.lower().removesuffix(".gz").rsplit(".", 1)[1]
+        if suffix == "parquet":
+            rows = _numbered(name, pyarrow.parquet.ParquetFile(path).read().to_pylist())
+        elif suffix == "arrow":
+            rows = _numbered(name, datasets.Dataset.from_file(str(path)).to_list())
+        elif suffix in ("csv", "tsv"):
+            rows = _csv_rows(name, _text(path), "," if suffix == "csv" else "\t")
+        else:
+            rows = _json_rows(name, _text(path))
+    except InputError:
+        raise
+    except UnicodeDecodeError as error:
+        raise InputError(f"{field}: {name} is not in UTF-8 ({error}); save it as UTF-8") from None
+    # Arrow's errors are OSErrors and ValueErrors.
+    except (OSError, ValueError, EOFError, csv.Error, zlib.error) as error:
+        raise InputError(f"{field}: {name} cannot be read: {error}; mend the file or fetch it again") from None
+    # Whoever writes tables in parts also writes parts without rows; a text without rows was cut off or never filled.
+    if not rows and suffix not in ("parquet", "arrow"):
+        raise InputError(f"{field}: {name} is empty; fill it or take it away")
+    return rows
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    if path.name.lower().endswith(".gz"):
+        content = gzip.decompress(content)
+    return content.decode("utf-8-sig")
+
+
+def _csv_rows(name: str, text: str, separator: str) -> list[Row]:
+    """Every value as it stands: an answer `None` or `007` is neither missing nor a number."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    # The line is that on which a row ends.
+    rows = [Row(f"{name}, line {reader.line_num}", record) for record in reader]
+    for place, record in rows:
+        if None in record:
+            raise ValueError(f"{place} has more values than the first; put quotation marks around texts")
+    return rows
+
+
+def _json_rows(name: str, text: str) -> list[Row]:
+    """A row each value: one a line, or spread over lines, or in one list, which can be the `data` of an object."""
+    values = list(_json_values(text))
+    if len(values) == 1:
+        [(_, value)] = values
+        if isinstance(value, dict) and isinstance(value.get("data"), list):
+            value = value["data"]
+        if isinstance(value, list):
+            return _numbered(name, value)
+    return [Row(f"{name}, line {line}", value) for line, value in values]
+
+
+def _json_values(text: str) -> Iterator[tuple[int, object]]:
+    """Each value with the line on which it begins."""
+    decoder = json.JSONDecoder()
+    space = re.compile(r"\s*")
+    position, line = 0, 1
+    while True:
+        begins = space.match(text, position).end()
+        line += text.count("\n", position, begins)
+        if begins == len(text):
+            return
+        try:
+            value, position = decoder.raw_decode(text, begins)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"what begins on line {line} is broken JSON ({error})") from None
+        yield line, value
+        line += text.count("\n", begins, position)
+
+
+def _numbered(name: str, records: list) -> list[Row]:
+    return [Row(f"{name}, row {number}", record) for number, record in enumerate(records, 1)]
+
+
+def _hub_rows(field: str, repository: str, config: str | None, splits: Sequence[str] | None) -> dict[str, list[Row]]:
+    try:
+        tables = datasets.load_dataset(repository, config)
+    # Its client raises the exceptions of four libraries: offline, unknown, gated, cut off.
+    except Exception as error:
+        raise InputError(
+            f"{field}: {repository} cannot be had from the hub ({type(error).__name__}: {error}); connect, log in with "
+            "`hf auth login` if it is gated, or put its files into a folder and name that as `path`"
+        ) from None
+    return {
+        split: _numbered(f"{repository}, {split}", table.to_list())
+        for split, table in tables.items()
+        if splits is None or split in splits
+    }

@@ -1,0 +1,159 @@
+"""Which rows of a public data set train, validate and test: none does two of these, and each system has its share.
+
+An example here is a dict with `prompt` and `system` (1 or 2 by construction, 0 where its source does not tell).
+"""
+
+import random
+import re
+import unicodedata
+from collections import Counter
+
+from lorapar_utils.errors import InputError
+from lorapar_utils.settings import PoolSection
+
+SPLITS = ("train", "validation", "test")
+# Quotation marks and dashes that editors and web pages put for those of the keyboard.
+PLAIN_MARKS = str.maketrans("‘’“”‐‑‒–—−", "''\"\"------")
+
+
+def without_repeats(examples: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """Every question once: in the test split before validation, in validation before training.
+
+    What is left out is counted in a printed line.
+    """
+    first_split: dict[str, str] = {}
+    repeats: Counter[tuple[str, str]] = Counter()
+    kept = {}
+    for split in reversed(SPLITS):
+        kept[split] = []
+        for example in examples[split]:
+            question = _normalised(example["prompt"])
+            if question in first_split:
+                repeats[split, first_split[question]] += 1
+            else:
+                first_split[question] = split
+                kept[split].append(example)
+    if repeats:
+        counts = [f"{count} of {split} that repeat {first}" for (split, first), count in repeats.items()]
+        print(f"pool: left out {', '.join(counts)}")
+    return kept
+
+
+def _normalised(prompt: str) -> str:
+    """The question without case, layout, and the marks that end a sentence: what two copies of it share.
+
+    Signs stay, and points inside a number: they tell 3 - 4 from 3 + 4, and 1.5 from 15.
+    """
+    plain = unicodedata.normalize("NFKC", prompt).casefold().translate(PLAIN_MARKS)
+    return " ".join(re.sub(r"[.,;:!?]{2,}|[.,;:!?](?!\w)", " ", plain).split())
+
+
+def assign_splits(examples: dict[str, list[dict]], pool: PoolSection, field: str) -> list[dict]:
+    """The sizes of `pool.system1` and `pool.system2`, system by system, as far as there are examples.
+
+    The source's own test and validation rows stay what they are; what it has none of is drawn from its training rows.
+    With fewer rows than asked for, all that is drawn from them shrinks in proportion. The sizes are printed.
+
+    Parameters
+    ----------
+    examples
+        By the split of the source, each question once.
+    field
+        The setting that named the source, for messages.
+
+    Returns
+    -------
+    list of dict
+        The examples with `split`; the same for the same `pool.seed`.
+
+    Raises
+    ------
+    InputError
+        A split would be empty.
+    """
+    if not examples["train"]:
+        held_out = ", ".join(f"{split} {len(examples[split])}" for split in SPLITS[1:])
+        raise InputError(
+            f"{field}: {pool.source} has no row to train on (rows held out: {held_out}); add a file train.jsonl, or "
+            "name the one file to draw all splits from"
+        )
+    sizes = {split: {1: getattr(pool.system1, split), 2: getattr(pool.system2, split)} for split in SPLITS}
+    if not any(example["system"] for example in examples["train"]):
+        sizes = {split: {0: sum(size.values())} for split, size in sizes.items()}
+    parts = {}
+    for source in SPLITS:
+        # Held-out rows are drawn first, so that they stay the same when more are asked for to train on.
+        drawn = [split for split in reversed(SPLITS) if split == source or (source == "train" and not examples[split])]
+        wanted = {split: sizes[split] for split in drawn}
+        rows = examples[source]
+        if rows:
+            parts |= _draw(random.Random(pool.seed).sample(rows, len(rows)), wanted)
+        total = sum(sum(size.values()) for size in wanted.values())
+        if len(rows) < total and len(drawn) > 1:
+            print(f"pool: {len(rows)} rows for {_listed(drawn)}, {total} asked for: shared in proportion")
+    _say_sizes(parts, sizes, pool, field)
+    return [example | {"split": split} for split in SPLITS for example in parts[split]]
+
+
+def _draw(rows: list[dict], sizes: dict[str, dict[int, int]]) -> dict[str, list[dict]]:
+    """As many rows of each system as each split asks for, from the front.
+
+    A system with too few shares them among the splits in proportion; the other fills the splits up as far as it can.
+    """
+    strata = {system: [] for size in sizes.values() for system in size}
+    for number, row in enumerate(rows):
+        strata[row["system"]].append(number)
+    taken = {split: [] for split in sizes}
+    lacking = {split: sum(size.values()) for split, size in sizes.items()}
+
+    def take(system: int, wanted: dict[str, int]) -> None:
+        for split, share in _shares(len(strata[system]), wanted).items():
+            taken[split] += strata[system][:share]
+            del strata[system][:share]
+            lacking[split] -= share
+
+    for system in strata:
+        take(system, {split: size[system] for split, size in sizes.items()})
+    for system in strata:
+        take(system, lacking)
+    return {split: [rows[number] for number in sorted(numbers)] for split, numbers in taken.items()}
+
+
+def _shares(available: int, wanted: dict[str, int]) -> dict[str, int]:
+    """What is wanted, or parts of what is available in proportion to it, by the largest remainder."""
+    total = sum(wanted.values())
+    if total <= available:
+        return dict(wanted)
+    shares = {split: available * size // total for split, size in wanted.items()}
+    by_remainder = sorted(wanted, key=lambda split: available * wanted[split] % total, reverse=True)
+    for split in by_remainder[: available - sum(shares.values())]:
+        shares[split] += 1
+    return shares
+
+
+def _say_sizes(parts: dict[str, list[dict]], sizes: dict[str, dict[int, int]], pool: PoolSection, field: str) -> None:
+    """One line of what each split has; one for each thing that is not as asked for."""
+    counts = {split: Counter(example["system"] for example in examples) for split, examples in parts.items()}
+    told = []
+    for split in SPLITS:
+        total, wanted = len(parts[split]), sum(sizes[split].values())
+        systems = ", ".join(f"System {system}: {counts[split][system]}" for system in sizes[split] if system)
+        short = f" of {wanted} asked for" if total < wanted else ""
+        told.append(f"{split} {total}{short}" + (f" ({systems})" if systems else ""))
+    summary = f"{pool.source}: {'; '.join(told)}"
+    if empty := [split for split in SPLITS if not parts[split]]:
+        raise InputError(
+            f"{field}: too few rows, none is left for {_listed(empty)}: {summary}; lower pool.system1 and "
+            "pool.system2, or add rows"
+        )
+    print(f"pool: {summary}")
+    for system, other in ((1, 2), (2, 1)):
+        filled = [split for split in SPLITS if other in sizes[split] and counts[split][other] > sizes[split][other]]
+        if filled:
+            print(f"pool: too few rows of System {system} for {_listed(filled)}: System {other} fills up")
+        if missing := [split for split in SPLITS if system in sizes[split] and not counts[split][system]]:
+            print(f"pool: no row of System {system} in {_listed(missing)}")
+
+
+def _listed(splits: list[str]) -> str:
+    return ", ".join(split for split in SPLITS if split in splits)

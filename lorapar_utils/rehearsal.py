@@ -1,0 +1,276 @@
+"""`make rehearse PROFILE=…`: every phase of a profile on its own data and tokenizer, with a toy of its architecture.
+
+What a run would stop at after hours on a GPU, it stops at here within minutes on a CPU: a row that cannot be read, a
+template that refuses a turn, layers with other names, a table without its column. The toy has random weights at a width
+of 64 and two layers; a few examples are read and a few steps made; no server is asked and nothing is kept.
+
+Not rehearsed: memory, 4 bits, vLLM, several processes (`make plan` counts memory), and what a model would answer.
+"""
+
+import argparse
+import io
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import datasets
+import diskcache
+import jupytext
+import matplotlib
+import pandas as pd
+import torch
+import yaml
+from IPython.core.interactiveshell import InteractiveShell
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+
+from lorapar_utils import data, models, phases, teachers, voting
+from lorapar_utils.errors import InputError
+from lorapar_utils.model_files import source_of
+from lorapar_utils.settings import ExperimentSection, Settings, load_profile, project_root
+
+WIDTH, LAYERS, HEADS = 64, 2, 4
+# What a configuration calls its sizes, over the architectures; only those that it has are changed.
+SIZES = {
+    "hidden_size": WIDTH,
+    "n_embd": WIDTH,
+    "word_embed_proj_dim": WIDTH,
+    "intermediate_size": 2 * WIDTH,
+    "ffn_dim": 2 * WIDTH,
+    "moe_intermediate_size": WIDTH,
+    "shared_expert_intermediate_size": WIDTH,
+    "head_dim": WIDTH // HEADS,
+    "query_pre_attn_scalar": WIDTH // HEADS,
+    "num_attention_heads": HEADS,
+    "n_head": HEADS,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+PAGES = (
+    "00_tour",
+    "01_voting",
+    "02_importance",
+    "03_theta_ablation",
+    "04_two_stage",
+    "05_benchmarks",
+    "06_claims",
+)
+
+
+def rehearse(profile: str, *, pages: bool = True) -> list[tuple[str, float]]:
+    """Run every phase of `profile` in small.
+
+    Parameters
+    ----------
+    profile
+        A name of `profiles/`, or a path.
+    pages
+        Also fill in the book's pages from the rehearsal's records.
+
+    Returns
+    -------
+    list of (str, float)
+        What was rehearsed, and its seconds.
+
+    Raises
+    ------
+    InputError
+        Whatever the run itself would stop at, and an architecture that has no toy.
+    """
+    settings = load_profile(profile)
+    taken: list[tuple[str, float]] = []
+    with _toy_profile(settings, taken) as (toy, path):
+        for name, spec in toy.experiments.items():
+            with _timed(taken, f"experiment {name} ({', then '.join(spec.stages) or 'no training'})"):
+                phases.experiment(toy, name, toy.seeds[0])
+        if pages:
+            for page in PAGES:
+                with _timed(taken, f"page {page}"):
+                    _run_page(page, path)
+    return taken
+
+
+@contextmanager
+def _toy_profile(settings: Settings, taken: list) -> Iterator[tuple[Settings, Path]]:
+    """A profile like `settings` with everything small, and its file; model and votes go with it."""
+    runs = project_root() / "runs"
+    runs.mkdir(exist_ok=True)
+    # Whatever an interrupted rehearsal left.
+    name = f"rehearsal-{settings.profile}"
+    shutil.rmtree(runs / name, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=runs, prefix=f".{name}-") as scratch:
+        try:
+            with _timed(taken, "tokenizer, and a toy of the architecture"):
+                folder = make_toy(settings, Path(scratch) / "model")
+            with _timed(taken, "data, whole"):
+                rows = [row for row in data.load_pool(settings) if row["split"] == "train"]
+                teachers.build_teachers(settings, rows)
+            small = _small(settings, folder)
+            with _timed(taken, "data, and votes of the local teachers"):
+                train = [row for row in data.load_pool(small) if row["split"] == "train"]
+                _ask_local_teachers(small, train)
+            votes = Path(scratch) / "votes.csv"
+            pd.DataFrame({"id": [r["id"] for r in train], "system": [1 + i % 2 for i in range(len(train))]}).to_csv(
+                votes, index=False
+            )
+            cast = [{"kind": "recorded", "name": t.name, "path": str(votes)} for t in settings.voting.teachers]
+            cast = cast or [{"kind": "recorded", "name": "colleague", "path": str(votes)}]
+            small = small.changed(profile=name, voting={"teachers": cast})
+            path = Path(scratch) / f"{name}.yaml"
+            path.write_text(yaml.safe_dump(small.model_dump(mode="json", exclude={"profile", "profile_file"}), sort_keys=False))
+            yield load_profile(path), path
+        finally:
+            shutil.rmtree(runs / name, ignore_errors=True)
+
+
+def make_toy(settings: Settings, folder: Path) -> Path:
+    """A model folder with the profile's tokenizer and random weights of its architecture, a few megabytes large."""
+    config = toy_config(models.load_config(settings))
+    torch.manual_seed(settings.seed)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError) as error:
+        raise InputError(
+            f"rehearse: no toy can be made of {config.model_type} ({str(error).splitlines()[0][:200]}); "
+            "rehearse with a small model of the same family, or go without"
+        ) from None
+    source, options = source_of(settings, weights=False)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(source, **options)
+    except OSError:
+        model.generation_config = GenerationConfig.from_model_config(config)
+    model.generation_config.do_sample = True  # its sampling settings may be saved only so; none is used
+    model.save_pretrained(folder)
+    models.load_tokenizer(settings).save_pretrained(folder)
+    return folder
+
+
+def toy_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """`config` at toy width: two layers, or one of each kind that it has, and its own vocabulary."""
+    values = config.to_dict()
+    values |= {key: size for key, size in SIZES.items() if values.get(key) is not None}
+    kinds = list(dict.fromkeys(values.get("layer_types") or []))
+    layers = max(LAYERS, len(kinds))
+    values |= {key: layers for key in ("num_hidden_layers", "n_layer") if key in values}
+    if kinds:
+        values["layer_types"] = (kinds * layers)[:layers]
+    heads = (getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    if values.get("num_key_value_heads") is not None:
+        values["num_key_value_heads"] = HEADS if len(set(heads)) == 1 else HEADS // 2
+    if any(isinstance(value, list) for value in (values.get("rope_parameters") or {}).values()):
+        values["rope_parameters"] = None  # factors for each of the wide model's frequencies
+    values.pop("quantization_config", None)
+    return type(config).from_dict(values)
+
+
+def _small(settings: Settings, folder: Path) -> Settings:
+    """The profile with few examples, few steps and the toy as its model, in plain fp32 and one process."""
+    few = {"train": 12, "validation": 4, "test": 4}
+    sizes = {
+        system: {split: min(count, getattr(getattr(settings.pool, system), split)) for split, count in few.items()}
+        for system in ("system1", "system2")
+    }
+    length = min(settings.sft.max_length, 512)
+    grpo = {"steps": 1, "prompts_per_step": 2, "completions": 2, "micro_batch": 4, "rollout_batch": None}
+    grpo |= {"max_completion_length": 12, "gradient_checkpointing": False, "rollouts": "here"}
+    evaluation = {"batch_size": 8, "max_new_tokens": 8, "pass_k": 2, "pass_k_prompts": 2, "watch_every": 1}
+    evaluation |= {"watch_prompts": min(settings.evaluation.watch_prompts, 2)}
+    evaluation |= {"gsm8k": {"items": 2, "max_new_tokens": 8}, "mmlu": {"items": 1}}
+    samples = min(settings.evaluation.humaneval.samples, 2)
+    evaluation |= {"humaneval": {"items": 2, "max_new_tokens": 8, "samples": samples}}
+    model = {"source": str(folder), "gguf_file": None, "revision": None, "dtype": "float32"}
+    return settings.changed(
+        publishable=False,
+        seeds=(settings.seed,),
+        threads=min(settings.threads, 2),
+        processes=1,
+        checkpoint_every=1,
+        model=model | {"quantization": None, "sharded": False},
+        pool=sizes,
+        voting={"batch_size": 8},
+        importance={"examples": 4, "batch_size": 2, "stability": ()},
+        sft={"epochs": 0.5, "batch_size": 4, "accumulation": 1, "max_length": length, "gradient_checkpointing": False},
+        grpo=grpo,
+        evaluation=evaluation,
+        experiments=_one_of_each_kind(settings),
+    )
+
+
+def _one_of_each_kind(settings: Settings) -> dict[str, ExperimentSection]:
+    """The first experiment of each kind; how many elements one trains, and at which seeds, makes no other kind."""
+    kinds: dict[tuple, tuple[str, ExperimentSection]] = {}
+    for name, spec in settings.experiments.items():
+        kind = (spec.method, spec.init, spec.stages, spec.selection, spec.modules, spec.split_by == "construction")
+        kinds.setdefault(kind, (name, spec.model_copy(update={"seeds": None})))
+    return {name: spec.model_dump() for name, spec in kinds.values()}
+
+
+def _ask_local_teachers(settings: Settings, rows: list[dict]) -> None:
+    local = [t.model_copy(update={"source": None}) for t in settings.voting.teachers if t.kind == "local"]
+    if not local:
+        return
+    everybody = {"panels": {}, "panel": None, "quorum": None, "tie": "undecided"}
+    asked = settings.changed(voting={"teachers": [t.model_dump() for t in local], **everybody})
+    with tempfile.TemporaryDirectory() as scratch, diskcache.Cache(scratch, disk=diskcache.JSONDisk) as cache:
+        built = teachers.build_teachers(asked, rows)
+        voting.vote(datasets.Dataset.from_list(rows), built, cache, calibration=settings.voting.calibration)
+
+
+def _run_page(name: str, profile: Path) -> None:
+    """The code of a notebook over `profile`, cell by cell in this process."""
+    cells = jupytext.read(project_root() / "notebooks" / f"{name}.ipynb").cells
+    shell = InteractiveShell.instance()
+    try:
+        shell.reset(new_session=True)
+        for cell in cells:
+            if cell.cell_type != "code":
+                continue
+            sources = [cell.source]
+            if "parameters" in cell.metadata.get("tags", []):
+                sources.append(f"# Parameters\nprofile = {str(profile)!r}")
+            for source in sources:
+                result = shell.run_cell(source, store_history=True)
+                if error := result.error_before_exec or result.error_in_exec:
+                    raise error
+    finally:
+        matplotlib.pyplot.close("all")
+        InteractiveShell.clear_instance()
+
+
+@contextmanager
+def _timed(taken: list, what: str) -> Iterator[None]:
+    """Say what is rehearsed and how long it took; what it prints itself is shown only if it fails."""
+    began, said = time.time(), io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            yield
+    except BaseException:
+        print(f"  failed     {what}", flush=True)
+        raise
+    taken.append((what, time.time() - began))
+    print(f"  {taken[-1][1]:6.1f} s   {what}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lorapar_utils.rehearsal", description=__doc__.splitlines()[0])
+    parser.add_argument("profile")
+    parser.add_argument("--no-pages", action="store_true", help="leave the book's pages out")
+    chosen = parser.parse_args(arguments)
+    matplotlib.use("agg")
+    try:
+        taken = rehearse(chosen.profile, pages=not chosen.no_pages)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{chosen.profile}: rehearsed in {sum(seconds for _, seconds in taken):.0f} s; nothing of it is kept")
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

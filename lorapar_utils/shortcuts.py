@@ -1,0 +1,165 @@
+"""Whether a model takes our shortcuts: each is tried on two short sequences beside the model's own forward.
+
+A shortcut that answers otherwise than the model itself (another kind of state than attention, logits that are changed
+after the head in a way not known here) is left out for that model: the libraries' plain path is taken, and one line
+says so. Asked when a model is loaded, and remembered with it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+# The largest difference of a logit that rounding explains, as a share of the logits' spread.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+LOW_PRECISION = 0.15
+SHARED, OWN = 5, (4, 6)  # tokens that the two sequences share, and that each has of its own
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Which shortcuts give a model's own numbers.
+
+    Attributes
+    ----------
+    head
+        Logits of the scored tokens alone, from the hidden states.
+    bundles
+        Sequences that share a beginning, laid out in one row (`bundles`).
+    completions
+        Completions by our own loop (`generation`).
+    """
+
+    head: bool
+    bundles: bool
+    completions: bool
+
+
+@torch.no_grad()
+def shortcuts_of(model: PreTrainedModel | PeftModel) -> Shortcuts:
+    """The shortcuts that `model` takes, tried at the first call."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not hasattr(base, "_shortcuts"):
+        training = base.training
+        base.eval()
+        try:
+            base._shortcuts = _tried(base)
+        finally:
+            base.train(training)
+    return base._shortcuts
+
+
+def answer_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits in fp32 from the last hidden states: the head, then what the model's configuration says is done to them.
+
+    Parameters
+    ----------
+    model
+        The base model.
+    hidden : shape (N, hidden size)
+    """
+    logits = model.get_output_embeddings()(hidden).float()
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    if scale is None and getattr(config, "logits_scaling", None):  # Granite
+        scale = 1 / config.logits_scaling
+    logits = logits if scale is None else logits * scale
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma-2
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _tried(model: PreTrainedModel) -> Shortcuts:
+    from lorapar_utils.generation import adapters_in_base_dtype  # it asks for shortcuts itself
+
+    sequences = _sequences(model)
+    with adapters_in_base_dtype(model):
+        plain = [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in sequences]
+        expected = torch.cat([logits[SHARED - 1 : -1] for logits in plain])
+        tries = {"head": _by_head, "bundles": _in_one_row, "completions": _token_by_token}
+        equal = {name: _agrees(attempt, model, sequences, expected) for name, attempt in tries.items()}
+    # Bundles are read by the head.
+    shortcuts = Shortcuts(equal["head"], equal["head"] and equal["bundles"], equal["completions"])
+    if left_out := [name for name in tries if not getattr(shortcuts, name)]:
+        print(f"{type(model).__name__}: {', '.join(left_out)} by the libraries' own path, because ours differs there")
+    return shortcuts
+
+
+def _agrees(attempt: Callable, model: PreTrainedModel, sequences: list[torch.Tensor], expected: torch.Tensor) -> bool:
+    try:
+        logits = attempt(model, sequences).float()
+    except Exception:
+        return False
+    tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION)
+    if getattr(model, "is_loaded_in_4bit", False):
+        tolerance = LOW_PRECISION
+    difference = (logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max()
+    return bool(difference <= tolerance * expected.std())
+
+
+def _sequences(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Two sequences of ordinary tokens that begin alike."""
+    config = model.config.get_text_config()
+    special = {config.bos_token_id, config.pad_token_id}
+    for ends in (config.eos_token_id, model.generation_config.eos_token_id):
+        special |= set(ends) if isinstance(ends, list) else {ends}
+    ordinary = torch.tensor([token for token in range(min(config.vocab_size, 5000)) if token not in special])
+    generator = torch.Generator().manual_seed(0)
+    drawn = ordinary[torch.randint(len(ordinary), (SHARED + sum(OWN),), generator=generator)].to(model.device)
+    shared, first, second = drawn.split([SHARED, *OWN])
+    return [torch.cat([shared, first]), torch.cat([shared, second])]
+
+
+def _by_head(model: PreTrainedModel, sequences: list[torch.Tensor]) -> torch.Tensor:
+    hidden = [model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in sequences]
+    return torch.cat([answer_logits(model, states[SHARED - 1 : -1]) for states in hidden])
+
+
+def _in_one_row(model: PreTrainedModel, sequences: list[torch.Tensor]) -> torch.Tensor:
+    from lorapar_utils import bundles
+
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if window is not None and window < bundles.LONGEST:
+        raise ValueError("a bundle's mask knows no window")
+    width = max(map(len, sequences))
+    ids = torch.stack([torch.nn.functional.pad(tokens, (0, width - len(tokens))) for tokens in sequences])
+    mask = torch.stack([(torch.arange(width, device=ids.device) < len(tokens)).long() for tokens in sequences])
+    scored = mask[:, 1:].bool()
+    scored[:, : SHARED - 1] = False
+    return answer_logits(model, bundles.hidden_before(model.base_model, ids, mask, scored))
+
+
+def _token_by_token(model: PreTrainedModel, sequences: list[torch.Tensor]) -> torch.Tensor:
+    """Logits of the loop of `generation`, told what to write: two prompts of unequal length, two samples each."""
+    from lorapar_utils.generation import decode
+
+    prompts = [ids[: SHARED + k].tolist() for k, ids in enumerate(sequences)]
+    steps = [ids[SHARED + k :] for k, ids in enumerate(sequences)]
+    read: dict[tuple[int, int], torch.Tensor] = {}
+
+    def choose(logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+        tokens = []
+        for row, values in zip(rows.tolist(), logits, strict=True):
+            read[row, step] = values
+            tokens.append(steps[row // 2][min(step, len(steps[row // 2]) - 1)])
+        return torch.stack(tokens)
+
+    lengths = [len(written) for written in steps]
+    # The shorter one leaves the batch while the other goes on.
+    decode(
+        model,
+        prompts,
+        choose,
+        ends=[-1],
+        max_new_tokens=max(lengths),
+        samples=2,
+        stopped=lambda tokens: len(tokens) >= lengths[0] and tokens == steps[0].tolist(),
+    )
+    logits = []
+    for number, ids in enumerate(sequences):
+        prompt = model(input_ids=ids[None], use_cache=False).logits[0].float()
+        # What stands before the prompt's end was read by no step of the loop.
+        logits += [prompt[place] for place in range(SHARED - 1, len(prompts[number]) - 1)]
+        logits += [read[2 * number + 1, step].float() for step in range(lengths[number])]
+    return torch.stack(logits)
