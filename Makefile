@@ -1,4 +1,4 @@
-# make book | plan | test | lab | figures | bench | publish   (PROFILE=cpu unless given: a name of profiles/, or the path of a
+# make book | plan | rehearse | test | lab | figures | bench | publish   (PROFILE=cpu unless given: a name of profiles/, or the path of a
 # YAML file; CORES=1 for fewer than this machine has)
 # make book CLUSTER=slurm sends the jobs to a cluster (see profiles/cluster/); make test-slurm tries that on a Slurm of its own.
 PROFILE ?= cpu
@@ -10,13 +10,16 @@ PY := $(VENV)/bin/python
 quoted = '$(subst ','\'',$(value $(1)))'
 profile = $(call quoted,PROFILE)
 
-.PHONY: book test test-slurm lab figures bench publish plan
+.PHONY: book test test-slurm lab figures bench publish plan rehearse
 
 book: $(VENV)/.installed
 	@$(PY) -m lorapar_utils.build $(profile) $(if $(CORES),--cores $(CORES)) $(if $(CLUSTER),--cluster $(call quoted,CLUSTER))
 
 plan: $(VENV)/.installed
 	@$(PY) -m lorapar_utils.build $(profile) $(if $(CORES),--cores $(CORES)) --dry-run $(if $(MACHINE),--machine $(call quoted,MACHINE))
+
+rehearse: $(VENV)/.installed
+	@$(PY) -m lorapar_utils.rehearsal $(profile)
 
 test: $(VENV)/.installed
 	$(PY) -m pytest

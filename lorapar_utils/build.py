@@ -16,7 +16,7 @@ from filelock import Timeout
 from lorapar_utils.errors import InputError
 from lorapar_utils.machine import lock, usable_cores
 from lorapar_utils.records import claim_runs
-from lorapar_utils.settings import load_profile, profile_files, project_root
+from lorapar_utils.settings import Settings, load_profile, profile_files, project_root
 
 FREE_BYTES = 1_000_000_000
 ANCIENT_EDGES = 2  # votes -> scores -> experiments
@@ -66,12 +66,8 @@ def build(profile: str, cores: int, *, cluster: str = "", dry_run: bool = False)
     runs = root / "runs"
     _check_writable(runs)
     claim_runs(settings)
-    # A cluster's nodes are not this machine, and the test profile fits any.
-    if settings.publishable and not cluster and not dry_run:
-        from lorapar_utils import plans  # imports torch and transformers, which nothing else here needs
-
-        here = plans.memory_here()
-        plans.check_fits(settings, here, plans.Passes(settings, bundles=here.cpu))
+    if not dry_run and not (settings.runs / "votes" / "manifest.json").is_file():
+        _check_before(settings, here=not cluster)
     # As in an address (%20): Snakemake reads it as YAML, and hands it on to a cluster's jobs through a shell.
     asked = quote(settings.profile_file)
     command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--config", f"profile={asked}"]
@@ -95,6 +91,18 @@ def build(profile: str, cores: int, *, cluster: str = "", dry_run: bool = False)
     elif not dry_run:
         print(f"The book: {root / 'book' / '_build' / 'html' / 'index.html'}")
     return code
+
+
+def _check_before(settings: Settings, here: bool) -> None:
+    """Of a profile's first run: whether all that it reads can be read, and whether this machine has the memory."""
+    from lorapar_utils import plans, preflight  # they import torch and transformers, which nothing else here needs
+
+    print("checking the model's files, the data, the teachers' files and keys …", flush=True)
+    preflight.check(settings)
+    # A cluster's nodes are not this machine, and the test profile fits any.
+    if settings.publishable and here:
+        machine = plans.memory_here()
+        plans.check_fits(settings, machine, plans.Passes(settings, bundles=machine.cpu))
 
 
 def print_plan(profile: str, machine_name: str) -> None:

@@ -25,7 +25,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lorapar_utils.shortcuts import shortcuts_of
+from lorapar_utils.shortcuts import attention_window, shortcuts_of
 
 # Next tokens from (logits, rows' numbers, step).
 Choose = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -99,7 +99,7 @@ def decode(
     rows = torch.arange(len(completions), device=model.device)
     # As in training: adapters are kept in fp32 and multiplied in the dtype of the base.
     with adapters_in_base_dtype(model), whole_base(model):
-        logits, mask, cache = _read(model, prompts)
+        logits, mask, cache = _read(model, prompts, max_new_tokens)
         if samples > 1:
             cache.batch_repeat_interleave(samples)
             logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
@@ -177,13 +177,18 @@ def without_input_casts(model: PreTrainedModel, active: bool):
     return disable_input_dtype_casting(model, active=active and known)
 
 
-def _read(model: PreTrainedModel, prompts) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-    """Logits after each prompt, the attention mask of what was read, and the cache; a common beginning is read once."""
+def _read(model: PreTrainedModel, prompts, room: int = 0) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+    """Logits after each prompt, the attention mask of what was read, and the cache; a common beginning is read once.
+
+    `room` tokens are to follow.
+    """
     cache = DynamicCache(config=model.config)
     # Every prompt keeps a token of its own to be read.
     shortest = min(map(len, prompts)) - 1
     shared = next((i for i in range(shortest) if len({prompt[i] for prompt in prompts}) > 1), shortest)
-    shared = shared if len(prompts) > 1 else 0
+    # Padding then stands behind the beginning, where it would push it out of a window.
+    windowed = max(map(len, prompts)) + room > attention_window(model)
+    shared = 0 if windowed or len(prompts) == 1 else shared
     ids, mask = _left_padded([prompt[shared:] for prompt in prompts], 0, model.device)
     if shared:
         beginning = torch.tensor([prompts[0][:shared]], device=model.device)

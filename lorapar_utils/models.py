@@ -85,8 +85,10 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
 
 
 def load_config(settings: Settings) -> PreTrainedConfig:
-    """The configuration of `model.source`."""
+    """The configuration of `model.source`; of an adapter, its base's."""
     source, options = source_of(settings, weights=False)
+    if (Path(source) / ADAPTER_NOTE).is_file():
+        source, options = source_of(_adapter_base(Path(source), settings), weights=False)
     return _read(AutoConfig, source, settings, "configuration", **options)
 
 
@@ -108,19 +110,30 @@ def _merged(folder: Path, settings: Settings) -> tuple[PreTrainedModel, PreTrain
         raise InputError(
             f"model.quantization: an adapter cannot be added to a 4-bit base; merge {folder} first, or set null"
         )
-    name = json.loads((folder / ADAPTER_NOTE).read_text()).get("base_model_name_or_path") or ""
-    beside = folder / name
-    base = settings.changed(model={"source": str(beside.resolve()) if name and beside.is_dir() else name})
-    if not name or (Path(base.model.source) / ADAPTER_NOTE).is_file():
-        raise InputError(
-            f"model.source: {folder} is an adapter over {name!r}, which is no base model; merge it into its base"
-        )
+    base = _adapter_base(folder, settings)
     source, options = source_of(base)
     with_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = _read(AutoTokenizer, str(folder) if with_tokenizer else source, settings, "tokenizer")
     wrapped = _read(partial(PeftModel.from_pretrained, _whole(source, options, base)), str(folder), settings, "adapter")
-    print(f"model.source: {folder} is an adapter; it is added to the weights of {name}")
+    print(f"model.source: {folder} is an adapter; it is added to the weights of {base.model.source}")
     return wrapped.merge_and_unload(), tokenizer
+
+
+def _adapter_base(folder: Path, settings: Settings) -> Settings:
+    """The settings with the adapter's base as their model."""
+    try:
+        name = json.loads((folder / ADAPTER_NOTE).read_text()).get("base_model_name_or_path") or ""
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"model.source: {folder / ADAPTER_NOTE} is no JSON ({error}); save the adapter again"
+        ) from None
+    beside = folder / name
+    base = settings.changed(model={"source": str(beside.resolve()) if name and beside.is_dir() else name or "nowhere"})
+    if not name or (Path(base.model.source) / ADAPTER_NOTE).is_file():
+        raise InputError(
+            f"model.source: {folder} is an adapter over {name!r}, which is no base; merge it into its base"
+        )
+    return base
 
 
 def _read(reader, source: str, settings: Settings, what: str, **options):
@@ -235,7 +248,7 @@ def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
     InputError
         `adapter.modules` names layers that the model does not have.
     """
-    _check_modules(model, settings)
+    check_modules(model, settings)
     torch.manual_seed(settings.seed)
     wrapped = get_peft_model(model, _adapter_config(settings), autocast_adapter_dtype=True)
     if settings.adapter.kind == "lora" and settings.adapter.init == "normal":
@@ -248,8 +261,16 @@ def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
     return wrapped
 
 
-def _check_modules(model: PreTrainedModel, settings: Settings) -> None:
-    """PEFT attaches to those names that it meets and is silent about the others."""
+def check_modules(model: PreTrainedModel, settings: Settings) -> None:
+    """Whether `model` has the layers that an adapter of these settings is attached to, each name at least once.
+
+    PEFT attaches to those that it meets and is silent about the others.
+
+    Raises
+    ------
+    InputError
+        Names that are not there; says which are.
+    """
     if settings.adapter.kind in ("prompt_tuning", "p_tuning", "prefix_tuning"):
         return
     wanted = IA3_MODULES if settings.adapter.kind == "ia3" else settings.target_modules
@@ -273,9 +294,16 @@ def share_out(model: PeftModel) -> None:
     """
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     trained = {p for p in model.parameters() if p.requires_grad}
-    for layer in model.get_base_model().base_model.layers:
+    for layer in decoder_layers(model.get_base_model()):
         fully_shard(layer, ignored_params=trained)
     model._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in model.named_buffers())]
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The layers of a base model, whatever its architecture calls them."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    return next(layers for layers in lists if len(layers) == count)
 
 
 def _adapter_config(settings: Settings) -> PeftConfig:

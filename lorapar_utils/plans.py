@@ -19,7 +19,7 @@ import yaml
 from torch.optim.adamw import adamw
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from lorapar_utils import models
+from lorapar_utils import models, preflight
 from lorapar_utils.bundles import bundled
 from lorapar_utils.costs import Machine, Work, timed_here, traced
 from lorapar_utils.errors import InputError
@@ -404,7 +404,7 @@ class _Shallow:
 
     def _weights(self) -> float:
         """Bytes of the frozen base in one process."""
-        layers = self.model.get_base_model().base_model.layers
+        layers = models.decoder_layers(self.model.get_base_model())
         inside = sum(p.numel() for p in layers.parameters() if not p.requires_grad)
         outside = sum(p.numel() for p in self.model.parameters() if not p.requires_grad) - inside
         each = self.dtype.itemsize
@@ -436,6 +436,9 @@ AttentionInterface.register(_gpu_attention.__name__, _gpu_attention)
 
 def configuration(settings: Settings) -> AutoConfig:
     """The model's configuration: its own, or the copy in `profiles/architectures` where that cannot be reached."""
+    if preflight.is_local(settings):
+        preflight.check_model(settings)
+        return models.load_config(settings)
     name = "SmolLM2-135M-Instruct" if settings.model.source == "packaged" else settings.model.source.rsplit("/")[-1]
     kept = _architectures() / f"{name}.json"
     if kept.is_file():

@@ -390,9 +390,7 @@ def stage_accuracy(records: list[Record]) -> Figure:
             continue
         y = [titles.index(title) + offset for title in part["title"] + "\n" + part["stage"].map(STAGES)]
         errors = [part["value"] - part["low"], part["high"] - part["value"]]
-        axes.errorbar(
-            part["value"], y, xerr=errors, fmt="o", capsize=3, color=SYSTEM_COLOURS[colour], label=label
-        )
+        axes.errorbar(part["value"], y, xerr=errors, fmt="o", capsize=3, color=SYSTEM_COLOURS[colour], label=label)
     axes.set_yticks(range(len(titles)), titles, fontsize="small")
     axes.invert_yaxis()
     scored = "overlap" if set(frame["field"]) == {"overlap"} else "accuracy"

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -28,7 +29,7 @@ import yaml
 from IPython.core.interactiveshell import InteractiveShell
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from lorapar_utils import data, models, phases, teachers, voting
+from lorapar_utils import data, models, phases, preflight, teachers, voting
 from lorapar_utils.errors import InputError
 from lorapar_utils.model_files import source_of
 from lorapar_utils.settings import ExperimentSection, Settings, load_profile, project_root
@@ -107,9 +108,8 @@ def _toy_profile(settings: Settings, taken: list) -> Iterator[tuple[Settings, Pa
         try:
             with _timed(taken, "tokenizer, and a toy of the architecture"):
                 folder = make_toy(settings, Path(scratch) / "model")
-            with _timed(taken, "data, whole"):
-                rows = [row for row in data.load_pool(settings) if row["split"] == "train"]
-                teachers.build_teachers(settings, rows)
+            with _timed(taken, "data, teachers' files and keys, benchmarks' files: whole", aloud=True):
+                preflight.check_data(settings)
             small = _small(settings, folder)
             with _timed(taken, "data, and votes of the local teachers"):
                 train = [row for row in data.load_pool(small) if row["split"] == "train"]
@@ -122,7 +122,9 @@ def _toy_profile(settings: Settings, taken: list) -> Iterator[tuple[Settings, Pa
             cast = cast or [{"kind": "recorded", "name": "colleague", "path": str(votes)}]
             small = small.changed(profile=name, voting={"teachers": cast})
             path = Path(scratch) / f"{name}.yaml"
-            path.write_text(yaml.safe_dump(small.model_dump(mode="json", exclude={"profile", "profile_file"}), sort_keys=False))
+            path.write_text(
+                yaml.safe_dump(small.model_dump(mode="json", exclude={"profile", "profile_file"}), sort_keys=False)
+            )
             yield load_profile(path), path
         finally:
             shutil.rmtree(runs / name, ignore_errors=True)
@@ -243,8 +245,8 @@ def _run_page(name: str, profile: Path) -> None:
 
 
 @contextmanager
-def _timed(taken: list, what: str) -> Iterator[None]:
-    """Say what is rehearsed and how long it took; what it prints itself is shown only if it fails."""
+def _timed(taken: list, what: str, *, aloud: bool = False) -> Iterator[None]:
+    """Say what is rehearsed and how long it took; `aloud`: also what it prints itself."""
     began, said = time.time(), io.StringIO()
     try:
         with redirect_stdout(said), redirect_stderr(said):
@@ -254,6 +256,8 @@ def _timed(taken: list, what: str) -> Iterator[None]:
         raise
     taken.append((what, time.time() - began))
     print(f"  {taken[-1][1]:6.1f} s   {what}", flush=True)
+    if aloud:
+        print(textwrap.indent(said.getvalue(), " " * 13), end="", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -63,16 +63,17 @@ def mentions(completion: str, reference: str) -> bool:
     A number is compared by its value, and never with a part of another: neither 12,500 nor 12/5, -12, 12% or 12:30
     mentions 12, but 10-12 mentions both its ends, and `$12.00` does.
     """
-    text, sought = _plain(completion), _number(reference)
-    if sought:
+    text, number = _plain(completion), _number(reference)
+    if number:
         return any(
-            number.value == sought.value and number.agrees_with(sought)
+            other.value == number.value and other.agrees_with(number)
             for match in IN_TEXT.finditer(_in_line(re.sub(r"\\([$%])", r"\1", _latex_spacing(text))))
-            for number in _numbers_of(match)
+            for other in _numbers_of(match)
         )
     words = _words(reference)
-    pattern = r"\s+".join(map(re.escape, words.split()))
-    return bool(words) and re.search(rf"(?<![\w-])(?<!\w\.){pattern}(?![\w+#]|[:.]\d)", text, re.IGNORECASE) is not None
+    words_apart = r"\s+".join(map(re.escape, words.split()))
+    pattern = rf"(?<![\w-])(?<!\w\.){words_apart}(?![\w+#]|[:.]\d)"
+    return bool(words) and re.search(pattern, text if "\\" in words else text.casefold()) is not None
 
 
 def correctness(completion: str, reference: str | None) -> float | None:
@@ -270,7 +271,7 @@ SIMPLE_NUMBER = re.compile(r"-?[0-9]{1,100}(?:\.[0-9]{1,100})?")
 IN_LINE_FRACTION = re.compile(
     rf"\\[dtc]?frac\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}\s*\{{\s*({_DECIMAL})\s*\}}|(\d)(\d))(?!\s*\^)"
 )
-IN_LINE_POWER = re.compile(r"(?:\^|\*\*)\s*(?:\{\s*([-+]?\d+)\s*\}|\(([-+]?\d+)\)|(?=[-+\d]))")
+IN_LINE_POWER = re.compile(r"(?:\^|(?<=[\d)}])\s*\*\*)\s*(?:\{\s*([-+]?\d+)\s*\}|\(([-+]?\d+)\)|(?=[-+\d]))")
 NAME = re.compile(r"(?P<name>\\?[^\W\d_]\w*(?:\([a-z]\))?)?\s*=\s*(?!=)")
 NUMBER = re.compile(
     rf"""
@@ -313,7 +314,7 @@ SHORT = _spaced(
     """
 )
 # Short symbols whose case tells a thousandth from a million, or bits from bytes.
-BY_CASE = re.compile(r"[mp](?:g|m|s|w|v|a|hz|j|l|n|pa|wh|ev)|[kmgt]b", re.IGNORECASE)
+BY_CASE = re.compile(r"m(?:g|m|s|w|v|a|hz|j|l|n|pa|wh|ev)|[kmgt]b", re.IGNORECASE)
 # A number with one of these after it is more or less than the number, or a sentence.
 CHANGING = _spaced(
     """
@@ -335,14 +336,14 @@ CHANGING = _spaced(
 CHANGING_SIGNS = frozenset("十百千万萬億亿兆半倍折割成点點")
 
 
-class Number(NamedTuple):
-    """An exact value, with its unit in words (`$` is a dollar, `/` is per) and its name, as x in `x = 3`, if any."""
+class Quantity(NamedTuple):
+    """An exact number, or an expression in LaTeX; with its unit (`$` is a dollar, `/` is per) and name, if any."""
 
-    value: Fraction
+    value: Fraction | str
     unit: tuple[str, ...] = ()
     name: str = ""
 
-    def agrees_with(self, other: "Number") -> bool:
+    def agrees_with(self, other: "Quantity") -> bool:
         """Whether units and names are the same, each where both have one."""
         return _same_name(self.name, other.name) and (
             not self.unit
@@ -352,14 +353,14 @@ class Number(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _number(text: str) -> Number | None:
+def _number(text: str) -> Quantity | None:
     """The number that a text is, with nothing left over.
 
     Integers, decimals, `1,200`, thin spaces, `1/2`, `2 1/2`, `1.2e3`, `3 × 10^4`, `10^2`, `50%`, `18 million`, each
     with a sign, a currency, a unit, a name (`x = 3`), and within Markdown or LaTeX.
     """
     if SIMPLE_NUMBER.fullmatch(text):
-        return Number(Fraction(text))
+        return Quantity(Fraction(text))
     if len(text) > LONGEST:
         return None
     text = _in_line(_unmarked(text)).strip()
@@ -381,7 +382,7 @@ def _number(text: str) -> Number | None:
     if currency and unit[1:] == ("m",):
         return None  # $18m: millions
     sign = -1 if "-" in (match["sign"], match["inner"]) else 1
-    return Number(sign * value, unit, (named and named["name"]) or "")
+    return Quantity(sign * value, unit, (named and named["name"]) or "")
 
 
 def _magnitude(match: re.Match) -> Fraction | None:
@@ -474,13 +475,13 @@ def _same_name(left: str, right: str) -> bool:
 IN_TEXT = re.compile(
     rf"""(?<![\w.^])(?<!\w-)
     (?P<number>(?>[-+]?(?:{_CURRENCY})?[-+]?\.?\d(?:[\d.,/:^{THIN}-]*\d)?(?:[eE][-+]?\d+)?(?:\s\d+/\d+)?))(?![\d_^])
-    (?P<after>\s?(?:%|per\s+cent\b)|\s?[^\W\d_]+)?""",
+    (?P<after>\s?(?:%|per\s+cent\b)|\s?[^\W\d_]+|(?:{_CURRENCY})(?!\d))?""",
     re.VERBOSE,
 )
 RANGE = re.compile(rf"({_DECIMAL})-({_DECIMAL})")
 
 
-def _numbers_of(match: re.Match) -> list[Number]:
+def _numbers_of(match: re.Match) -> list[Quantity]:
     """What a stretch of digits in a text says: one number, both ends of a range, or none, as a time or a date."""
     number, after = match["number"], match["after"] or ""
     texts = [number + after]
@@ -532,8 +533,10 @@ MATHEMATICAL = re.compile(r"\\[a-zA-Z]|[\^√π∞*+=<>≤≥({/-]|sqrt|\d[a-zA-
 UNCLEAR = re.compile(r"[\d\s.,:/()-]*\d\s*[-/][\d\s.,:/()-]*")
 # Two letters between spaces are a word more often than a product: 2 to 3.
 WORD = re.compile(r"(?:^|\s)[a-zA-Z]{2}\s+[\w\\(]|[\w)}]\s+[a-zA-Z]{2}(?:\s|$)")
+UNIT_OF_EXPRESSION = re.compile(r"(?:(?<=[)}π\d])|(?<=\\pi))\s+[^\W\d_].*")
 LIST = re.compile(r"(\\?[({\[])(.*?)(\\?[)}\]])", re.DOTALL)
-LARGEST_POWER, LARGEST_POWER_OF_SUM, MOST_DIGITS = 1000, 20, 10_000  # 9^9^9 would take all memory
+# What a text may ask for: 9^9^9 would take all memory, fifty brackets in each other minutes.
+LARGEST_NUMBER, LARGEST_POWER, LARGEST_POWER_OF_SUM, MOST_DIGITS, DEEPEST = 10**40, 1000, 20, 10_000, 8
 
 
 def _same_expression(left: str, right: str) -> bool:
@@ -541,10 +544,13 @@ def _same_expression(left: str, right: str) -> bool:
     if None not in lists:
         return lists[0][::2] == lists[1][::2] and _same_items(lists[0][1], lists[1][1], ordered=lists[0][0] != "{")
     written = _written(left), _written(right)
-    if None in written or not _same_name(written[0][0], written[1][0]):
+    if None in written or not written[0].agrees_with(written[1]):
         return False
-    read = _read(written[0][1]), _read(written[1][1])
-    return None not in read and _same_value(*read)
+    expressions = _read(written[0].value), _read(written[1].value)
+    try:
+        return None not in expressions and _same_value(*expressions)
+    except Exception:  # sympy raises many kinds, and no text of a model's may end a training run
+        return False
 
 
 def _list(text: str) -> tuple[str, list[str], str] | None:
@@ -573,34 +579,36 @@ def _same_items(left: list[str], right: list[str], *, ordered: bool) -> bool:
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _written(text: str) -> tuple[str, str] | None:
-    """A name, if any, and an expression in LaTeX that can be read in one way only; None where a text is no such thing.
+def _written(text: str) -> Quantity | None:
+    """The expression that a text is, in LaTeX that can be read in one way only; None where it is no such thing.
 
     math-verify reads what it can of a text (3 of `3:30`), multiplies the letters of a word and adds two numbers that
     stand side by side. So the whole text has to consist of what is known here, with every product written out.
     """
     number = _number(text)
     if number:
-        latex = rf"\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
-        return None if number.unit or len(latex) > LONGEST_EXPRESSION else (number.name, latex)
+        top, bottom = number.value.as_integer_ratio()
+        return number._replace(value=rf"\frac{{{top}}}{{{bottom}}}") if max(abs(top), bottom) < LARGEST_NUMBER else None
     text = _unmarked(text) if len(text) <= LONGEST_EXPRESSION else ""
-    if not MATHEMATICAL.search(text) or UNCLEAR.fullmatch(text) or WORD.search(text):
+    named, last_words = NAME.match(text), UNIT_OF_EXPRESSION.search(text)
+    unit = _unit(last_words[0]) if last_words else None
+    latex = text[named.end() if named else 0 : last_words.start() if unit else None]
+    if not MATHEMATICAL.search(latex) or UNCLEAR.fullmatch(latex) or WORD.search(latex):
         return None
-    named = NAME.match(text)
-    latex = text[named.end() :] if named else text
     for pattern, plain in SPELLINGS:
         latex = pattern.sub(plain, latex)
     latex = _products_written_out(latex)
-    return ((named and named["name"]) or "", latex) if latex else None
+    return Quantity(latex, unit or (), (named and named["name"]) or "") if latex else None
 
 
 def _products_written_out(text: str) -> str | None:
-    parts, last, place = [], "", 0
+    parts, last, place, depth = [], "", 0, 0
     while place < len(text):
         token = TOKEN.match(text, place)
-        if token is None:
+        if token is None or depth > DEEPEST:
             return None
         kind, written, place = token.lastgroup, token[0], token.end()
+        depth += (kind == "open") - (kind == "close")
         if kind == "space":
             continue
         if kind == "number" and "." in written:  # exact: math-verify would make a float of it
@@ -641,7 +649,7 @@ def _math_verify():
         normalization_config=None,
         conversion_config=ConversionConfig(lowercase_symbols=False),
     )
-    return parse, functools.partial(math_verify.verify, numeric_precision=200, strict=True, timeout_seconds=None)
+    return parse, functools.partial(math_verify.verify, numeric_precision=1000, strict=True, timeout_seconds=None)
 
 
 @functools.lru_cache(maxsize=1 << 12)
@@ -676,6 +684,7 @@ def _is_small(value: "sympy.Basic") -> bool:
 
 
 def _same_value(left: "sympy.Basic", right: "sympy.Basic") -> bool:
+    """Proved equal: a decimal that is near a root is not the root."""
     import sympy
 
     if left == right:

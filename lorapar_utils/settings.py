@@ -175,10 +175,10 @@ class ApiTeacher(Section):
     persona: str = ""
     question: str = API_QUESTION
     model: str
-    base_url: str | None = None  # null = OpenAI's own
+    base_url: str | None = None  # null = what OPENAI_BASE_URL says, else OpenAI's own
     api_key_env: str = "OPENAI_API_KEY"
     temperature: float | None = 0.0  # null = not sent: some reasoning models refuse it
-    max_tokens: Positive = 2048
+    max_tokens: Positive = 2048  # raised later, only answers that it cut off are asked for again
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] | None = None  # null = as `limit_field` says
     concurrency: Positive = 8
     timeout: Rate = 120.0
@@ -193,7 +193,7 @@ class ApiTeacher(Section):
 
 
 class RecordedTeacher(Section):
-    """Votes that were cast elsewhere: a CSV or Parquet file with columns `id` and `system` (1, 2, or 0)."""
+    """Votes that were cast elsewhere: a CSV or Parquet file with columns `id` and `system` (1, 2, or 0 to abstain)."""
 
     kind: Literal["recorded"]
     name: Name

@@ -5,6 +5,7 @@ after the head in a way not known here) is left out for that model: the librarie
 says so. Asked when a model is loaded, and remembered with it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,6 +71,13 @@ def answer_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+def attention_window(model: PreTrainedModel) -> float:
+    """How many tokens back the layer sees that sees the fewest; infinity where all see everything."""
+    config = model.config.get_text_config()
+    widths = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((width for width in widths if width is not None), default=math.inf)
+
+
 def _tried(model: PreTrainedModel) -> Shortcuts:
     from lorapar_utils.generation import adapters_in_base_dtype  # it asks for shortcuts itself
 
@@ -119,8 +127,7 @@ def _by_head(model: PreTrainedModel, sequences: list[torch.Tensor]) -> torch.Ten
 def _in_one_row(model: PreTrainedModel, sequences: list[torch.Tensor]) -> torch.Tensor:
     from lorapar_utils import bundles
 
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    if window is not None and window < bundles.LONGEST:
+    if attention_window(model) < bundles.LONGEST:
         raise ValueError("a bundle's mask knows no window")
     width = max(map(len, sequences))
     ids = torch.stack([torch.nn.functional.pad(tokens, (0, width - len(tokens))) for tokens in sequences])

@@ -16,7 +16,7 @@ import threading
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -149,7 +149,7 @@ NO_VERDICT = "no verdict in the last line"
 
 
 def parse_vote(text: str) -> tuple[int, str]:
-    """The system that an answer ends with, and ""; or 0 and why it is an abstention.
+    r"""The system that an answer ends with, and ""; or 0 and why it is an abstention.
 
     The last line has to say `System 1` or `System 2` and nothing else. `Answer:` before it is accepted, and so is what
     does not change its meaning: Markdown, LaTeX, quotes, brackets, tags such as `<answer>`, stop tokens, another
@@ -243,7 +243,7 @@ ABOUT_THE_QUESTION = {400, 413, 414, 422, 451}
 # 200: servers that send their errors as if they were answers.
 MONEY_STATUSES = {200, 400, 401, 403, 429}
 MONEY = re.compile(
-    r"(?<![a-z])(?:insufficient[ _]\w+|billing|credits?|quota|balance|payment|funds|budget|arrears|arrearage"
+    r"(?<![a-z])(?:billing|credits?|quota|balance|payment|funds|budget|arrears|arrearage"
     r"|(?:usage|spend|spending)[ _]limits?)(?![a-z])",
     re.I,
 )
@@ -254,9 +254,13 @@ FILTER = re.compile(
 PASSING = re.compile(r"overloaded|temporar|try again|timed? ?out|unavailable|still loading|at capacity", re.I)
 KEY = re.compile(r"(?<![a-z])api.?key", re.I)
 UNKNOWN_MODEL = re.compile(
-    r"model_not_found|model[^.]{0,80}(?:not exist|not found)|(?:invalid|unknown|no such) model|deployment", re.I
+    r"model_not_found|model[^.]{0,80}(?:not exist|not found)|(?:invalid|unknown|no such) model"
+    r"|deployment.{0,40}not",
+    re.I,
 )
-NO_ENDPOINT = re.compile(r"endpoint|unknown request url|invalid url|cannot (?:post|get)|no route", re.I)
+NO_ENDPOINT = re.compile(
+    r"(?:unexpected|unknown|invalid|no such) (?:endpoint|route|path|(?:request )?url)|cannot (?:post|get)", re.I
+)
 LIMIT = re.compile(r"max_(?:completion_|output_|new_)?tokens|in the completion", re.I)
 UNKNOWN_FIELD = re.compile(
     r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not (?:permitted|allowed)", re.I
@@ -277,7 +281,7 @@ class _Server:
     """A teacher's client, and how to speak of it without showing its key."""
 
     section: ApiTeacher
-    key: str
+    key: str = field(repr=False)
     address: str
     client: openai.OpenAI
 
@@ -288,13 +292,16 @@ class _Server:
     def shown(self, message: object) -> str:
         """The start of what the server or the client says, without the key, in whole or in part."""
         # OpenAI shows a refused key with stars in its middle.
-        return re.sub(r"\S*\*{3,}\S*", "[the key]", self.without_key(str(message)))[:200]
+        told = re.sub(r"\S*\*{3,}\S*", "[the key]", self.without_key(str(message)))
+        return " ".join(told.split())[:200]
 
     def without_key(self, text: str) -> str:
         if len(self.key) < 8:  # "any word", for a server without keys
             return re.sub(rf"(?<!\w){re.escape(self.key)}(?!\w)", "[the key]", text)
-        parts = [self.key[start : start + 8] for start in range(len(self.key) - 7)]
         text = text.replace(self.key, "[the key]")
+        parts = [part for start in range(len(self.key) - 7) if (part := self.key[start : start + 8]) in text]
+        if not parts:
+            return text
         return re.sub(r"\S+", lambda word: "[the key]" if any(part in word[0] for part in parts) else word[0], text)
 
 
@@ -338,7 +345,8 @@ def _api(section: ApiTeacher, settings: Settings) -> Teacher:
 
 def _server(section: ApiTeacher) -> _Server:
     where, variable = f"teacher {section.name!r}", section.api_key_env
-    if not variable.isidentifier() or (len(variable) > 20 and not variable.isupper()):
+    like_a_name = variable.isidentifier() and (len(variable) <= 20 or variable.isupper())
+    if variable not in os.environ and not like_a_name:
         # It is not shown: it looks like the key itself.
         raise InputError(f"{where}: api_key_env is the name of an environment variable, such as OPENAI_API_KEY")
     key = os.environ.get(variable, "").strip().strip("\ufeff").strip()
@@ -453,7 +461,7 @@ def _complete(server: _Server, prompt: str) -> Ballot | InputError:
     except ValueError as error:
         raise _Unusable(f"garbled answer: {server.shown(error)}") from None
     if isinstance(body, list) and len(body) == 1:
-        [body] = body
+        body = body[0]
     if not isinstance(body, dict):
         raise _Unusable("garbled answer: the body is no object")
     choices = body.get("choices")
@@ -585,7 +593,7 @@ def _status_in(error: object) -> int:
 
 def _unwrapped(body: object) -> object:
     if isinstance(body, list) and len(body) == 1:
-        [body] = body
+        body = body[0]
     return body.get("error") or body if isinstance(body, dict) else body
 
 

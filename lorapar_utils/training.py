@@ -286,6 +286,19 @@ def overlap(completions, solution, **_):
 REWARDS = {"answer": [correct, layout, steps], "overlap": [overlap]}
 
 
+def check_references(examples: Sequence[dict], settings: Settings) -> None:
+    """Whether `grpo.reward` can compare completions with each example's reference; an `InputError` that names one."""
+    for example in examples:
+        reference = example["solution" if settings.reward == "overlap" else "answer"]
+        if not (reference or "").strip():
+            raise InputError(f"example {example['id']}: it has no reference, so no completion of it can be rewarded")
+        if settings.reward == "answer" and "\n" in reference:
+            raise InputError(
+                f"grpo.reward = 'answer': the reference of example {example['id']} has several lines, which no "
+                "`#### answer` can equal; set grpo.reward: overlap for free text"
+            )
+
+
 def prompts_to_reinforce(
     examples: Sequence[dict], tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> list[dict[str, str]]:
@@ -300,16 +313,8 @@ def prompts_to_reinforce(
     """
     if not examples:
         raise InputError("examples: System 2 is empty, so GRPO has no prompt; lower voting.quorum or add teachers")
-    limit, reward = settings.grpo.max_prompt_length, settings.reward
-    for example in examples:
-        reference = example["solution" if reward == "overlap" else "answer"]
-        if not (reference or "").strip():
-            raise InputError(f"example {example['id']}: it has no reference, so no completion of it can be rewarded")
-        if reward == "answer" and "\n" in reference:
-            raise InputError(
-                f"grpo.reward = 'answer': the reference of example {example['id']} has several lines, which no "
-                "`#### answer` can equal; set grpo.reward: overlap for free text"
-            )
+    check_references(examples, settings)
+    limit = settings.grpo.max_prompt_length
     rows = [
         {key: example[key] for key in ("prompt", "answer", "solution")}
         for example in examples

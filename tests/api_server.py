@@ -46,6 +46,7 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # head and body are two writes, and the second would wait 40 ms
 
             def log_message(self, *_):
                 pass
@@ -125,7 +126,7 @@ class Server:
                 pass
 
         with Quiet(("127.0.0.1", 0), Handler) as server:
-            thread = threading.Thread(target=server.serve_forever, daemon=True)
+            thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
             thread.start()
             self.address = f"http://127.0.0.1:{server.server_port}/v1"
             try:

@@ -46,7 +46,14 @@ FAMILIES = {
         "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}",
     ),
     "llama-3": (
-        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"],
+        [
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+            "<|eom_id|>",
+        ],
         True,
         ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
         "bytes",
@@ -60,7 +67,8 @@ FAMILIES = {
         False,
         ["<|im_end|>", "<|endoftext|>"],
         "bytes",
-        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}" + CHATML,
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        + CHATML,
     ),
     "gemma-2": (
         ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
@@ -121,7 +129,11 @@ def make_model_folder(folder: Path, architecture: str, family: str) -> Path:
     tokenizer = make_tokenizer(family)
     tokenizer.save_pretrained(folder)
     config = json.loads((ROOT / "profiles" / "architectures" / f"{architecture}.json").read_text())
-    config |= {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config |= {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     # Qwen and Llama publish sampling settings, which must change nothing.
     generation = {"eos_token_id": end_ids(family, tokenizer), "do_sample": True, "temperature": 0.6, "top_p": 0.9}
@@ -181,4 +193,22 @@ def make_data_folder(folder: Path, source: str, rows: int = 60) -> Path:
     else:
         path.write_text("\n".join(map(json.dumps, content)))
     (folder / "README.md").write_text("---\nlicense: cc\n---\n")
+    return folder
+
+
+def make_mmlu_folder(folder: Path) -> Path:
+    """Two of MMLU's subjects, five worked examples and three questions each."""
+    folder.mkdir(parents=True)
+    for split, count in (("dev", 5), ("test", 3)):
+        rows = [
+            {
+                "question": f"What is {i} + 1?",
+                "subject": subject,
+                "choices": [str(i + k) for k in range(4)],
+                "answer": 1,
+            }
+            for subject in ("abstract_algebra", "anatomy")
+            for i in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder

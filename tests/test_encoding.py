@@ -57,13 +57,17 @@ def test_every_reader_sees_the_same_ids_for_a_question(family, monkeypatch):
     assert {tuple(e["input_ids"][: e["labels"].count(-100)]) for e in taught} == expected
 
     asked = []
-    monkeypatch.setattr(evaluation, "complete", lambda model, prompts, **_: asked.extend(prompts) or [[0]] * len(prompts))
+    monkeypatch.setattr(
+        evaluation, "complete", lambda model, prompts, **_: asked.extend(prompts) or [[0]] * len(prompts)
+    )
     evaluation.generate(model, tokenizer, [row["prompt"] for row in rows], SETTINGS)
     assert set(map(tuple, asked)) == expected
 
     rolled_out = []
     real = training.complete
-    monkeypatch.setattr(training, "complete", lambda m, prompts, **o: rolled_out.extend(prompts) or real(m, prompts, **o))
+    monkeypatch.setattr(
+        training, "complete", lambda m, prompts, **o: rolled_out.extend(prompts) or real(m, prompts, **o)
+    )
     policy = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in models.lora_parameters(policy).items()}
     training.run_grpo(policy, tokenizer, rows, masks, SETTINGS)
@@ -95,7 +99,9 @@ def test_text_to_be_continued_begins_with_bos_and_stays_open(family, monkeypatch
     adds_bos = hub_like.FAMILIES[name][1]
     [problem] = list(read_problems())[:1]
     asked = []
-    monkeypatch.setattr(humaneval, "complete", lambda model, prompts, **_: asked.extend(prompts) or [[0]] * len(prompts))
+    monkeypatch.setattr(
+        humaneval, "complete", lambda model, prompts, **_: asked.extend(prompts) or [[0]] * len(prompts)
+    )
     monkeypatch.setattr(humaneval.sandbox, "require_sandbox", lambda: None)
     monkeypatch.setattr(humaneval, "_judged", lambda *_: humaneval.sandbox.Verdict(False, "not run"))
     humaneval.score_humaneval(model, tokenizer, SETTINGS, problems=[problem])
@@ -170,5 +176,7 @@ def test_long_rows_are_left_out_cut_or_refused_and_counted(capsys):
 
 def test_a_plain_template_that_names_something_else_is_refused():
     odd = SETTINGS.changed(model={"plain_template": "{{ question }}"})
-    with pytest.raises(InputError, match=r"model.plain_template: 'question' is undefined; it may use system and prompt"):
+    with pytest.raises(
+        InputError, match=r"model.plain_template: 'question' is undefined; it may use system and prompt"
+    ):
         encoding.prompt_ids("1?", hub_like.make_tokenizer("llama-2"), odd)

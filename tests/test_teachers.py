@@ -234,6 +234,24 @@ def test_the_voting_phase_repeats_failed_calls_only_when_asked_to(project):
         assert not any(again["failed"]) and set(again["system"]) == {2} and len(server.asked) == before + 1
 
 
+def test_another_name_or_limit_makes_the_votes_again_from_the_answers_that_are_kept(project):
+    from lorapar_utils import splits
+
+    def fault(number):
+        return (200, server.completion("It takes", "length")) if server.limits[number] < 100 and number == 6 else None
+
+    with Server(fault=fault).running() as server:
+        first = splits.votes(settings_for(api(server.address, max_tokens=50, concurrency=1)))
+        asked = len(server.asked)
+        assert len(first) == asked and sum(system == 0 for [system] in first["votes"]) == 1
+        kept = [
+            r for [r] in splits.votes(settings_for(api(server.address, name="renamed", max_tokens=50)))["reasons"] if r
+        ]
+        assert kept == ["reached max_tokens before a verdict"] and len(server.asked) == asked
+        raised = splits.votes(settings_for(api(server.address, name="renamed", max_tokens=500)))
+        assert {system for [system] in raised["votes"]} == {1} and len(server.asked) == asked + 1
+
+
 def test_an_answer_cut_at_max_tokens_is_an_abstention(cache):
     with (
         Server(finish_reason="length").running() as server,
@@ -275,9 +293,7 @@ def test_what_does_not_shape_an_answer_is_not_part_of_the_cache_key(cache, monke
 def test_only_answers_that_were_cut_off_are_asked_again_under_a_higher_limit(cache):
     def fault(number):
         return (
-            (200, server.completion("It takes", finish_reason="length"))
-            if server.limits[number] < 100 and number % 3 == 0
-            else None
+            (200, server.completion("It takes", "length")) if server.limits[number] < 100 and number % 3 == 0 else None
         )
 
     with Server(fault=fault).running() as server:
@@ -351,6 +367,8 @@ PASSING = {
     "502": (502, "<html>Bad Gateway</html>", {"Content-Type": "text/html"}),
     "an overload that calls itself a bad request": (400, {"error": {"message": "Model is overloaded, try again"}}),
     "an error that calls itself fine": (200, {"error": {"message": "upstream failed", "code": 502}}),
+    "a connection that breaks": "cut_body",
+    "half an answer": "cut_json",
     "nothing": (200, ""),
     "no object": (200, "null"),
     "no choices": (200, {"choices": []}),
@@ -367,11 +385,10 @@ PASSING = {
 def test_what_may_pass_is_never_kept_as_an_answer(tmp_path):
     """Some questions fail, then all of them do; the next run has a vote on every example."""
     failing = range(0)
-    settings = {}
     with Server(fault=lambda number: fault if number in failing else None).running() as server:
         settings = settings_for(api(server.address, retries=0, concurrency=1))
-        for number, (name, fault) in enumerate(PASSING.items()):
-            with diskcache.Cache(tmp_path / str(number), disk=diskcache.JSONDisk) as cache:
+        for name, fault in PASSING.items():  # noqa: B007
+            with diskcache.Cache(tmp_path / name, disk=diskcache.JSONDisk) as cache:
                 failing = range(len(server.asked), len(server.asked) + 3)
                 with pytest.raises(
                     InputError, match="'remote': no vote yet, because its server failed on 3 of 3 .*run again"
@@ -484,10 +501,8 @@ def everything_told(error):
 
 
 def test_no_message_and_no_vote_shows_a_key(cache, monkeypatch):
-    secret = "sk-abcdefgh-Schlüssel"
-    for key in (secret, "sk-abc\ndefgh", "sk-abc\x00defgh"):
-        if "\x00" not in key:  # which no environment holds
-            monkeypatch.setenv("TEACHER_KEY", key)
+    for key in ("sk-abcdefgh-Schlüssel", "sk-abc\ndefgh", "sk-abc\x7fdefgh"):
+        monkeypatch.setenv("TEACHER_KEY", key)
         with pytest.raises(
             InputError, match="the key in the environment variable TEACHER_KEY has characters"
         ) as caught:
@@ -496,8 +511,9 @@ def test_no_message_and_no_vote_shows_a_key(cache, monkeypatch):
     for pasted in ("sk-abcdefgh-1", "gsk_abcdefghijklmnopqrstuvwxyz"):
         with pytest.raises(InputError, match="api_key_env is the name of an environment variable") as caught:
             build_teachers(settings_for(api("http://localhost", api_key_env=pasted)), EXAMPLES)
-        assert "sk" not in everything_told(caught.value).split("api_key_env is the name")[1]
+        assert pasted not in everything_told(caught.value)
     monkeypatch.setenv("TEACHER_KEY", "sk-abcdefgh-12345")
+    assert "sk-abc" not in repr(build_teachers(settings_for(api("http://localhost")), EXAMPLES))
     replies = [
         (401, {"error": {"message": "Incorrect API key provided: sk-abcdefgh-12345. Find yours online."}}),
         (401, {"error": {"message": "Incorrect API key provided: sk-abcde*****2345."}}),
@@ -505,7 +521,7 @@ def test_no_message_and_no_vote_shows_a_key(cache, monkeypatch):
         (500, {"error": {"message": "header 'sk-abcdefgh…' is bad"}}),
     ]
     with Server(keys=("sk-abcdefgh-12345",), fault=lambda number: reply).running() as server:
-        for reply in replies:
+        for reply in replies:  # noqa: B007
             with pytest.raises(InputError) as caught:
                 ask(settings_for(api(server.address, retries=0, concurrency=1)), cache, EXAMPLES[:2])
             assert "sk-abc" not in everything_told(caught.value) and "[the key]" in str(caught.value)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import datasets
 import diskcache
 import numpy as np
@@ -87,6 +89,52 @@ def test_a_failed_call_abstains_now_and_is_asked_again(pool, cache):
     assert asked == ["3"] and voted["system"] == [1, 1, 1, 2, 1, 1]
 
 
+def test_an_answer_that_was_cut_off_is_asked_again_under_a_higher_limit_only(pool, cache):
+    asked = []
+
+    def answers(limit):
+        cut = Ballot(system=0, reason="reached max_tokens", text="It", limit=limit)
+        return teacher("a", lambda a: cut if int(a) > limit else Ballot(system=2), asked, max_tokens=limit)
+
+    for limit, expected in ((3, "012345"), (3, ""), (2, ""), (4, "45"), (3, ""), (9, "5")):
+        vote(pool, [answers(limit)], cache)
+        assert "".join(asked) == expected, limit
+        asked.clear()
+
+
+def test_a_question_is_asked_once_however_many_teachers_and_examples_have_it(pool, cache):
+    asked = []
+    one, other = (teacher(name, lambda a: Ballot(system=2), asked, max_tokens=9) for name in ("a", "b"))
+    other = dataclasses.replace(other, key=one.key)
+    twins = datasets.concatenate_datasets([pool, pool.map(lambda row: {"id": f"again-{row['id']}"})])
+    assert plan(twins, [one, other], cache)["calls"].tolist() == [6, 0]
+    assert vote(twins, [one, other], cache)["votes"] == [[2, 2]] * 12
+    assert asked == list("012345")
+
+
+def test_nothing_is_asked_before_every_teacher_is_checked_and_what_costs_nothing_comes_first(pool, cache):
+    asked, order = [], []
+
+    def rule(name):
+        return lambda answer: order.append(name) or Ballot(system=1)
+
+    def in_vain():
+        raise InputError("no key")
+
+    paid = teacher("paid", rule("paid"), asked, max_tokens=9)
+    free = teacher("free", rule("free"), asked)
+    with pytest.raises(InputError, match="no key"):
+        vote(pool, [paid, free, dataclasses.replace(free, name="c", key="c", check=in_vain)], cache)
+    unwritten = dataclasses.replace(free, prompt=lambda example: in_vain() if example["id"] == "e5" else "?")
+    with pytest.raises(InputError, match="no key"):
+        vote(pool, [paid, unwritten], cache)
+    assert not asked
+    voted = vote(pool, [paid, free], cache, tie="undecided")
+    assert order == ["free"] * 6 + ["paid"] * 6 and voted["votes"] == [[1, 1]] * 6
+    # What is answered needs no server.
+    assert vote(pool, [dataclasses.replace(paid, check=in_vain)], cache)["votes"] == [[1]] * 6
+
+
 def test_abstentions_are_left_out_of_the_count(pool, cache):
     silent = Ballot(system=0, reason="empty answer")
     teachers = [
@@ -128,6 +176,32 @@ def test_a_teacher_that_always_abstains_is_stopped_early(cache):
     with pytest.raises(InputError, match=r"'mute' abstained on all of its 16 examples \(16 times: empty answer\)"):
         vote(pool, [mute], cache)
     assert len(asked) == 16
+
+
+def test_a_server_that_always_fails_is_stopped_early_and_not_blamed_on_the_teacher(cache):
+    pool = datasets.Dataset.from_list([{"id": f"e{i}", "prompt": f"{i}", "answer": str(i)} for i in range(100)])
+    asked = []
+    down = Ballot(system=0, reason="no answer within 1 s", final=False)
+    with pytest.raises(
+        InputError, match=r"'a': no vote yet, .*failed on 16 of 16 examples .*no answer within.*run again"
+    ):
+        vote(pool, [teacher("a", lambda a: down, asked)], cache)
+    assert len(asked) == 16
+    mixed = teacher("b", lambda a: down if a == "3" else Ballot(system=0, reason="empty answer", text="hm"), asked)
+    with pytest.raises(InputError, match="failed on 1 of 6 examples .* and it abstained on the others"):
+        vote(pool.select(range(6)), [mixed], cache)
+    assert set(vote(pool, [teacher("a", lambda a: Ballot(system=2), asked)], cache)["system"]) == {2}
+
+
+def test_refusals_are_kept_of_a_server_that_answers_too(pool, cache):
+    asked = []
+    refused = Ballot(system=0, reason="refused: 400")
+    with pytest.raises(InputError, match="abstained on all of its 6 examples .*refused: 400"):
+        vote(pool, [teacher("a", lambda a: refused, asked)], cache)
+    mended = teacher("a", lambda a: refused if a in "13" else Ballot(system=2), asked)
+    for expected in (12, 12):
+        assert vote(pool, [mended], cache)["votes"] == [[2], [0], [2], [0], [2], [2]]
+        assert len(asked) == expected
 
 
 def test_bad_votes_are_named(pool, cache):

@@ -1,0 +1,62 @@
+"""What a run would stop at later, found before anything is trained or paid for: model, data, teachers, benchmarks.
+
+Nothing is loaded that takes long: of the model its files' headers, its configuration and its tokenizer.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lorapar_utils import data, evaluation, models, teachers, training
+from lorapar_utils.encoding import encode_examples, prompt_ids
+from lorapar_utils.errors import InputError
+from lorapar_utils.model_files import source_of
+from lorapar_utils.settings import Settings
+
+
+def check(settings: Settings) -> None:
+    """Everything that a run of the profile reads.
+
+    Raises
+    ------
+    InputError
+        The first thing that a phase could not work with, as that phase would say it.
+    """
+    check_model(settings)
+    check_data(settings)
+
+
+def check_data(settings: Settings) -> None:
+    """The pool, whole and as tokens, the teachers' files and keys, and what the benchmarks need."""
+    rows = [row for row in data.load_pool(settings) if row["split"] == "train"]
+    teachers.build_teachers(settings, rows)
+    evaluation.check_benchmarks(settings)
+    encode_examples(rows, models.load_tokenizer(settings), settings)  # says how many are too long
+    if any("grpo" in spec.stages for spec in settings.experiments.values()):
+        training.check_references(rows, settings)
+
+
+def check_model(settings: Settings) -> None:
+    """The model's files, tokenizer and templates, and that it has the layers which the profile's experiments train."""
+    source_of(settings)
+    prompt_ids("1 + 1?", models.load_tokenizer(settings), settings)
+    config = models.load_config(settings)
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise InputError(
+                f"model.source = {settings.model.source!r}: {config.model_type} is no causal language model that "
+                f"transformers can make ({str(error).splitlines()[0][:200]})"
+            ) from None
+    for name, spec in settings.experiments.items():
+        if spec.stages:
+            models.check_modules(model, settings.for_experiment(name, settings.seed))
+    if not settings.experiments:
+        models.check_modules(model, settings)
+
+
+def is_local(settings: Settings) -> bool:
+    """Whether the model's files are on this machine, so that they can be looked at without fetching anything."""
+    return Path(settings.model.source).expanduser().exists()

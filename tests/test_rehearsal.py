@@ -1,0 +1,105 @@
+"""Every 7B profile, rehearsed on folders in the hub's layout: both stages, the benchmarks, the book's pages."""
+
+import json
+import os
+import shutil
+
+import hub_like
+import pytest
+from conftest import ROOT
+from transformers import AutoConfig
+
+from lorapar_utils import rehearsal
+from lorapar_utils.errors import InputError
+from lorapar_utils.settings import load_profile
+
+# profile -> (architecture, the tokenizer's family, pool); pages are filled in for one checked and one free-text pool
+PROFILES = {
+    "llama2-7b": ("Llama-2-7b-hf", "llama-2", "gsm8k"),
+    "llama2-7b-chat": ("Llama-2-7b-chat-hf", "llama-2-chat", "gsm8k"),
+    "llama2-7b-dolly": ("Llama-2-7b-hf", "llama-2", "dolly-15k"),
+    "llama2-7b-platypus": ("Llama-2-7b-hf", "llama-2", "open-platypus"),
+    "llama2-7b-codealpaca": ("Llama-2-7b-hf", "llama-2", "codealpaca-20k"),
+    "qwen2.5-7b": ("Qwen2.5-7B", "qwen-2.5", "gsm8k"),
+}
+WITH_PAGES = ("llama2-7b-chat", "llama2-7b-dolly")
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """What of the clone a rehearsal reads, as the working directory."""
+    for name in ("profiles", "book", "notebooks"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_build"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def mine(clone, profile, data=None, **more):
+    """A user's profile over `profile`, with the model's and the data's folders named."""
+    architecture, family, source = PROFILES[profile]
+    hub_like.make_model_folder(clone / "hub" / architecture, architecture, family)
+    if data is None:
+        data = hub_like.make_data_folder(clone / "data" / source, source)
+    if not (clone / "data" / "mmlu").is_dir():
+        hub_like.make_mmlu_folder(clone / "data" / "mmlu")
+    content = {
+        "extends": profile,
+        "model": {"source": f"hub/{architecture}"},
+        "pool": {"path": str(data)},
+        "evaluation": {"mmlu": {"path": "data/mmlu"}},
+    }
+    path = clone / "profiles" / "mine.yaml"
+    path.write_text(json.dumps(content | more))  # JSON is YAML
+    return path
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_phase_of_a_7b_profile_runs_in_small(clone, profile, capsys):
+    path = mine(clone, profile)
+    taken = rehearsal.rehearse(str(path), pages=profile in WITH_PAGES)
+    kinds = {spec.stages for spec in load_profile(profile).experiments.values()}
+    for stages in kinds:
+        assert any(", then ".join(stages) in what for what, _ in taken)
+    assert not list((clone / "runs").glob("*rehearsal*")), "something of it was kept"
+    assert "pool: " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="the GSM8K files are not beside the project")
+def test_the_papers_profile_on_the_real_gsm8k(clone, capsys):
+    rehearsal.rehearse(str(mine(clone, "llama2-7b", GSM8K)), pages=False)
+    assert "train 70" in capsys.readouterr().out
+
+
+def test_what_a_run_would_stop_at_is_named(clone, capsys):
+    path = mine(clone, "llama2-7b", adapter={"modules": "GUD"}, grpo={"reward": "answer"})
+    (clone / "data/gsm8k/main/train-00000-of-00001.parquet").unlink()
+    assert rehearsal.main([str(path)]) == 2
+    assert "pool.path" in capsys.readouterr().err
+    free = mine(clone, "llama2-7b-dolly", grpo={"reward": "answer"})
+    with pytest.raises(InputError, match="grpo.reward = 'answer': .* has several lines"):
+        rehearsal.rehearse(str(free))
+    lines = mine(clone, "llama2-7b-platypus", adapter={"modules": ["qkv_proj"]})
+    with pytest.raises(InputError, match=r"adapter.modules = \('qkv_proj',\): LlamaForCausalLM has no qkv_proj"):
+        rehearsal.rehearse(str(lines))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "profiles" / "architectures").glob("*.json")))
+def test_a_toy_is_narrow_and_keeps_its_vocabulary(name):
+    wide = json.loads((ROOT / "profiles" / "architectures" / f"{name}.json").read_text())
+    config = rehearsal.toy_config(AutoConfig.for_model(**wide))
+    assert config.hidden_size == rehearsal.WIDTH and config.num_hidden_layers == rehearsal.LAYERS
+    assert config.vocab_size == wide["vocab_size"]
+    shared = wide["num_key_value_heads"] < wide["num_attention_heads"]
+    assert (config.num_key_value_heads < config.num_attention_heads) == shared
+
+
+def test_a_key_that_is_missing_stops_a_rehearsal_and_no_server_is_asked(clone, monkeypatch):
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    teacher = {"name": "r1", "kind": "api", "role_play": True, "model": "m", "base_url": "http://127.0.0.1:9/v1"}
+    voting = {"teachers": [teacher | {"api_key_env": "SOME_KEY"}]}
+    path = mine(clone, "llama2-7b", voting=voting)
+    with pytest.raises(InputError, match="SOME_KEY is not set"):
+        rehearsal.rehearse(str(path), pages=False)
+    monkeypatch.setitem(os.environ, "SOME_KEY", "word")
+    rehearsal.rehearse(str(path), pages=False)  # nobody listens at that address
