@@ -17,6 +17,8 @@ import nbformat
 import pytest
 from conftest import ROOT, copy_project
 
+from lorapar_utils.machine import usable_cores
+
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
@@ -157,7 +159,7 @@ def test_the_commands_that_are_shown_do_what_they_say(built):
             command = f"make -n {command.removeprefix('make ')}"
         return command, subprocess.run(command, shell=True, cwd=built, env=environment, capture_output=True, text=True)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for command, done in pool.map(run, commands()):
             assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
 

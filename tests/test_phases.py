@@ -1,10 +1,14 @@
 """An experiment's stages: what another one has already trained is taken over, to the bit, and nothing else is."""
 
+import json
+import shutil
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from lorapar_utils import phases, training
+from lorapar_utils import data, evaluation, manifests, phases, plots, splits, tables, training
+from lorapar_utils.errors import InputError
 from lorapar_utils.phases import _stage_inputs
 from lorapar_utils.settings import load_profile
 
@@ -76,7 +80,7 @@ def test_a_setting_of_stage_2_trains_stage_2_alone_again(project, saved_model, t
         ({"sft": {"epochs": 1}}, 1),
         ({"grpo": {"steps": 1}}, 2),
         ({"scores": "others"}, 1),
-        ({"evaluation": {"max_new_tokens": 1}}, 1),
+        ({"scoring": {"evaluation": {"max_new_tokens": 1}}}, 3),
         ({"experiment": {"method": "lorapar", "selection": "random", "stages": ["sft", "grpo"]}}, 1),
     ],
 )
@@ -85,7 +89,7 @@ def test_what_a_stage_rests_on(changed, from_stage):
         "experiment": {"method": "lorapar", "selection": "importance", "stages": ["sft", "grpo"], "beta": 1.0},
         "scores": "these",
         "partition": {"theta": 0.9, "alpha": 1.0, "beta": 1.0},
-        "evaluation": {"max_new_tokens": 48},
+        "scoring": {"evaluation": {"max_new_tokens": 48}},
         "sft": {"epochs": 2},
         "grpo": {"steps": 20},
     }
@@ -104,3 +108,115 @@ def test_stages_in_the_other_order_rest_on_the_other_settings():
     first = _stage_inputs(inputs, 1)
     assert "sft" not in first and first["grpo"] == {"steps": 20} and first["partition"] == {"theta": 0.9, "beta": 1.0}
     assert _stage_inputs(inputs, 2)["sft"] == {"epochs": 2}
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """How often the test split was answered from here on."""
+    times = []
+    real = evaluation.score_pool
+    monkeypatch.setattr(evaluation, "score_pool", lambda *a: times.append(1) or real(*a))
+    return times
+
+
+def test_what_is_measured_anew_is_not_trained_anew(project, saved_model, trained, scored):
+    chosen = settings(saved_model)
+    before = phases.experiment(chosen, "alpha1.0_beta1.0", 0)
+    trained.clear(), scored.clear()
+    phases.experiment(chosen, "alpha1.0_beta1.0", 0)
+    assert (trained, scored) == ([], [])
+    longer = phases.experiment(chosen.changed(evaluation={"max_new_tokens": 3}), "alpha1.0_beta1.0", 0)
+    assert trained == [] and len(scored) == 2
+    # The adapters of both stages, each put back and scored.
+    back = phases.experiment(chosen, "alpha1.0_beta1.0", 0)
+    assert trained == [] and longer.items != before.items and back.result == before.result
+
+
+def test_a_metric_that_was_added_later_reaches_old_runs(project, saved_model, trained, scored, monkeypatch):
+    chosen = settings(saved_model)
+    before = phases.experiment(chosen, "alpha1.0_beta1.0", 0)
+    trained.clear(), scored.clear()
+    real = evaluation.accuracy_metrics
+    later = {"words": {"value": 1.0, "n": 1}}
+    monkeypatch.setattr(evaluation, "accuracy_metrics", lambda items: real(items) | later)
+    after = phases.experiment(chosen, "alpha1.0_beta1.0", 0)
+    assert (trained, scored) == ([], [])
+    assert after.metric("stage2/words")["value"] == 1.0 and "stage2/words" not in before.result["metrics"]
+    assert (after.run, after.environment) == (before.run, before.environment)
+
+
+def write_pool(folder, answer):
+    for split, count in (("train", 80), ("test", 20)):
+        rows = [
+            {"question": f"{split} t{i}?", "answer": "\n".join(["t1 t2"] * (1 + i % 4)) + f"\n#### {answer}"}
+            for i in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_data_weights_and_votes_edited_in_place_are_noticed_by_content(project, saved_model):
+    data_folder = project / "gsm8k"
+    data_folder.mkdir()
+    write_pool(data_folder, "1")
+    votes = project / "votes.csv"
+    teacher = {"name": "colleague", "kind": "recorded", "path": str(votes)}
+    own = settings(saved_model, pool={"source": "gsm8k", "path": str(data_folder)}).changed(
+        voting={"split_by": "votes", "teachers": [teacher], "panels": {}, "panel": None}
+    )
+    ids = [row["id"] for row in data.load_pool(own) if row["split"] == "train"]
+    votes.write_text("id,system\n" + "".join(f"{name},{1 + i % 2}\n" for i, name in enumerate(ids)))
+
+    def state():
+        return {
+            "answers": {row["answer"] for row in splits.votes(own)},
+            "systems": [row["system"] for row in splits.votes(own)],
+            "model": manifests.model_identity(own),
+            "scoring": phases._experiment_inputs(own, own.experiments["alpha1.0_beta1.0"])["scoring"],
+        }
+
+    before = state()
+    write_pool(data_folder, "2")
+    mended = state()
+    assert mended["answers"] == {"2"} and mended["scoring"] != before["scoring"]
+    votes.write_text("id,system\n" + "".join(f"{name},{2 - i % 2}\n" for i, name in enumerate(ids)))
+    assert state()["systems"] == [3 - system for system in mended["systems"]]
+    weights = saved_model / "model.safetensors"
+    save_file({name: 2 * values for name, values in load_file(weights).items()}, weights, {"format": "pt"})
+    assert state()["model"] != before["model"]
+    # The same content elsewhere is the same model.
+    moved = shutil.copytree(saved_model, project / "elsewhere")
+    assert manifests.model_identity(own.changed(model={"source": str(moved)})) == state()["model"]
+
+
+def test_examples_that_a_later_stage_cannot_read_are_named_before_the_first_is_trained(project, saved_model, trained):
+    chosen = settings(saved_model, grpo={"max_prompt_length": 1})
+    with pytest.raises(InputError, match="grpo.max_prompt_length = 1: every prompt of System 2 is longer; raise it"):
+        phases.experiment(chosen, "alpha1.0_beta1.0", 0)
+    with pytest.raises(InputError, match="evaluation.mmlu.path: .* holds no"):
+        (project / "empty").mkdir()
+        asked = {"benchmarks": ["mmlu"], "mmlu": {"path": str(project / "empty")}}
+        phases.experiment(settings(saved_model, evaluation=asked), "alpha1.0_beta1.0", 0)
+    assert trained == []
+
+
+def test_free_text_is_scored_by_overlap_and_loss(project, saved_model):
+    rows = [{"instruction": f"t{i} and t{i % 7}?", "response": f"t{i % 5} t{i % 3}", "context": ""} for i in range(120)]
+    (project / "dolly.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    free = settings(saved_model, pool={"source": "dolly-15k", "path": str(project / "dolly.jsonl")})
+    teacher = {"name": "colleague", "kind": "recorded", "path": str(project / "votes.csv")}
+    free = free.changed(
+        voting={"split_by": "votes", "teachers": [teacher], "panels": {}, "panel": None},
+        evaluation={"watch_prompts": 2, "watch_every": 1},
+    )
+    ids = [row["id"] for row in data.load_pool(free) if row["split"] == "train"]
+    (project / "votes.csv").write_text("id,system\n" + "".join(f"{name},{1 + i % 2}\n" for i, name in enumerate(ids)))
+    record = phases.experiment(free, "alpha1.0_beta1.0", 0)
+    for stage in ("stage1", "stage2"):
+        assert 0 <= record.metric(f"{stage}/overlap")["value"] <= 1 and record.metric(f"{stage}/loss")["value"] > 0
+        assert f"{stage}/accuracy" not in record.result["metrics"]
+    assert "gain/overlap" in record.result["metrics"]
+    history = record.result["tables"]["history_stage2"]
+    assert all("rewards/overlap/mean" in entry for entry in history if "reward" in entry)
+    assert any("validation/overlap" in entry for entry in history)
+    assert set(tables.stage_table([record])) >= {"overlap", "loss"} and len(tables.gain_table([record])) == 1
+    plots.stage_accuracy([record])

@@ -163,7 +163,9 @@ def test_what_is_drawn_hangs_on_the_numbers_given_alone(build):
     draws = uniform(2 * len(PROMPTS), 6, 7)
     options = {"ends": [2], "max_new_tokens": 6, "samples": 2, "temperature": 1.0}
     together = complete(model, PROMPTS, **options, draws=draws)
-    alone = [c for i, prompt in enumerate(PROMPTS) for c in complete(model, [prompt], **options, draws=draws[2 * i :][:2])]
+    alone = [
+        c for i, prompt in enumerate(PROMPTS) for c in complete(model, [prompt], **options, draws=draws[2 * i :][:2])
+    ]
     assert together == alone and len(set(map(tuple, together))) > len(PROMPTS)
 
 

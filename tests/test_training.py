@@ -244,7 +244,7 @@ def test_grpo_loss_gradients_and_metrics_equal_those_of_trl(tmp_path, loss_type,
         "num_items_in_batch": lengths.sum(),
     }
     outcomes = []
-    for kind in (GRPOTrainer, partial(training.LeanGRPOTrainer, rows_at_once=8)):
+    for kind in (GRPOTrainer, partial(training.LeanGRPOTrainer, rows_at_once=8, read_prompt=list)):
         trainer, model = grpo_trainer(kind, tmp_path)
         trainer.loss_type = loss_type
         trainer.current_gradient_accumulation_steps = 1
@@ -289,3 +289,45 @@ def test_rollouts_by_vllm_name_the_extra_or_reach_trl(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     config = GRPOConfig(use_cpu=True, bf16=False, **training._rollouts(chosen))
     assert (config.use_vllm, config.vllm_mode, config.vllm_gpu_memory_utilization) == (True, "colocate", 0.4)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_training_that_diverges_ends_with_its_step_and_its_last_good_checkpoint(stage, tmp_path):
+    """The gradient becomes no number at step 4; checkpoints are written every second step."""
+    model = make_tiny_policy()
+    steps = []
+    [parameter] = [p for name, p in model.named_parameters() if "layers.1.self_attn.q_proj.lora_A" in name]
+
+    def watch():
+        steps.append(1)
+        if len(steps) == 3:
+            parameter.register_hook(lambda gradient: gradient * float("nan"))
+        return {}
+
+    with pytest.raises(
+        InputError, match=r"diverged at step 4 of \d+: grad_norm = nan; the last good checkpoint is .*-2"
+    ):
+        run = {"sft": training.run_sft, "grpo": training.run_grpo}[stage]
+        run(model, make_tiny_tokenizer(), examples(), sparse_masks(model), settings(), tmp_path, watch)
+    assert [path.name for path in training._finished(tmp_path)] == ["checkpoint-2"]
+
+
+def test_prompts_that_are_too_long_are_left_out_of_grpo_and_counted(capsys):
+    rows = [row | {"prompt": "1 + 1 " * (1 + 9 * (i == 1))} for i, row in enumerate(examples()[:4])]
+    short = settings().changed(grpo={"max_prompt_length": 20})
+    kept = training.prompts_to_reinforce(rows, make_tiny_tokenizer(), short)
+    assert len(kept) == 3 and "1 of 4 prompts are longer than grpo.max_prompt_length = 20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("reward", "change", "message"),
+    [
+        ("answer", {"answer": " "}, "example e0: it has no reference"),
+        ("overlap", {"solution": ""}, "example e0: it has no reference"),
+        ("answer", {"answer": "one\ntwo"}, "grpo.reward = 'answer': the reference of example e0 has several lines"),
+    ],
+)
+def test_a_reference_that_no_completion_can_equal_is_named(reward, change, message):
+    rows = [examples()[0] | change]
+    with pytest.raises(InputError, match=message):
+        training.prompts_to_reinforce(rows, make_tiny_tokenizer(), settings().changed(grpo={"reward": reward}))

@@ -1,0 +1,234 @@
+"""A model's folder as people have them: read right, or refused in one line, by `make plan` as by a run."""
+
+import json
+import shutil
+
+import hub_like
+import pytest
+import torch
+from conftest import make_tiny_base, make_tiny_tokenizer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from lorapar_utils import build, model_files, models, plans, preflight
+from lorapar_utils.errors import InputError
+from lorapar_utils.settings import load_profile
+
+
+def local(folder, **more):
+    return load_profile("smoke", model={"source": str(folder), "dtype": "float32", **more})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A whole model in the hub's layout."""
+    make_tiny_base().save_pretrained(tmp_path / "model")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def written(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def changed(name, **values):
+    def change(folder):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
+def cut_off(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def one_layer_missing(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "layers.1" not in k}, folder / "model.safetensors", {"format": "pt"})
+
+
+def one_shard_missing(folder):
+    index = {
+        "metadata": {},
+        "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+
+
+def without_tokenizer(folder):
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
+def two_ggufs(folder):
+    (folder / "model.safetensors").unlink()
+    for name in ("a.Q4.gguf", "b.Q8.gguf"):
+        (folder / name).write_bytes(b"GGUF")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 13476\n"
+# what was done to the folder -> (how, what the message says)
+DAMAGES = {
+    "weights missing": (without("model.safetensors"), "holds no weights"),
+    "weights cut off": (cut_off, r"model.safetensors is damaged or was cut off .*fetch it again"),
+    "weights a Git LFS pointer": (written("model.safetensors", POINTER), r"is a Git LFS pointer.*git lfs pull"),
+    "weights empty": (written("model.safetensors", b""), "model.safetensors is empty; fetch it again"),
+    "a shard missing": (one_shard_missing, "lacks model-00002-of-00002.safetensors"),
+    "configuration missing": (without("config.json"), "has weights and no config.json"),
+    "configuration no JSON": (written("config.json", b"<html>"), "config.json is no JSON"),
+    "tokenizer missing": (without_tokenizer, "has no tokenizer"),
+    "tokenizer damaged": (written("tokenizer.json", b"{"), "its tokenizer could not be loaded"),
+    "architecture unknown": (
+        changed("config.json", model_type="quantum_llama"),
+        "could not be loaded: .*quantum_llama",
+    ),
+    "no causal model": (changed("config.json", model_type="t5", architectures=["T5ForConditionalGeneration"]), "t5"),
+    "quantized already": (changed("config.json", quantization_config={"quant_method": "gptq", "bits": 4}), r"\(gptq\)"),
+    "several GGUF files": (two_ggufs, r"model.gguf_file = None: .* has a.Q4.gguf, b.Q8.gguf; name one"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_named_by_the_plan_and_by_the_loader(folder, damage):
+    spoil, message = DAMAGES[damage]
+    spoil(folder)
+    with pytest.raises(InputError, match=message) as by_loader:
+        models.load_base(local(folder))
+    with pytest.raises(InputError, match=message):
+        plans.configuration(local(folder))
+    assert "model." in str(by_loader.value) and "\n" not in str(by_loader.value)
+
+
+def test_weights_that_the_files_lack_are_not_drawn_at_random(folder):
+    one_layer_missing(folder)
+    with pytest.raises(InputError, match="9 of the model's weights are not in its files, first model.layers.1"):
+        models.load_base(local(folder))
+
+
+def test_weights_of_another_shape_are_named(folder):
+    changed("config.json", intermediate_size=48)(folder)
+    with pytest.raises(InputError, match="its weights could not be loaded"):
+        models.load_base(local(folder))
+
+
+@pytest.mark.parametrize(("path", "message"), [("nowhere", "does not exist"), ("config.json", "is a file")])
+def test_a_path_that_is_no_folder_is_named(folder, path, message):
+    with pytest.raises(InputError, match=f"model.source: .*{path} {message}"):
+        models.load_base(local(folder / path))
+
+
+def test_a_home_folder_is_understood(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert models.load_base(local("~/model"))[0].config.vocab_size == 11
+
+
+def test_hidden_files_and_training_leftovers_are_no_weights(folder):
+    (folder / "._model.safetensors").write_bytes(b"")
+    (folder / "training_args.bin").write_bytes(b"")
+    models.load_base(local(folder))
+
+
+def adapter_over(base, folder):
+    """An adapter with weights of its own, saved as PEFT saves it, and the model with it merged in."""
+    wrapped = get_peft_model(make_tiny_base(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    wrapped.peft_config["default"].base_model_name_or_path = str(base)
+    wrapped.save_pretrained(folder)
+    return wrapped.merge_and_unload()
+
+
+@pytest.mark.parametrize("where", ["in full", "beside it"])
+def test_an_adapters_folder_is_added_to_its_base(folder, where, capsys):
+    place = folder.parent / "adapter"
+    merged = adapter_over(folder if where == "in full" else "../model", place)
+    model, _ = models.load_base(local(place))
+    assert "is an adapter; it is added to the weights" in capsys.readouterr().out
+    ids = torch.tensor([[2, 3, 4]])
+    torch.testing.assert_close(model(ids).logits, merged(ids).logits)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert models.load_config(local(place)).vocab_size == 11
+
+
+def test_an_adapter_whose_base_is_not_there_or_not_told_is_refused(folder):
+    place = folder.parent / "adapter"
+    adapter_over("/no/such/folder", place)
+    with pytest.raises(InputError, match="model.source: /no/such/folder does not exist"):
+        models.load_base(local(place))
+    changed("adapter_config.json", base_model_name_or_path=None)(place)
+    with pytest.raises(InputError, match="is an adapter over '', which is no base"):
+        models.load_base(local(place))
+    shutil.copy(folder / "config.json", place)
+    shutil.copy(folder / "model.safetensors", place)
+    with pytest.raises(InputError, match="holds a model and an adapter; give each a folder of its own"):
+        models.load_base(local(place))
+
+
+def test_a_gguf_file_is_found_named_or_refused(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    only = folder / "model.Q4.gguf"
+    only.write_bytes(b"GGUF")
+    assert model_files.source_of(local(folder)) == (str(folder), {"gguf_file": only.name})
+    assert model_files.source_of(local(only)) == (str(folder), {"gguf_file": only.name})
+    with pytest.raises(InputError, match=r"model.gguf_file = 'other.gguf': .* has model.Q4.gguf; name one of them"):
+        model_files.source_of(local(folder, gguf_file="other.gguf"))
+    only.write_bytes(b"<html>")
+    with pytest.raises(InputError, match="is no GGUF file; fetch it again"):
+        model_files.source_of(local(folder))
+
+
+def test_a_tokenizer_larger_than_the_embedding_or_without_end_is_refused(folder):
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.add_tokens(["one", "two"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match="its tokenizer has tokens up to id 12, its embedding only 11 rows"):
+        models.load_base(local(folder))
+    endless = make_tiny_tokenizer()
+    endless.eos_token = None
+    endless.save_pretrained(folder)
+    assert models.load_base(local(folder))[1].eos_token == "<end>"  # as the generation config says
+    (folder / "generation_config.json").write_text("{}")
+    changed("config.json", eos_token_id=None)(folder)
+    with pytest.raises(InputError, match="names an end token, so no answer would end; set eos_token"):
+        models.load_base(local(folder))
+
+
+def test_the_plan_and_the_build_refuse_a_folder_before_anything_runs(folder, project, capsys):
+    (folder / "model.safetensors").unlink()
+    (project / "profiles/mine.yaml").write_text(f"extends: smoke\nmodel: {{source: {folder}}}\n")
+    for arguments in (["mine", "--dry-run"], ["mine"]):
+        assert build.main(arguments) == 2
+        assert "holds no weights" in capsys.readouterr().err
+    assert not list((project / "runs").glob("mine/[!p]*"))
+
+
+def test_layers_that_the_model_lacks_are_named_with_those_that_it_has(folder):
+    settings = local(folder)
+    fused = settings.changed(adapter={"modules": ["qkv_proj", "down_proj"]})
+    expected = r"LlamaForCausalLM has no qkv_proj; its linear layers are q_proj, k_proj, v_proj, o_proj, gate_proj"
+    with pytest.raises(InputError, match=expected):
+        models.attach_adapter(models.load_base(fused)[0], fused)
+    with pytest.raises(InputError, match=expected):
+        preflight.check_model(fused)
+    some = settings.changed(adapter={"modules": ["o_proj", "layers.0.mlp.up_proj"]})
+    adapted = models.attach_adapter(models.load_base(some)[0], some)
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in models.lora_parameters(adapted)} == {
+        "o_proj",
+        "up_proj",
+    }
+
+
+def test_a_family_tokenizer_that_ends_every_text_is_mended(tmp_path, capsys):
+    tokenizer = hub_like.make_tokenizer("ends-every-text")
+    assert tokenizer("1").input_ids[-1] == tokenizer.eos_token_id
+    models._leave_texts_open(tokenizer)
+    assert tokenizer("1").input_ids == [tokenizer.bos_token_id, *tokenizer("1", add_special_tokens=False).input_ids]
+    assert "no longer does" in capsys.readouterr().out
