@@ -35,7 +35,7 @@ SHOW = code("notebook", "plots", "tables", "statistics")
 MODELS = ("models", "model_files", "shortcuts", "encoding", "processes", "machine")
 VOTE = code(*MODELS, "voting", "teachers", "label_scores", "bundles", "summaries", "notebook", "plots", "tables")
 SCORE = code("phases", *MODELS, "voting", "importance", "partition", "summaries", "notebook", "plots", "explorer")
-TRAIN = code("phases", *MODELS, "voting", "importance", "partition", "optim", "bundles", "answer_head", "label_scores", "generation", "training", "rewards", "evaluation", "harness", "humaneval", "sandbox")
+TRAIN = code("phases", *MODELS, "voting", "importance", "partition", "optim", "bundles", "answer_head", "label_scores", "generation", "training", "rewards", "answers", "constants", "evaluation", "harness", "humaneval", "sandbox")
 
 
 # What every job is told; in `params`, so that a change of one reruns what it concerns. Notebooks get profile and name

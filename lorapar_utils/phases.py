@@ -43,10 +43,23 @@ TRAINING_CODE = (
     "optim",
     "partition",
     "rewards",
+    "answers",
+    "constants",
     "encoding",
     "models",
 )
-SCORING_CODE = ("evaluation", "generation", "shortcuts", "bundles", "label_scores", "rewards", "encoding", "models")
+SCORING_CODE = (
+    "evaluation",
+    "generation",
+    "shortcuts",
+    "bundles",
+    "label_scores",
+    "rewards",
+    "answers",
+    "constants",
+    "encoding",
+    "models",
+)
 BENCHMARK_CODE = ("harness", "humaneval", "sandbox")
 
 

@@ -284,4 +284,5 @@ def _hardware(settings: Settings) -> dict:
 
 
 def _scorer_hash() -> str:
-    return hashlib.sha256((Path(__file__).parent / "rewards.py").read_bytes()).hexdigest()[:16]
+    files = [Path(__file__).parent / f"{name}.py" for name in ("rewards", "answers", "constants")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]

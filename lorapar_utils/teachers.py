@@ -26,6 +26,7 @@ import pandas as pd
 import tenacity
 
 from lorapar_utils.errors import InputError
+from lorapar_utils.manifests import model_identity
 from lorapar_utils.records import fingerprint
 from lorapar_utils.settings import ApiTeacher, LocalTeacher, RecordedTeacher, Settings
 from lorapar_utils.voting import Ballot, Teacher
@@ -60,8 +61,7 @@ def build_teachers(settings: Settings, examples: Sequence[dict]) -> list[Teacher
         """Teachers over the same model share it, and it is loaded only if there is something to ask."""
         from lorapar_utils import models
 
-        other = {"source": source, "gguf_file": gguf_file, "revision": None}
-        return models.load_base(settings if source is None else settings.changed(model=other))
+        return models.load_base(_over(source, gguf_file, settings))
 
     ids = [example["id"] for example in examples]
     makers = {
@@ -83,9 +83,16 @@ def identity(section: LocalTeacher | ApiTeacher | RecordedTeacher, settings: Set
     shaping = section.model_dump(exclude=LOGISTICS)
     if section.kind == "api":
         return shaping | {"base_url": _address(section)}
-    if section.source is None:
-        return shaping | {"model": settings.model.model_dump(exclude={"system_prompt"})}
-    return shaping
+    model = model_identity(_over(section.source, section.gguf_file, settings))
+    model.pop("system_prompt")  # a teacher is asked without
+    return shaping | {"source": None, "gguf_file": None, "model": model}
+
+
+def _over(source: str | None, gguf_file: str | None, settings: Settings) -> Settings:
+    """The settings with a teacher's own model in the place of the target's; None is the target itself."""
+    if source is None:
+        return settings
+    return settings.changed(model={"source": source, "gguf_file": gguf_file, "revision": None})
 
 
 # --- what a teacher reads, and what it answers ---------------------------------------------------------------
@@ -228,7 +235,8 @@ def _local(section: LocalTeacher, settings: Settings, load: Callable) -> Teacher
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # so that a batch is padded little
         size = settings.voting.batch_size
         for chosen in (order[start : start + size] for start in range(0, len(order), size)):
-            margins = label_margins(model, tokenizer, [texts[i] for i in chosen], section.labels)
+            plain = settings.model.plain_template
+            margins = label_margins(model, tokenizer, [texts[i] for i in chosen], section.labels, plain)
             for i, margin in zip(chosen, margins, strict=True):
                 answered(i, Ballot(margin=margin))
 
