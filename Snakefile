@@ -9,6 +9,7 @@ import sys
 from glob import glob
 from urllib.parse import unquote
 
+from lorapar_utils.manifests import with_imports
 from lorapar_utils.settings import load_profile, profile_files, project_root
 
 SETTINGS = load_profile(unquote(str(config.get("profile", "cpu"))))
@@ -26,16 +27,21 @@ PROFILE_FILES = [
 ]
 
 
+# How the phases are put together, and what every one of them reads.
+FRAME = {"settings", "data", "data_files", "data_splits", "manifests", "splits", "records", "machine", "processes"}
+
+
 def code(*modules):
-    used = ("settings", "data", "data_files", "data_splits", "manifests", "splits", "records", *modules)
-    return [f"lorapar_utils/{module}.py" for module in used] + ["lorapar_utils/lorapar.mplstyle"] * ("plots" in modules)
+    """The files of these modules and of all that they import."""
+    used = with_imports(*modules) | FRAME
+    return [f"lorapar_utils/{name}.py" for name in sorted(used)] + ["lorapar_utils/lorapar.mplstyle"] * ("plots" in used)
 
 
-SHOW = code("notebook", "plots", "tables", "statistics")
-MODELS = ("models", "model_files", "shortcuts", "encoding", "processes", "machine")
-VOTE = code(*MODELS, "voting", "teachers", "label_scores", "bundles", "summaries", "notebook", "plots", "tables")
-SCORE = code("phases", *MODELS, "voting", "importance", "partition", "summaries", "notebook", "plots", "explorer")
-TRAIN = code("phases", *MODELS, "voting", "importance", "partition", "optim", "bundles", "answer_head", "label_scores", "generation", "training", "rewards", "answers", "constants", "evaluation", "harness", "humaneval", "sandbox")
+PHASES_CODE = ["lorapar_utils/phases.py"]
+SHOW = code("notebook", "plots", "tables")
+VOTE = code("voting", "teachers", "label_scores", "models", "summaries", "notebook")
+SCORE = PHASES_CODE + code("importance", "partition", "models", "summaries", "notebook", "explorer")
+TRAIN = PHASES_CODE + code("importance", "partition", "models", "training", "evaluation")
 
 
 # What every job is told; in `params`, so that a change of one reruns what it concerns. Notebooks get profile and name
@@ -131,7 +137,7 @@ rule tour:
         notebook="notebooks/00_tour.ipynb",
         records=expand(f"{RUNS}/records/{{run}}.json", run=EXPERIMENTS),
         longer=LONGER,
-        code=[*SCORE, *code("evaluation", "generation", "tables")],
+        code=[*SCORE, *code("evaluation", "tables")],
         profile=PROFILE_FILES,
     output:
         notebook=f"{RUNS}/notebooks/00_tour.ipynb",
@@ -177,7 +183,7 @@ rule book:
         longer=LONGER,
         setup=["book/_config.yml", "book/_toc.yml", "book/references.bib", *glob("book/_static/*")],
         # All of it: the API reference is made from the docstrings.
-        code=[*glob("lorapar_utils/*.py"), "lorapar_utils/lorapar.mplstyle"],
+        code=[*glob("lorapar_utils/*.py"), *glob("lorapar_utils/sandboxed/*.py"), "lorapar_utils/lorapar.mplstyle"],
     output:
         f"book/_build/{PROFILE}.stamp",
     conda:

@@ -112,6 +112,7 @@ def _plain(text: str) -> str:
     """Signs that mean the same as one: dashes, digits, wide letters, raised digits as a power, `½` as 1/2."""
     if text.isascii():
         return text
+    text = re.sub(r"(?<=\w)[\u2019\u02bc](?=\w)", "'", text)
     text = RAISED.sub(lambda raised: "^{" + raised[0].translate(LOWERED) + "}", unicodedata.normalize("NFC", text))
     return "".join(map(_plain_sign, text.translate(SIGNS)))
 
@@ -239,25 +240,23 @@ SHORT = _spaced(
 )
 # Short symbols whose case tells a thousandth from a million, or bits from bytes.
 BY_CASE = re.compile(r"m(?:g|m|s|w|v|a|hz|j|l|n|pa|wh|ev)|[kmgt]b", re.IGNORECASE)
-# A number with one of these after it is more or less than the number, or a sentence.
-CHANGING = _spaced(
+# Spelled-out units, in the singular. Words of other counted things (apples, clips) are known by their plural.
+SPELLED_OUT = _spaced(
     """
-    or and to not no none nor but plus minus times by over under into through thru till until versus vs between
-    from with without out off of divided multiplied squared cubed square cube root power factorial mod modulo
-    remainder base binary octal hex hexadecimal point recurring repeating approximately approx about around
-    roughly almost nearly circa ish maybe perhaps possibly probably least most more less fewer greater smaller
-    than above below beyond up down so wrong false true incorrect negative positive bc bce is are was were be
-    been if because then which that who it i e x pi half halves third thirds quarter quarters fourth fourths
-    fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths
-    thousandth thousandths millionth millionths st nd rd th zero one two three four five six seven eight nine
-    ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty
-    sixty seventy eighty ninety hundred hundreds thousand thousands million millions billion billions trillion
-    trillions lakh lakhs crore crores dozen dozens double triple twice thrice percent percentage percents pct pp
-    bps basis permille mille ppm ppb sqrt sin cos tan log ln exp inf infinity bn mn mil mio mrd milliarden
-    millionen milliard milliards millones mln млн тысяч миллион
+    dollar euro pound yen rupee won ruble bitcoin baht lira shekel dong cent penny pence usd eur gbp jpy inr krw
+    meter metre kilometer kilometre centimeter centimetre millimeter millimetre inch foot feet yard mile
+    gram kilogram milligram ton tonne ounce liter litre milliliter millilitre gallon quart pint cup tablespoon teaspoon
+    millisecond second minute hour day week month year decade degree celsius fahrenheit kelvin radian
+    square cubic acre hectare watt kilowatt volt ampere joule calorie newton hertz byte kilobyte megabyte gigabyte bit
+    percent people person child children man men woman women per us u.s
     """
 )
-CHANGING_SIGNS = frozenset("十百千万萬億亿兆半倍折割成点點")
+# Plurals after which a number is another one, or a sentence.
+CHANGING_PLURAL = re.compile(
+    r"(?:is|was|has|does|as|this|thus|plus|minus|times|less|unless|versus|perhaps|always|sometimes|pairs|couples|scores"
+    r"|grosses|halves|quarters|squares|cubes|roots|powers|inverses|opposites|reciprocals|negatives|factorials"
+    r"|multiples|tens|ones|.*(?:ths|rds|nds|illions|dozens|lakhs|crores|ards|radix|basis|bits))"
+)
 
 
 class Quantity(NamedTuple):
@@ -365,14 +364,16 @@ def _unit(text: str) -> tuple[str, ...] | None:
 
 
 def _is_unit(word: str, attached: bool) -> bool:
-    parts = re.split(r"['’.-]+", word.casefold())
-    if not CHANGING.isdisjoint(parts) or not CHANGING_SIGNS.isdisjoint(word):
-        return False
+    """Whether a word after a number names what is counted, and changes nothing about how many."""
     if len(word) == 1:
-        return word in SYMBOLS or ord(word) >= 0x2E80  # from there on a sign is a word, as 个
-    if word.isascii() and len(word) < (4 if attached else 3):
-        return word.casefold() in SHORT
-    return True
+        return word in SYMBOLS
+    parts = re.split(r"['’.-]+", word.casefold().strip("."))
+    if all(part in SHORT or part in SPELLED_OUT or part.removesuffix("s") in SPELLED_OUT for part in parts):
+        return True
+    if attached or not word.isalpha():
+        return False
+    plural = len(word) > 3 and word.casefold().endswith("s") and not word.casefold().endswith("ss")
+    return plural and not CHANGING_PLURAL.fullmatch(word.casefold())
 
 
 def _same_word(left: str, right: str) -> bool:

@@ -66,7 +66,7 @@ def build(profile: str, cores: int, *, cluster: str = "", dry_run: bool = False)
     runs = root / "runs"
     _check_writable(runs)
     claim_runs(settings)
-    if not dry_run and not (settings.runs / "votes" / "manifest.json").is_file():
+    if not dry_run:
         _check_before(settings, here=not cluster)
     # As in an address (%20): Snakemake reads it as YAML, and hands it on to a cluster's jobs through a shell.
     asked = quote(settings.profile_file)
@@ -94,13 +94,18 @@ def build(profile: str, cores: int, *, cluster: str = "", dry_run: bool = False)
 
 
 def _check_before(settings: Settings, here: bool) -> None:
-    """Of a profile's first run: whether all that it reads can be read, and whether this machine has the memory."""
+    """Whether this machine has the memory, and of a first run whether all that it reads can be read."""
+    first = not (settings.runs / "votes" / "manifest.json").is_file()
+    # A cluster's nodes are not this machine, and the test profile fits any.
+    memory = settings.publishable and here
+    if not first and not memory:
+        return
     from lorapar_utils import plans, preflight  # they import torch and transformers, which nothing else here needs
 
-    print("checking the model's files, the data, the teachers' files and keys …", flush=True)
-    preflight.check(settings)
-    # A cluster's nodes are not this machine, and the test profile fits any.
-    if settings.publishable and here:
+    if first:
+        print("checking the model's files, the data, the teachers' files and keys …", flush=True)
+        preflight.check(settings)
+    if memory:
         machine = plans.memory_here()
         plans.check_fits(settings, machine, plans.Passes(settings, bundles=machine.cpu))
 

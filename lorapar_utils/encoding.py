@@ -17,7 +17,7 @@ from lorapar_utils.settings import Settings
 IGNORED = -100
 PLAIN_TEMPLATE = "{% if system %}{{ system }}\n\n{% endif %}Question: {{ prompt }}\nAnswer:\n"
 # In front of a chat template that asks for the date: the day that Llama's own templates write without a clock.
-FIXED_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+FIXED_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro %}"
 
 
 def prompt_ids(question: str, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[int]:
@@ -45,17 +45,25 @@ def question_ids(
         A template, the model's or this one, that cannot be filled in.
     """
     if tokenizer.chat_template is None:
-        return continuation_ids(_plain_text(plain_template, system, question), tokenizer)
+        # A question that quotes `</s>`, as HTML does, reads it as text; a template may write control tokens.
+        own = any(token in plain_template for token in tokenizer.all_special_tokens)
+        return continuation_ids(_plain_text(plain_template, system, question), tokenizer, as_text=not own)
     ids, front = _chat_ids(question, system, tokenizer), _front(tokenizer)
     return ids if ids[: len(front)] == front else front + ids
 
 
-def continuation_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def continuation_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, as_text: bool = False) -> list[int]:
     """Token ids of text that is to be continued: what the tokenizer puts in front of it (BOS), nothing behind it.
 
     Some fine-tunes leave a tokenizer that ends every text with its end token; a model would take that for the end.
+
+    Parameters
+    ----------
+    as_text
+        Whether control tokens that stand in the text are read as text like any other.
     """
-    own = tokenizer(text, add_special_tokens=False).input_ids
+    options = {"split_special_tokens": True} if as_text else {}
+    own = tokenizer(text, add_special_tokens=False, **options).input_ids
     front = _front(tokenizer)
     return own if own[: len(front)] == front else front + own
 

@@ -128,7 +128,7 @@ def score_harness(lm: HFLM, benchmark: str, settings: Settings) -> list[dict]:
     InputError
         A missing folder, a malformed row, an answer key out of range, too few examples for the prompt.
     """
-    tasks = benchmark_tasks(benchmark, settings)
+    tasks = _tasks(benchmark, settings)
     # The key that `lm-eval` wants beside its own names is the task's.
     found = run_harness(lm, {"tasks": tasks, "groups": {}}, bootstrap_iters=0, log_samples=True)["samples"]
     items = []
@@ -151,8 +151,8 @@ def score_harness(lm: HFLM, benchmark: str, settings: Settings) -> list[dict]:
     return items
 
 
-def benchmark_tasks(benchmark: str, settings: Settings) -> dict[str, ConfigurableTask]:
-    """The harness's own task definitions over a hub's or a folder's data."""
+def benchmark_tables(benchmark: str, settings: Settings) -> dict[str, datasets.Dataset]:
+    """The benchmark's worked examples and its test split, from the hub or a folder, each row checked."""
     section = getattr(settings.evaluation, benchmark)
     repository, config = HUB[benchmark]
     field = f"evaluation.{benchmark}.path"
@@ -162,6 +162,13 @@ def benchmark_tasks(benchmark: str, settings: Settings) -> dict[str, Configurabl
     for split in (shots, test):
         if split not in tables:
             raise InputError(f"{field}: {section.path} has no split {split!r}; put {repository}'s files there")
+    return tables
+
+
+def _tasks(benchmark: str, settings: Settings) -> dict[str, ConfigurableTask]:
+    """The harness's own task definitions over the benchmark's data."""
+    section, tables = getattr(settings.evaluation, benchmark), benchmark_tables(benchmark, settings)
+    shots, test = FEWSHOT_SPLIT[benchmark], "test"
     if benchmark == "gsm8k":
         return {"gsm8k": _task("gsm8k/gsm8k.yaml", tables, shots, section)}
     subjects = dict.fromkeys(tables[test]["subject"])

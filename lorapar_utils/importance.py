@@ -161,8 +161,12 @@ def _batches_are_exact(model: PeftModel, parameters: dict, examples: Sequence[di
     base = model.get_base_model()
     if hasattr(base, "_scores_in_batches"):
         return base._scores_in_batches
-    by_length = sorted(examples, key=lambda example: len(example["input_ids"]))
-    pair = [by_length[0], by_length[min(7, len(by_length) - 1)]]
+    shortest, *others = sorted(examples, key=lambda example: len(example["input_ids"]))
+    # One that is longer, so that the first is padded.
+    longer = next((e for e in others if len(e["input_ids"]) > len(shortest["input_ids"])), None)
+    if longer is None:
+        return True
+    pair = [shortest, longer]
     alone, batched = (
         [{name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()} for _ in range(2)]
         for _ in range(2)
@@ -174,11 +178,14 @@ def _batches_are_exact(model: PeftModel, parameters: dict, examples: Sequence[di
         _pass(model, pair)
         rounding = ROUNDING.get(base.dtype, LOW_PRECISION)
         exact = all(_near(ours, true, rounding) for ours, true in zip(batched, alone, strict=True))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ValueError, IndexError):
         exact = False
     finally:
         for hook in hooks:
             hook.remove()
+    exact = processes.by_first(lambda: exact)  # all of them make the same passes
     if not exact:
         print(f"{type(base).__name__}: importance is scored one example at a time, because padded batches differ there")
     base._scores_in_batches = exact

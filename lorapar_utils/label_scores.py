@@ -14,6 +14,8 @@ from lorapar_utils.encoding import PLAIN_TEMPLATE, question_ids
 from lorapar_utils.generation import adapters_in_base_dtype, has_virtual_tokens
 from lorapar_utils.shortcuts import answer_logits, shortcuts_of
 
+TOKENS = 1024  # whose logits are held at once
+
 
 def label_margins(
     model: PreTrainedModel,
@@ -48,8 +50,14 @@ def reply_log_probs(model: PreTrainedModel, pairs: Sequence[tuple[list[int], lis
         for row, (prompt, reply) in enumerate(pairs):
             scored[row, len(prompt) - 1 : len(prompt) - 1 + len(reply)] = True
         ids, mask, scored = (part.to(model.device) for part in (ids, mask, scored))
-        log_probs = answer_logits(base, hidden_before(base.base_model, ids, mask, scored)).log_softmax(-1)
-        each = log_probs.gather(1, ids[:, 1:][scored].unsqueeze(1)).squeeze(1)
+        hidden, targets = hidden_before(base.base_model, ids, mask, scored), ids[:, 1:][scored]
+        # A few at a time: fp32 logits of a whole batch of long replies would fill a GPU.
+        each = torch.cat(
+            [
+                answer_logits(base, states).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+                for states, tokens in zip(hidden.split(TOKENS), targets.split(TOKENS), strict=True)
+            ]
+        )
         return torch.zeros(len(rows), device=model.device).index_add(0, scored.nonzero()[:, 0], each).tolist()
 
 

@@ -6,6 +6,7 @@ changed and is made again. Folders are completed under a temporary name and then
 """
 
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -20,13 +21,15 @@ from lorapar_utils.errors import InputError
 from lorapar_utils.records import write_atomically
 from lorapar_utils.settings import Settings, project_root
 
+# Modules that say what is to be done, and keep and name what was made; no number is other for them.
+WITHOUT_RESULT = {"settings", "errors", "records", "manifests", "machine", "processes", "phases", "splits", "sandboxed"}
 # Files of a model's folder that decide what it computes and how it reads.
 MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json", ".model", ".jinja", ".txt")
 
 
 def inputs_of(settings: Settings, modules: tuple[str, ...], **more) -> dict:
-    """What a phase is made from: the model by content, the code of these modules, and whatever else it names."""
-    code = {module: _code_hash(module) for module in modules}
+    """What a phase is made from: the model by content, the code of these modules and all that they import, the rest."""
+    code = {module: _code_hash(module) for module in sorted(with_imports(*modules))}
     return json.loads(json.dumps({"model": model_identity(settings), "code": code, **more}, default=str))
 
 
@@ -47,6 +50,15 @@ def model_identity(settings: Settings) -> dict:
     return section
 
 
+def folder_hashes(place: str | None) -> dict[str, str] | None:
+    """The hash of each file at `place`, a folder or a file; None where the hub has them."""
+    if place is None:
+        return None
+    root = Path(place).expanduser()
+    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+    return {path.name if path == root else str(path.relative_to(root)): file_hash(path) for path in files}
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file; read again only if its size or time of change is another than when it was last hashed."""
     stat = path.stat()
@@ -63,10 +75,33 @@ def file_hash(path: Path) -> str:
     return digest
 
 
+def with_imports(*modules: str) -> set[str]:
+    """These modules of the package and all that they import of it, however far, but for `WITHOUT_RESULT`."""
+    reached, waiting = set(), set(modules)
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        imported = set()
+        for node in ast.walk(_syntax_tree(module)):
+            if isinstance(node, ast.ImportFrom) and node.module == __package__:
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{__package__}."):
+                imported.add(node.module.removeprefix(f"{__package__}."))
+        if module == "sandbox":  # read as text, not imported
+            imported |= {f"sandboxed/{path.stem}" for path in (Path(__file__).parent / "sandboxed").glob("*.py")}
+        waiting |= imported - reached - WITHOUT_RESULT
+    return reached
+
+
+@functools.cache
+def _syntax_tree(module: str) -> ast.Module:
+    return ast.parse((Path(__file__).parent / f"{module}.py").read_text())
+
+
+@functools.cache
 def _code_hash(module: str) -> str:
     """Of the syntax tree: comments and layout may change without making anything again."""
-    source = (Path(__file__).parent / f"{module}.py").read_text()
-    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()[:16]
+    return hashlib.sha256(ast.dump(_syntax_tree(module)).encode()).hexdigest()[:16]
 
 
 def made_from(folder: Path) -> dict | None:

@@ -64,9 +64,10 @@ def load_base(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     torch.set_num_threads(machine.threads_from_environment(settings.threads))
     source, options = source_of(settings)
     if (Path(source) / ADAPTER_NOTE).is_file():
-        model, tokenizer = _merged(Path(source), settings)
+        model = _merged(Path(source), settings)
     else:
-        model, tokenizer = _whole(source, options, settings), load_tokenizer(settings)
+        model = _whole(source, options, settings)
+    tokenizer = load_tokenizer(settings)
     _prepare_tokenizer(tokenizer, model, settings)
     if torch.cuda.is_available() and settings.model.quantization is None:
         model = model.to(processes.state().device)
@@ -79,8 +80,10 @@ def load_base(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model.source`, as its files have it."""
+    """The tokenizer of `model.source`, as its files have it; of an adapter without one, its base's."""
     source, options = source_of(settings, weights=False)
+    if (Path(source) / ADAPTER_NOTE).is_file() and not (Path(source) / "tokenizer_config.json").is_file():
+        source, options = source_of(_adapter_base(Path(source), settings), weights=False)
     return _read(AutoTokenizer, source, settings, "tokenizer", **options)
 
 
@@ -104,19 +107,17 @@ def _whole(source: str, options: dict, settings: Settings) -> PreTrainedModel:
     return model
 
 
-def _merged(folder: Path, settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """An adapter's base with the adapter added to its weights, and the tokenizer that was saved with either."""
+def _merged(folder: Path, settings: Settings) -> PreTrainedModel:
+    """An adapter's base with the adapter added to its weights."""
     if settings.model.quantization:
         raise InputError(
             f"model.quantization: an adapter cannot be added to a 4-bit base; merge {folder} first, or set null"
         )
     base = _adapter_base(folder, settings)
     source, options = source_of(base)
-    with_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = _read(AutoTokenizer, str(folder) if with_tokenizer else source, settings, "tokenizer")
     wrapped = _read(partial(PeftModel.from_pretrained, _whole(source, options, base)), str(folder), settings, "adapter")
     print(f"model.source: {folder} is an adapter; it is added to the weights of {base.model.source}")
-    return wrapped.merge_and_unload(), tokenizer
+    return wrapped.merge_and_unload()
 
 
 def _adapter_base(folder: Path, settings: Settings) -> Settings:

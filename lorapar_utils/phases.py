@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from lorapar_utils import data, evaluation, models, processes, statistics, training
 from lorapar_utils.encoding import encode_examples
 from lorapar_utils.importance import score_importance
-from lorapar_utils.manifests import completed, inputs_of, is_current, made_from, model_identity
+from lorapar_utils.manifests import completed, folder_hashes, inputs_of, is_current, made_from, model_identity
 from lorapar_utils.partition import Partition, build_partition, random_partition
 from lorapar_utils.records import Record, fingerprint, new_record, read_record, write_atomically, write_record
 from lorapar_utils.settings import Settings
@@ -33,34 +33,6 @@ from lorapar_utils.splits import system_examples
 
 Scores = dict[str, torch.Tensor]
 STABILITY_DRAWS = 3
-# Whose code a trained adapter, and a score, rests on.
-TRAINING_CODE = (
-    "training",
-    "answer_head",
-    "bundles",
-    "generation",
-    "shortcuts",
-    "optim",
-    "partition",
-    "rewards",
-    "answers",
-    "constants",
-    "encoding",
-    "models",
-)
-SCORING_CODE = (
-    "evaluation",
-    "generation",
-    "shortcuts",
-    "bundles",
-    "label_scores",
-    "rewards",
-    "answers",
-    "constants",
-    "encoding",
-    "models",
-)
-BENCHMARK_CODE = ("harness", "humaneval", "sandbox")
 
 
 def scores(settings: Settings) -> tuple[Scores, Scores]:
@@ -188,9 +160,12 @@ def experiment(settings: Settings, name: str, seed: int) -> Record:
         if path.is_file() and not stages.made:
             # Measured before: only what is read from it may have changed.
             before = read_record(path)
-            if before.result == json.loads(json.dumps(record.result)):
+            kept = {key: before.run[key] for key in ("created", "seconds")}
+            if before.result == json.loads(json.dumps(record.result)) and all(
+                before.run[key] == json.loads(json.dumps(record.run[key])) for key in ("parameters", "command")
+            ):
                 return
-            record = replace(record, run=before.run, environment=before.environment)
+            record = replace(record, run=record.run | kept, environment=before.environment)
         write_record(record, path)
 
     processes.by_first(keep)
@@ -256,7 +231,8 @@ class _Stages:
     def _kept(self, name: str, wanted: dict, make: Callable[[], tuple[dict, Callable[[Path], None]]]) -> dict:
         """`name`'s outcome: as it lies there, as another experiment made it, or made now and kept."""
         home = self.folder / name
-        if not is_current(home, wanted):
+        # Asked by one: another could look after the first has already made it.
+        if not processes.by_first(lambda: is_current(home, wanted)):
             twin = processes.by_first(lambda: _made_elsewhere(home, wanted))
             outcome, save = (None, None) if twin else make()
             self.made = True
@@ -457,24 +433,30 @@ def _experiment_inputs(settings: Settings, spec) -> dict:
         learnt = {"systems": fingerprint(systems), "adapter": settings.adapter.model_dump(), "seed": settings.seed}
     inputs = inputs_of(
         settings,
-        TRAINING_CODE,
+        ("training", "partition", "models"),
         experiment=spec.model_dump(exclude={"title", "seeds", "sweep"}),
         watch=watch if watch["watch_prompts"] and "grpo" in spec.stages else None,
         **learnt,
         **{key: section.model_dump() for key, section in used.items()},
     )
     held_out = [row for row in data.load_pool(settings) if row["split"] != "train"]
-    scoring_code = SCORING_CODE + (BENCHMARK_CODE if settings.evaluation.benchmarks else ())
     return inputs | {
         "scoring": inputs_of(
             settings,
-            scoring_code,
+            ("evaluation", "models"),
             data=fingerprint(held_out),
+            benchmark_data={
+                name: folder_hashes(_benchmark_path(settings, name)) for name in settings.evaluation.benchmarks
+            },
             evaluation=settings.evaluation.model_dump(exclude={"watch_prompts", "watch_every"}),
             reinforced="grpo" in spec.stages,
             seed=settings.seed,
         )
     }
+
+
+def _benchmark_path(settings: Settings, name: str) -> str | None:
+    return getattr(getattr(settings.evaluation, name), "path", None)
 
 
 def _stage_inputs(inputs: dict, number: int) -> dict:

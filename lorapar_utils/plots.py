@@ -348,14 +348,19 @@ def learning_curves(record: Record) -> Figure:
 
 def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
     """Greedy accuracy (of free text, overlap) on validation prompts, one stage after the other."""
+    begins = [0]
+    for rows in histories:
+        begins.append(begins[-1] + max(row["step"] for row in rows))
+    for begin in begins[1:-1]:
+        axes.axvline(begin, color="0.6", linewidth=1)
     for field, (label, system) in SCORES.items():
-        begin, points = 0, []
-        for rows in histories:
-            key = f"validation/{field}"
-            points += [(begin + row["step"], row[key]) for row in rows if key in row]
-            begin += max(row["step"] for row in rows)
-            if field == "system1" and rows is not histories[-1]:
-                axes.axvline(begin, color="0.6", linewidth=1)
+        key = f"validation/{field}"
+        points = [
+            (begin + row["step"], row[key])
+            for begin, rows in zip(begins, histories, strict=False)
+            for row in rows
+            if key in row
+        ]
         if points:
             axes.plot(
                 *zip(*points, strict=True),
@@ -491,8 +496,11 @@ def save_all(
     for name in names:
         try:
             figure = FIGURES[name](joined if name in LONGER else records)
-        except (KeyError, InputError) as missing:
+        except KeyError as missing:
             print(f"{name}: skipped, there is no record {missing}")
+            continue
+        except InputError as error:
+            print(f"{name}: skipped; {error}")
             continue
         for suffix in formats:
             temporary = folder / f".{name}.{suffix}"

@@ -32,8 +32,10 @@ def check_data(settings: Settings) -> None:
     rows = [row for row in data.load_pool(settings) if row["split"] == "train"]
     teachers.build_teachers(settings, rows)
     evaluation.check_benchmarks(settings)
-    encode_examples(rows, models.load_tokenizer(settings), settings)  # says how many are too long
-    if any("grpo" in spec.stages for spec in settings.experiments.values()):
+    stages = {stage for spec in settings.experiments.values() for stage in spec.stages}
+    if stages & {"sft", "sft_all"}:
+        encode_examples(rows, models.load_tokenizer(settings), settings)  # says how many are too long
+    if "grpo" in stages:
         training.check_references(rows, settings)
 
 

@@ -177,7 +177,6 @@ def _small(settings: Settings, folder: Path) -> Settings:
         system: {split: min(count, getattr(getattr(settings.pool, system), split)) for split, count in few.items()}
         for system in ("system1", "system2")
     }
-    length = min(settings.sft.max_length, 512)
     grpo = {"steps": 1, "prompts_per_step": 2, "completions": 2, "micro_batch": 4, "rollout_batch": None}
     grpo |= {"max_completion_length": 12, "gradient_checkpointing": False, "rollouts": "here"}
     evaluation = {"batch_size": 8, "max_new_tokens": 8, "pass_k": 2, "pass_k_prompts": 2, "watch_every": 1}
@@ -196,7 +195,7 @@ def _small(settings: Settings, folder: Path) -> Settings:
         pool=sizes,
         voting={"batch_size": 8},
         importance={"examples": 4, "batch_size": 2, "stability": ()},
-        sft={"epochs": 0.5, "batch_size": 4, "accumulation": 1, "max_length": length, "gradient_checkpointing": False},
+        sft={"epochs": 0.5, "batch_size": 4, "accumulation": 1, "gradient_checkpointing": False},
         grpo=grpo,
         evaluation=evaluation,
         experiments=_one_of_each_kind(settings),
@@ -224,7 +223,10 @@ def _ask_local_teachers(settings: Settings, rows: list[dict]) -> None:
 
 
 def _run_page(name: str, profile: Path) -> None:
-    """The code of a notebook over `profile`, cell by cell in this process."""
+    """The code of a notebook over `profile`, cell by cell in this process.
+
+    Not by papermill, whose kernels would each import torch and TRL again, for longer than a page takes.
+    """
     cells = jupytext.read(project_root() / "notebooks" / f"{name}.ipynb").cells
     shell = InteractiveShell.instance()
     try:

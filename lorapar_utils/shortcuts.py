@@ -97,6 +97,8 @@ def _tried(model: PreTrainedModel) -> Shortcuts:
 def _agrees(attempt: Callable, model: PreTrainedModel, sequences: list[torch.Tensor], expected: torch.Tensor) -> bool:
     try:
         logits = attempt(model, sequences).float()
+    except torch.OutOfMemoryError:
+        raise
     except Exception:
         return False
     tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION)

@@ -119,7 +119,7 @@ def _voting_inputs(settings: Settings) -> dict:
         teachers.identity(section, settings) | section.model_dump(include={"name", "max_tokens"})
         for section in settings.voting.teachers
     ]
-    modules = ("data", "voting", "teachers", "label_scores", "bundles", "models")
+    modules = ("voting", "teachers", "label_scores", "models")
     rows = [[row[key] for key in data.COLUMNS] for row in _training_split(settings)]
     return inputs_of(settings, modules, examples=records.fingerprint(rows), voting=asked)
 
