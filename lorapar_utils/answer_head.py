@@ -5,6 +5,7 @@ few tokens the rest is more than half of a training step. Same result, fewer row
 logits are not what `shortcuts` knows.
 """
 
+import functools
 import types
 
 import torch
@@ -32,6 +33,8 @@ def use_answer_head(model: PreTrainedModel, temperature: float = 1.0) -> None:
         return
     trl_forward = model.forward
 
+    # `generate` reads the signature to know what a model takes.
+    @functools.wraps(type(model).forward)
     def forward(self, *args, fused_lm_head=False, labels=None, num_items_in_batch=None, **kwargs):
         if not fused_lm_head:
             given = {"labels": labels, "num_items_in_batch": num_items_in_batch}

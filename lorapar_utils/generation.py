@@ -25,7 +25,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lorapar_utils.shortcuts import attention_window, shortcuts_of
+from lorapar_utils.shortcuts import attention_window, rotation_limit, shortcuts_of
 
 # Next tokens from (logits, rows' numbers, step).
 Choose = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -71,7 +71,8 @@ def complete(
     def choose(logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
         return logits.argmax(-1) if temperature is None else _draw(logits, temperature, draws[rows.cpu(), step])
 
-    if has_virtual_tokens(model) or not shortcuts_of(model).completions:
+    longest = max(map(len, prompts)) + max_new_tokens
+    if has_virtual_tokens(model) or not shortcuts_of(model).completions or longest > rotation_limit(model):
         return _generate(model, prompts, choose, **limits)
     return decode(model, prompts, choose, **limits)
 
@@ -98,7 +99,7 @@ def decode(
     completions: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
     rows = torch.arange(len(completions), device=model.device)
     # As in training: adapters are kept in fp32 and multiplied in the dtype of the base.
-    with adapters_in_base_dtype(model), whole_base(model):
+    with answering(model), whole_base(model):
         logits, mask, cache = _read(model, prompts, max_new_tokens)
         if samples > 1:
             cache.batch_repeat_interleave(samples)
@@ -128,8 +129,8 @@ def uniform(rows: int, tokens: int, *seed: int) -> torch.Tensor:
 @torch.no_grad()
 def next_token_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Logits of the token after each prompt, shape (prompts, vocabulary), in the dtype of the base."""
-    with adapters_in_base_dtype(model):
-        if shortcuts_of(model).completions:
+    with answering(model):
+        if shortcuts_of(model).completions and max(map(len, prompts)) <= rotation_limit(model):
             return _read(model, prompts)[0]
         alone = [model(input_ids=torch.tensor([prompt], device=model.device)).logits[0, -1] for prompt in prompts]
         return torch.stack(alone)
@@ -161,12 +162,20 @@ def whole_base(model: PreTrainedModel):
             layer.reshard()
 
 
-def adapters_in_base_dtype(model: PreTrainedModel):
-    """A context in which adapters kept in fp32 are multiplied in the base's dtype, and PEFT casts no input to fp32."""
+def answering(model: PreTrainedModel):
+    """A context in which a model answers and learns nothing.
+
+    Adapters kept in fp32 are multiplied in the base's dtype, and PEFT casts no input to fp32. A mixture of experts adds
+    up no loss of its router, which trainers ask it for and which knows no cache.
+    """
     low = model.dtype in (torch.bfloat16, torch.float16)
     stack = contextlib.ExitStack()
     stack.enter_context(torch.autocast(model.device.type, dtype=model.dtype, enabled=low))
     stack.enter_context(without_input_casts(model, active=low))
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
+        stack.callback(setattr, config, "output_router_logits", True)
     return stack
 
 
@@ -214,7 +223,7 @@ def _generate(model, prompts, choose: Choose, *, ends, max_new_tokens, samples, 
     for number, prompt in enumerate(prompts):
         groups.setdefault(0 if has_virtual_tokens(model) else len(prompt), []).append(number)
     completions: dict[int, list[list[int]]] = {}
-    with adapters_in_base_dtype(model), whole_base(model):
+    with answering(model), whole_base(model):
         for numbers in groups.values():
             ids, mask = _left_padded([prompts[i] for i in numbers for _ in range(samples)], ends[0], model.device)
             rows = torch.tensor([i * samples + k for i in numbers for k in range(samples)])

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorapar_utils.bundles import hidden_before
 from lorapar_utils.encoding import PLAIN_TEMPLATE, question_ids
-from lorapar_utils.generation import adapters_in_base_dtype, has_virtual_tokens
-from lorapar_utils.shortcuts import answer_logits, shortcuts_of
+from lorapar_utils.generation import answering, has_virtual_tokens
+from lorapar_utils.shortcuts import answer_logits, rotation_limit, shortcuts_of
 
 TOKENS = 1024  # whose logits are held at once
 
@@ -39,8 +39,9 @@ def label_margins(
 def reply_log_probs(model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
     """log p(reply | prompt) of each (prompt, reply), both token ids, summed over the reply's tokens."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    with adapters_in_base_dtype(model):
-        if has_virtual_tokens(model) or not shortcuts_of(model).bundles:
+    with answering(model):
+        longest = max(len(prompt) + len(reply) for prompt, reply in pairs)
+        if has_virtual_tokens(model) or not shortcuts_of(model).bundles or longest > rotation_limit(model):
             return [_alone(model, prompt, reply) for prompt, reply in pairs]
         rows = [prompt + reply for prompt, reply in pairs]
         width = max(map(len, rows))

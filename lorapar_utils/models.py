@@ -171,6 +171,8 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMode
             f"{where}: its tokenizer has tokens up to id {highest}, its embedding only {rows} rows; save the tokenizer "
             "that the model was trained with, or resize the model's embedding and train the new rows first"
         )
+    if not tokenizer("1 + 1").input_ids:
+        raise InputError(f"{where}: its tokenizer reads nothing of '1 + 1'; save the one that belongs to the model")
     declared = model.generation_config.eos_token_id
     declared = [token for token in (declared if isinstance(declared, list) else [declared]) if token is not None]
     end = turn_end(tokenizer)
@@ -195,7 +197,7 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMode
 
 def _leave_texts_open(tokenizer: PreTrainedTokenizerBase) -> None:
     """Keep the tokenizer from ending every text with its end token, as some fine-tunes left it (`add_eos_token`)."""
-    if tokenizer("1").input_ids[-1] != tokenizer.eos_token_id:
+    if tokenizer("1").input_ids[-1:] != [tokenizer.eos_token_id]:
         return
     front = [(tokenizer.convert_ids_to_tokens(token), token) for token in continuation_ids("", tokenizer)]
     words = [word for word, _ in front]
@@ -251,7 +253,10 @@ def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
     """
     check_modules(model, settings)
     torch.manual_seed(settings.seed)
-    wrapped = get_peft_model(model, _adapter_config(settings), autocast_adapter_dtype=True)
+    try:
+        wrapped = get_peft_model(model, _adapter_config(settings), autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise InputError(f"adapter.modules = {settings.adapter.modules!r}: PEFT refuses it ({error})") from None
     if settings.adapter.kind == "lora" and settings.adapter.init == "normal":
         for module in wrapped.modules():
             if isinstance(module, LoraLayer):

@@ -13,6 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from lorapar_utils.errors import InputError
+
 # The largest difference of a logit that rounding explains, as a share of the logits' spread.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 LOW_PRECISION = 0.15
@@ -74,24 +76,51 @@ def answer_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 def attention_window(model: PreTrainedModel) -> float:
     """How many tokens back the layer sees that sees the fewest; infinity where all see everything."""
     config = model.config.get_text_config()
-    widths = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return min((width for width in widths if width is not None), default=math.inf)
+    names = ("sliding_window", "attention_chunk_size", "window_size", "local_attention")
+    widths = [getattr(config, name, None) for name in names]
+    return min((width for width in widths if isinstance(width, int)), default=math.inf)
+
+
+def rotation_limit(model: PreTrainedModel) -> float:
+    """Tokens up to which a position is rotated the same in every batch; beyond, some models go by the longest row."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("dynamic", "longrope"):
+        return math.inf
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return original or config.max_position_embeddings
 
 
 def _tried(model: PreTrainedModel) -> Shortcuts:
-    from lorapar_utils.generation import adapters_in_base_dtype  # it asks for shortcuts itself
+    from lorapar_utils.generation import answering  # it asks for shortcuts itself
 
     sequences = _sequences(model)
-    with adapters_in_base_dtype(model):
+    with answering(model):
         plain = [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in sequences]
         expected = torch.cat([logits[SHARED - 1 : -1] for logits in plain])
         tries = {"head": _by_head, "bundles": _in_one_row, "completions": _token_by_token}
         equal = {name: _agrees(attempt, model, sequences, expected) for name, attempt in tries.items()}
     # Bundles are read by the head.
     shortcuts = Shortcuts(equal["head"], equal["head"] and equal["bundles"], equal["completions"])
+    if not shortcuts.completions:
+        _check_generate(model, sequences[0])
     if left_out := [name for name in tries if not getattr(shortcuts, name)]:
         print(f"{type(model).__name__}: {', '.join(left_out)} by the libraries' own path, because ours differs there")
     return shortcuts
+
+
+def _check_generate(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    try:
+        model.generate(
+            input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=2, do_sample=False
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"model: transformers' own generate fails with {type(model).__name__} "
+            f"({str(error).splitlines()[0][:200]}), so it can neither answer nor be reinforced; take another model"
+        ) from None
 
 
 def _agrees(attempt: Callable, model: PreTrainedModel, sequences: list[torch.Tensor], expected: torch.Tensor) -> bool:

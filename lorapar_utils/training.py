@@ -17,7 +17,7 @@ import datasets
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -27,9 +27,10 @@ from lorapar_utils import processes, rewards
 from lorapar_utils.answer_head import drop_trl_head, use_answer_head
 from lorapar_utils.encoding import encode_examples, prompt_ids
 from lorapar_utils.errors import InputError
-from lorapar_utils.generation import complete, uniform, without_input_casts
+from lorapar_utils.generation import answering, complete, uniform, without_input_casts
 from lorapar_utils.optim import ActiveAdamW
 from lorapar_utils.settings import GrpoSection, Settings
+from lorapar_utils.shortcuts import shortcuts_of
 
 
 def run_sft(
@@ -246,7 +247,8 @@ class LeanGRPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs):
         # Several processes have to make the same number of passes: each of them waits for the others'.
         alone = self.accelerator.num_processes == 1
-        if not alone or not torch.is_grad_enabled() or self._teaches.all():
+        # A router's loss is over all rows together.
+        if not alone or self.aux_loss_enabled or not torch.is_grad_enabled() or self._teaches.all():
             return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
 
         def scored(rows):
@@ -422,6 +424,9 @@ class _MarkFinished(TrainerCallback):
 
 def _optimizer(model: PeftModel, masks: dict[str, torch.Tensor], config: SFTConfig | GRPOConfig) -> ActiveAdamW:
     """Fresh state for each stage; only parameters named in `masks` are ever trained."""
+    config_of_model = model.config.get_text_config()
+    if hasattr(config_of_model, "num_local_experts") and not hasattr(config_of_model, "num_experts"):
+        config_of_model.num_experts = config_of_model.num_local_experts  # TRL 1.16 reads it of every mixture
     named = [(name, parameter) for name, parameter in model.named_parameters() if name in masks]
     return ActiveAdamW(
         named,
@@ -437,8 +442,10 @@ def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[di
     base = trainer.model.get_base_model()
     if not trainer.args.activation_checkpointing:
         base.activation_checkpointing_disable()  # trainers switch it on and never off
+    temperature = getattr(trainer.args, "temperature", 1.0)
+    _check_head(base, temperature)
     if not torch.cuda.is_available():
-        use_answer_head(base, getattr(trainer.args, "temperature", 1.0))
+        use_answer_head(base, temperature)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_MarkFinished)
@@ -461,6 +468,34 @@ def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[di
         drop_trl_head(base)
     trainer.model.eval()
     return [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, temperature: float) -> None:
+    """Whether the loss that TRL's fused head computes is the model's own; for models that `shortcuts` know, it is.
+
+    Raises
+    ------
+    InputError
+        It is another, as of a model that puts a layer of its own between the backbone and the head.
+    """
+    if shortcuts_of(model).head:
+        return
+    ids = torch.arange(3, 9, device=model.device)[None]
+    with answering(model):
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float() / temperature
+        own = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+        try:
+            fused = model(input_ids=ids, labels=ids, fused_lm_head=True).loss.float()
+        except (AttributeError, TypeError, RuntimeError, IndexError) as error:
+            fused, reason = None, str(error).splitlines()[0][:200]
+        else:
+            reason = f"{fused:.4f} in place of {own:.4f}"
+    if fused is None or abs(fused - own) > 0.02 * abs(own):
+        raise InputError(
+            f"model: TRL's trainers compute another loss for {type(model).__name__} than the model itself ({reason}); "
+            "take another model"
+        )
 
 
 def _warmup(examples: int, batch: int, epochs: float, ratio: float) -> int:

@@ -1,8 +1,12 @@
 """Models of many builds: each takes a shortcut only where it gives the model's own numbers."""
 
+import math
+
 import pytest
 import torch
+from conftest import make_tiny_tokenizer
 from peft import LoraConfig, get_peft_model
+from test_training import examples
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -22,17 +26,22 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
 )
 
+from lorapar_utils import training
 from lorapar_utils.answer_head import use_answer_head
+from lorapar_utils.errors import InputError
 from lorapar_utils.generation import complete, next_token_logits, uniform
 from lorapar_utils.importance import score_importance
 from lorapar_utils.label_scores import reply_log_probs
 from lorapar_utils.models import lora_parameters
+from lorapar_utils.settings import load_profile
 from lorapar_utils.shortcuts import shortcuts_of
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -230,3 +239,61 @@ def test_importance_is_that_of_one_example_at_a_time(build):
             torch.testing.assert_close(scores[name], expected, rtol=2e-3, atol=2e-3 * float(expected.max()))
     finally:
         wrapped.unload()
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_both_stages_train_it(build, stage):
+    """Stage 2 draws by the model's own states, and a mixture of experts is asked for its router's loss by TRL."""
+    model, _, layers = build
+    tokenizer = make_tiny_tokenizer()
+    chosen = load_profile(
+        "smoke",
+        model={"dtype": "float32", "system_prompt": "system"},
+        sft={"epochs": 1, "batch_size": 4},
+        grpo={"steps": 1, "prompts_per_step": 2, "completions": 2, "micro_batch": 4, "max_completion_length": 4},
+    )
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=layers, task_type="CAUSAL_LM"))
+    for parameter in lora_parameters(wrapped).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in lora_parameters(wrapped).items()}
+    try:
+        run = {"sft": training.run_sft, "grpo": training.run_grpo}[stage]
+        history = run(wrapped, tokenizer, examples()[:4], masks, chosen)
+        assert history and all(math.isfinite(float(entry["loss"])) for entry in history)
+    finally:
+        wrapped.unload()
+
+
+def test_a_model_whose_loss_trl_computes_otherwise_is_refused():
+    """ModernBERT's decoder has a layer of its own between backbone and head, which TRL's fused head passes over."""
+    torch.manual_seed(0)
+    config = ModernBertDecoderConfig(
+        **SMALL, **ENDS, global_attn_every_n_layers=1, cls_token_id=1, sep_token_id=2, max_position_embeddings=64
+    )
+    model = ModernBertDecoderForCausalLM(config).eval().requires_grad_(False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in lora_parameters(wrapped).items()}
+    chosen = load_profile("smoke", model={"dtype": "float32", "system_prompt": "system"}, sft={"epochs": 1})
+    with pytest.raises(InputError, match="TRL's trainers compute another loss for ModernBertDecoderForCausalLM"):
+        training.run_sft(wrapped, make_tiny_tokenizer(), examples()[:4], masks, chosen)
+
+
+def test_rows_longer_than_a_rotation_knows_are_read_alone():
+    """Past its first context such a model rotates every row of a batch by the longest."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, **ENDS, max_position_embeddings=32, rope_parameters=rope)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    generator = torch.Generator().manual_seed(3)
+    prompts = [[5, 9], [5, 9, *torch.randint(3, 97, (45,), generator=generator).tolist()]]
+    expected = [complete(model, [prompt], ends=[2], max_new_tokens=6)[0] for prompt in prompts]
+    assert complete(model, prompts, ends=[2], max_new_tokens=6) == expected
+    [short, long] = reply_log_probs(model, [(prompt, [20, 21]) for prompt in prompts])
+    assert [short, long] == pytest.approx([reply_log_probs(model, [(p, [20, 21])])[0] for p in prompts], rel=1e-4)
