@@ -109,8 +109,8 @@ def hidden_before(
     found: dict[int, torch.Tensor] = {}
     for bundle in bundled(sequences):
         tokens, positions, allowed, places = layout(bundle, sequences)
-        mask = None  # one sequence is read as the model itself reads it, whatever its length
-        if len(bundle.rows) > 1:
+        mask = None  # a longer sequence stands alone, and is read as the model itself reads it, windows and all
+        if tokens.shape[1] <= LONGEST:
             lowest = torch.finfo(backbone.dtype).min
             mask = (
                 torch.zeros(allowed.shape, dtype=backbone.dtype).masked_fill_(~allowed, lowest)[None, None].to(device)
