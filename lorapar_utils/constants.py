@@ -24,8 +24,9 @@ DECIMAL = re.compile(r"(\d+)\.(\d+)")
 CONSTANT = re.compile(
     r"(?:\d{1,20}|\\(?:frac|sqrt|pi|cdot)(?![a-zA-Z])|\^\s*\{?-?\d{1,2}\}?(?!\s*[\d^])|[-+/(){}]|\s)+"
 )
-# Two numbers side by side, a mixed number: a sum or a product.
-UNCLEAR = re.compile(r"[\d)}]\s+\d|\d\s*\\frac|[})]\s*\d")
+# Two numbers side by side, a mixed number: a sum or a product. And powers of more than a number, which may take
+# sympy for ever.
+UNCLEAR = re.compile(r"[\d)}]\s+\d|\d\s*\\frac|[})]\s*\d|[})]\s*\^")
 # A sum without a root is a range as well (10-12), or a date.
 SURE = re.compile(r".*(?:\\sqrt|\\pi).*|-?\d+(?:/\d+)?", re.DOTALL)
 LONGEST = 100

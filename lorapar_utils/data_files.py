@@ -93,9 +93,15 @@ def read_rows(
     """
     if path is None:
         return _hub_rows(field, repository, config, splits)
-    root = Path(path).expanduser()
-    if not root.exists():
-        raise InputError(f"{field}: there is no {path}; name the folder that holds {repository}'s files")
+    try:
+        root = Path(path).expanduser()
+        there = bool(path.strip()) and root.exists()  # a blank one would be the working directory
+        if there and root.is_dir():
+            next(root.iterdir(), None)
+    except (OSError, RuntimeError) as error:  # no right to look into it; a user that there is not
+        raise InputError(f"{field} = {path!r}: it cannot be looked into ({error}); name another folder") from None
+    if not there:
+        raise InputError(f"{field}: there is no {path or repr(path)}; name the folder that holds {repository}'s files")
     if root.is_file():
         if splits is not None:
             raise InputError(f"{field}: {path} is one file; name the folder that holds {' and '.join(splits)}")
@@ -115,11 +121,14 @@ def read_rows(
 
 def files_state(path: str | None) -> tuple:
     """What differs as soon as a data file under `path` was written, added or removed; nothing for the hub."""
-    if path is None:
+    if path is None or not path.strip():
         return ()
-    root = Path(path).expanduser().absolute()
-    files = [root] if root.is_file() else _data_files(root)
-    stats = [(str(file), file.stat()) for file in files]
+    try:
+        root = Path(path).expanduser().absolute()
+        files = [root] if root.is_file() else _data_files(root)
+        stats = [(str(file), file.stat()) for file in files]
+    except (OSError, RuntimeError):  # whoever reads it says so
+        return ()
     # The time of the last change to the inode cannot be set back, as `cp -p` and `touch` set the other.
     return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats)
 
@@ -149,6 +158,8 @@ def _choose(
 ) -> dict[str, list[_File]]:
     """The shards of each split in order. Cached, so that what is left out is said once as long as `state` stays."""
     files = [_describe(file, root) for file in _data_files(root)]
+    if unread := [path.name for path in sorted(root.iterdir()) if _looks_like_a_split(path)]:
+        print(f"{field}: {', '.join(unread)} not read, since only {_kinds()} files are")
     if not files:
         raise InputError(f"{field}: {path} holds no {_kinds()} file; put {repository}'s files there")
     of_split = defaultdict(list)
@@ -172,6 +183,18 @@ def _choose(
     for split, shards in chosen.items():
         _check_complete(field, split, shards)
     return chosen
+
+
+def _looks_like_a_split(path: Path) -> bool:
+    """Whether a file is called as a split is, and is of a kind that is not read: test.xlsx, train.jsonl.zst."""
+    name = path.name.lower()
+    if (
+        name.endswith(SUFFIXES)
+        or name.startswith((".", "~", "#"))
+        or name.endswith(("~", ".bak", ".swp", ".md", ".py"))
+    ):
+        return False
+    return path.is_file() and re.split(r"[^a-z]", name)[0] in SPLIT_WORDS
 
 
 def _describe(path: Path, root: Path) -> _File:
@@ -263,7 +286,7 @@ def _read(field: str, path: Path, name: str) -> list[Row]:
     except UnicodeDecodeError as error:
         raise InputError(f"{field}: {name} is not in UTF-8 ({error}); save it as UTF-8") from None
     # Arrow's errors are OSErrors and ValueErrors.
-    except (OSError, ValueError, EOFError, csv.Error, zlib.error) as error:
+    except (OSError, ValueError, ArithmeticError, RecursionError, EOFError, csv.Error, zlib.error) as error:
         raise InputError(f"{field}: {name} cannot be read: {error}; mend the file or fetch it again") from None
     # Whoever writes tables in parts also writes parts without rows; a text without rows was cut off or never filled.
     if not rows and suffix not in ("parquet", "arrow"):

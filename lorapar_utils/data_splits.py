@@ -12,8 +12,10 @@ from lorapar_utils.errors import InputError
 from lorapar_utils.settings import PoolSection
 
 SPLITS = ("train", "validation", "test")
-# Quotation marks and dashes that editors and web pages put for those of the keyboard.
-PLAIN_MARKS = str.maketrans("‘’“”‐‑‒–—−", "''\"\"------")
+# Dashes that editors put for the keyboard's, and what only surrounds or sets words: quotes, Markdown, brackets.
+PLAIN_MARKS = str.maketrans(dict.fromkeys("‐‑‒–—−", "-") | dict.fromkeys("'\"`´′″‘’‚‛“”„«»‹›*_()[]{}", None))
+LABEL = re.compile(r"^\s*(?:q|question|problem)\s*[.:]\s*")
+LINE_BREAK = re.compile(r"<br\s*/?>|\\n")
 
 
 def without_repeats(examples: dict[str, list[dict]]) -> dict[str, list[dict]]:
@@ -27,7 +29,7 @@ def without_repeats(examples: dict[str, list[dict]]) -> dict[str, list[dict]]:
     for split in reversed(SPLITS):
         kept[split] = []
         for example in examples[split]:
-            question = _normalised(example["prompt"])
+            question = normalised(example["prompt"])
             if question in first_split:
                 repeats[split, first_split[question]] += 1
             else:
@@ -39,13 +41,22 @@ def without_repeats(examples: dict[str, list[dict]]) -> dict[str, list[dict]]:
     return kept
 
 
-def _normalised(prompt: str) -> str:
-    """The question without case, layout, and the marks that end a sentence: what two copies of it share.
+def normalised(prompt: str) -> str:
+    """The question without case, layout, quotes, and the marks of a sentence: what two copies of it share.
 
-    Signs stay, and points inside a number: they tell 3 - 4 from 3 + 4, and 1.5 from 15.
+    Signs between numbers stay, and points inside one: they tell 3 - 4 from 3 + 4, and 1.5 from 15.
     """
-    plain = unicodedata.normalize("NFKC", prompt).casefold().translate(PLAIN_MARKS)
-    return " ".join(re.sub(r"[.,;:!?]{2,}|[.,;:!?](?!\w)", " ", plain).split())
+    plain = unicodedata.normalize("NFC", LINE_BREAK.sub(" ", prompt)).casefold()
+    # What takes no room: joiners, direction marks, variation selectors, control characters.
+    seen = (c for c in plain if c.isspace() or unicodedata.category(c) not in ("Cf", "Cc", "Mn"))
+    plain = LABEL.sub("", "".join(map(_same_sign, seen)).translate(PLAIN_MARKS))
+    plain = re.sub(r"-(?!\s*\d)|[.,;:!?]{2,}|[.,;:!?](?!\d)|(?<!\d)[.,;:!?]", " ", plain)
+    return " ".join(plain.split())
+
+
+def _same_sign(sign: str) -> str:
+    """A wide letter or a ligature as the plain one; a raised digit stays, since 10² is not 102."""
+    return sign if sign.isdigit() else unicodedata.normalize("NFKC", sign)
 
 
 def assign_splits(examples: dict[str, list[dict]], pool: PoolSection, field: str) -> list[dict]:

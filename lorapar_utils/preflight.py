@@ -9,8 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorapar_utils import data, evaluation, models, teachers, training
+from lorapar_utils.data_splits import normalised
 from lorapar_utils.encoding import encode_examples, prompt_ids
 from lorapar_utils.errors import InputError
+from lorapar_utils.harness import benchmark_tables
 from lorapar_utils.model_files import source_of
 from lorapar_utils.settings import Settings
 
@@ -32,6 +34,13 @@ def check_data(settings: Settings) -> None:
     rows = [row for row in data.load_pool(settings) if row["split"] == "train"]
     teachers.build_teachers(settings, rows)
     evaluation.check_benchmarks(settings)
+    if "gsm8k" in settings.evaluation.benchmarks:
+        asked = {normalised(question) for question in benchmark_tables("gsm8k", settings)["test"]["question"]}
+        if repeated := [row["id"] for row in rows if normalised(row["prompt"]) in asked]:
+            raise InputError(
+                f"evaluation.gsm8k: {len(repeated)} of its test questions are in the pool's training split, first "
+                f"{repeated[0]}; take them out of the pool's files, or score another benchmark"
+            )
     stages = {stage for spec in settings.experiments.values() for stage in spec.stages}
     if stages & {"sft", "sft_all"}:
         encode_examples(rows, models.load_tokenizer(settings), settings)  # says how many are too long

@@ -228,6 +228,7 @@ def _run_page(name: str, profile: Path) -> None:
     Not by papermill, whose kernels would each import torch and TRL again, for longer than a page takes.
     """
     cells = jupytext.read(project_root() / "notebooks" / f"{name}.ipynb").cells
+    main_module = sys.modules["__main__"]  # a shell puts one of its own there
     shell = InteractiveShell.instance()
     try:
         shell.reset(new_session=True)
@@ -244,6 +245,7 @@ def _run_page(name: str, profile: Path) -> None:
     finally:
         matplotlib.pyplot.close("all")
         InteractiveShell.clear_instance()
+        sys.modules["__main__"] = main_module
 
 
 @contextmanager

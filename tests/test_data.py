@@ -9,7 +9,7 @@ import datasets
 import pytest
 from conftest import ROOT
 
-from lorapar_utils import data
+from lorapar_utils import data, data_splits
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import load_profile
 
@@ -524,3 +524,47 @@ def test_a_pool_is_read_once_and_again_when_a_file_changed(tmp_path, capsys):
     assert all(row["solution"].startswith("1 + 1 = 3") for row in data.load_pool(settings))
     write(tmp_path, {"test.jsonl": TEST})
     assert tags(data.load_pool(settings))["test"] == {"test"}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{}\u200b",
+        "\ufeff{}",
+        "Q: {}",
+        "Question: {}",
+        "**{}**",
+        "({})",
+        "\u201c{}\u201d",
+        "{}<br>",
+        "{}\\n",
+        "{}\ufe0f",
+    ],
+)
+def test_a_test_question_in_another_dress_does_not_train(tmp_path, written, capsys):
+    question = "Tom\u2019s box \u2014 the red one \u2014 holds {} pens. How many are left?"
+    rows = [{"question": question.format(i), "answer": f"{i} = {i}\n#### {i}"} for i in range(40)]
+    dressed = [row | {"question": written.format(row["question"])} for row in rows[:10]]
+    for split, content in (("test", rows[:20]), ("train", rows[20:] + dressed)):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, content)))
+    data.load_pool(external("gsm8k", tmp_path))
+    assert "left out 10 of train that repeat test" in capsys.readouterr().out
+
+
+def test_signs_and_points_of_numbers_tell_questions_apart():
+    asked = ["What is 3 - 4?", "What is 3 + 4?", "What is 1.5?", "What is 15?", "What is 10\u00b2?", "What is 102?"]
+    assert len({data_splits.normalised(question) for question in asked}) == len(asked)
+
+
+def test_a_file_of_a_kind_that_is_not_read_is_named(tmp_path, capsys):
+    rows = [{"question": f"{i}?", "answer": f"{i} = {i}\n#### {i}"} for i in range(40)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "test.xlsx").write_bytes(b"PK")
+    data.load_pool(external("gsm8k", tmp_path))
+    assert "test.xlsx not read, since only .json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("path", "message"), [("", "there is no ''"), ("~nobody-here/x", "cannot be looked into")])
+def test_a_blank_path_or_an_unknown_home_is_named(path, message):
+    with pytest.raises(InputError, match=message):
+        data.load_pool(external("gsm8k", path))

@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
+import sys
 
 import hub_like
+import jupytext
 import pytest
 from conftest import ROOT
 from transformers import AutoConfig
 
-from lorapar_utils import rehearsal
+from lorapar_utils import preflight, rehearsal
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import load_profile
 
@@ -103,3 +105,27 @@ def test_a_key_that_is_missing_stops_a_rehearsal_and_no_server_is_asked(clone, m
         rehearsal.rehearse(str(path), pages=False)
     monkeypatch.setitem(os.environ, "SOME_KEY", "word")
     rehearsal.rehearse(str(path), pages=False)  # nobody listens at that address
+
+
+def test_questions_of_the_benchmark_in_the_training_split_are_named(clone):
+    held = {"benchmarks": ["gsm8k"], "gsm8k": {"path": "data/gsm8k", "shots": 1}}
+    path = mine(clone, "llama2-7b", evaluation=held)
+    # The pool's own file of test questions is the benchmark's, and is taken for training.
+    settings = load_profile(path).changed(
+        pool={"path": str(clone / "data/gsm8k/main/test-00000-of-00001.parquet")},
+        voting={
+            "teachers": [
+                {"kind": "local", "name": "t", "role_play": False, "persona": "", "question": "?", "labels": ("a", "b")}
+            ]
+        },
+    )
+    with pytest.raises(InputError, match="of its test questions are in the pool's training split"):
+        preflight.check_data(settings)
+
+
+def test_a_rehearsal_leaves_the_main_module_as_it_was(clone):
+    main = sys.modules["__main__"]
+    (clone / "notebooks" / "page.py").write_text('# %% tags=["parameters"]\nprofile = 1\n')
+    jupytext.write(jupytext.read(clone / "notebooks" / "page.py"), clone / "notebooks" / "page.ipynb")
+    rehearsal._run_page("page", clone / "profiles" / "smoke.yaml")
+    assert sys.modules["__main__"] is main

@@ -781,3 +781,9 @@ def test_a_real_openai_compatible_server(tmp_path):
     for ballot in ballots.values():
         assert (ballot.system in (1, 2)) == (ballot.reason == "")
         assert ballot.final and ballot.text and ballot.tokens_in > 20 and 0 < ballot.tokens_out <= 24
+
+
+@pytest.mark.parametrize("mark", ["-", "#", " ", "!", "$", "<b>"])
+def test_a_teacher_that_repeats_one_mark_without_end_is_read_at_once(mark):
+    # A pattern that tried every beginning would take minutes.
+    assert parse_vote("x\n" + mark * 100_000 + "x")[0] == 0
