@@ -45,6 +45,7 @@ SIZES = {
     "moe_intermediate_size": WIDTH,
     "shared_expert_intermediate_size": WIDTH,
     "head_dim": WIDTH // HEADS,
+    "rotary_dim": WIDTH // HEADS // 2,
     "query_pre_attn_scalar": WIDTH // HEADS,
     "num_attention_heads": HEADS,
     "n_head": HEADS,
@@ -132,13 +133,16 @@ def _toy_profile(settings: Settings, taken: list) -> Iterator[tuple[Settings, Pa
 
 def make_toy(settings: Settings, folder: Path) -> Path:
     """A model folder with the profile's tokenizer and random weights of its architecture, a few megabytes large."""
-    config = toy_config(models.load_config(settings))
+    wide = models.load_config(settings)
     torch.manual_seed(settings.seed)
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, AttributeError, RuntimeError, KeyError) as error:
+        config = toy_config(wide)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[0, 1, 2]]), use_cache=False)
+    except Exception as error:  # sizes that hang on each other in a way not known here, whatever that raises
         raise InputError(
-            f"rehearse: no toy can be made of {config.model_type} ({str(error).splitlines()[0][:200]}); "
+            f"rehearse: no toy can be made of {wide.model_type} ({str(error).splitlines()[0][:200]}); "
             "rehearse with a small model of the same family, or go without"
         ) from None
     source, options = source_of(settings, weights=False)

@@ -129,3 +129,12 @@ def test_a_rehearsal_leaves_the_main_module_as_it_was(clone):
     jupytext.write(jupytext.read(clone / "notebooks" / "page.py"), clone / "notebooks" / "page.ipynb")
     rehearsal._run_page("page", clone / "profiles" / "smoke.yaml")
     assert sys.modules["__main__"] is main
+
+
+def test_an_architecture_that_has_no_toy_is_named(clone):
+    """A recurrence whose sizes hang on its width."""
+    path = mine(clone, "llama2-7b")
+    config = clone / "hub" / "Llama-2-7b-hf" / "config.json"
+    config.write_text(json.dumps({"model_type": "mamba2", "vocab_size": json.loads(config.read_text())["vocab_size"]}))
+    with pytest.raises(InputError, match="rehearse: no toy can be made of mamba2"):
+        rehearsal.rehearse(str(path))
