@@ -248,14 +248,16 @@ SPELLED_OUT = _spaced(
     gram kilogram milligram ton tonne ounce liter litre milliliter millilitre gallon quart pint cup tablespoon teaspoon
     millisecond second minute hour day week month year decade degree celsius fahrenheit kelvin radian
     square cubic acre hectare watt kilowatt volt ampere joule calorie newton hertz byte kilobyte megabyte gigabyte bit
-    percent people person child children man men woman women per us u.s
+    people person child children man men woman women per us u.s
     """
 )
 # Plurals after which a number is another one, or a sentence.
 CHANGING_PLURAL = re.compile(
     r"(?:is|was|has|does|as|this|thus|plus|minus|times|less|unless|versus|perhaps|always|sometimes|pairs|couples|scores"
     r"|grosses|halves|quarters|squares|cubes|roots|powers|inverses|opposites|reciprocals|negatives|factorials"
-    r"|multiples|tens|ones|.*(?:ths|rds|nds|illions|dozens|lakhs|crores|ards|radix|basis|bits))"
+    r"|multiples|percents|ones|twos|threes|fours|fives|sixes|sevens|eights|nines|tens|thirds|lacs|myriads|repeats"
+    r"|[a-z]*(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|teen|tie|hundred|thousand|illion)ths"
+    r"|[a-z]*(?:illions|illiards|dozens|hundreds|thousands|lakhs|crores))"
 )
 
 

@@ -12,8 +12,11 @@ from lorapar_utils.errors import InputError
 from lorapar_utils.settings import PoolSection
 
 SPLITS = ("train", "validation", "test")
-# Dashes that editors put for the keyboard's, and what only surrounds or sets words: quotes, Markdown, brackets.
-PLAIN_MARKS = str.maketrans(dict.fromkeys("‐‑‒–—−", "-") | dict.fromkeys("'\"`´′″‘’‚‛“”„«»‹›*_()[]{}", None))
+# Dashes that editors put for the keyboard's, and quotes.
+PLAIN_MARKS = str.maketrans(
+    dict.fromkeys("‐‑‒–—−", "-") | dict.fromkeys('"`´″“”„«»‹›', None) | dict.fromkeys("′‘’‚‛", "'")
+)
+AROUND = "*_()[]' \t\r\n"  # around the whole; inside they may be a product, a power, a point
 LABEL = re.compile(r"^\s*(?:q|question|problem)\s*[.:]\s*")
 LINE_BREAK = re.compile(r"<br\s*/?>|\\n")
 
@@ -50,8 +53,10 @@ def normalised(prompt: str) -> str:
     # What takes no room: joiners, direction marks, variation selectors, control characters.
     seen = (c for c in plain if c.isspace() or unicodedata.category(c) not in ("Cf", "Cc", "Mn"))
     plain = LABEL.sub("", "".join(map(_same_sign, seen)).translate(PLAIN_MARKS))
-    plain = re.sub(r"-(?!\s*\d)|[.,;:!?]{2,}|[.,;:!?](?!\d)|(?<!\d)[.,;:!?]", " ", plain)
-    return " ".join(plain.split())
+    plain = re.sub(r"(?<=[^\W\d_]{2})(?:'(?=[^\W\d_])|'(?=\s|$))", "", plain)
+    plain = re.sub(r"(?<=[^\W\d_]{2})\s*-+\s*(?=[^\W\d_]{2})", " ", plain)
+    plain = re.sub(r"[.,;:?]{2,}|(?<=[^\W\d_])[.,;:!?]+(?!\d)|[.,;:?](?=\s|$)|(?<=\s)[.,;:?]", " ", plain)
+    return " ".join(plain.strip(AROUND).split())
 
 
 def _same_sign(sign: str) -> str:

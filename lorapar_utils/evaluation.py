@@ -13,7 +13,7 @@ from lorapar_utils import data, processes, statistics
 from lorapar_utils.encoding import answer_ids, end_tokens, prompt_ids
 from lorapar_utils.errors import InputError
 from lorapar_utils.generation import complete, uniform, whole_base
-from lorapar_utils.harness import LeanLM, benchmark_tables, score_harness
+from lorapar_utils.harness import LeanLM, benchmark_tasks, score_harness
 from lorapar_utils.humaneval import check_allowed, score_humaneval
 from lorapar_utils.label_scores import reply_log_probs
 from lorapar_utils.records import Record, new_record
@@ -93,7 +93,7 @@ def check_benchmarks(settings: Settings) -> None:
         if name == "humaneval":
             check_allowed(settings)
         else:
-            benchmark_tables(name, settings)
+            benchmark_tasks(name, settings)
 
 
 def benchmark_metrics(benchmark: str, items: Sequence[dict]) -> dict[str, dict]:

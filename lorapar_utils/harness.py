@@ -128,7 +128,7 @@ def score_harness(lm: HFLM, benchmark: str, settings: Settings) -> list[dict]:
     InputError
         A missing folder, a malformed row, an answer key out of range, too few examples for the prompt.
     """
-    tasks = _tasks(benchmark, settings)
+    tasks = benchmark_tasks(benchmark, settings)
     # The key that `lm-eval` wants beside its own names is the task's.
     found = run_harness(lm, {"tasks": tasks, "groups": {}}, bootstrap_iters=0, log_samples=True)["samples"]
     items = []
@@ -165,7 +165,7 @@ def benchmark_tables(benchmark: str, settings: Settings) -> dict[str, datasets.D
     return tables
 
 
-def _tasks(benchmark: str, settings: Settings) -> dict[str, ConfigurableTask]:
+def benchmark_tasks(benchmark: str, settings: Settings) -> dict[str, ConfigurableTask]:
     """The harness's own task definitions over the benchmark's data."""
     section, tables = getattr(settings.evaluation, benchmark), benchmark_tables(benchmark, settings)
     shots, test = FEWSHOT_SPLIT[benchmark], "test"

@@ -553,6 +553,15 @@ def test_a_test_question_in_another_dress_does_not_train(tmp_path, written, caps
 
 def test_signs_and_points_of_numbers_tell_questions_apart():
     asked = ["What is 3 - 4?", "What is 3 + 4?", "What is 1.5?", "What is 15?", "What is 10\u00b2?", "What is 102?"]
+    asked += [
+        "What is (3 + 4) * 2?",
+        "What is 3 + 4 * 2?",
+        "What is 2*3?",
+        "What is 23?",
+        "What is -x + 3?",
+        "What is x + 3?",
+    ]
+    asked += ["5!", "5", "(1,2)?", "[1,3]?"]
     assert len({data_splits.normalised(question) for question in asked}) == len(asked)
 
 
