@@ -262,7 +262,13 @@ RATE = re.compile(r"rate.?limit|per.(?:second|minute|hour|day)|(?:retry|try agai
 FILTER = re.compile(
     r"content.?(?:filter|policy|management|moderation)|moderation|flagged|safety|inappropriate|data_inspection", re.I
 )
-PASSING = re.compile(r"overloaded|temporar|try again|timed? ?out|unavailable|still loading|at capacity", re.I)
+# A fault of the server or of the account, whatever status it comes under.
+PASSING = re.compile(
+    r"overloaded|temporar|try again|timed? ?out|unavailable|still loading|at capacity|unloaded|crash|models? loaded"
+    r"|fail\w* to load|restricted|not active|disabled|suspended|location|deprecated|api version|out of memory"
+    r"|engine|^bad request\W*$",
+    re.I,
+)
 KEY = re.compile(r"(?<![a-z])api.?key", re.I)
 UNKNOWN_MODEL = re.compile(
     r"model_not_found|model[^.]{0,80}(?:not exist|not found)|(?:invalid|unknown|no such) model"

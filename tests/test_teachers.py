@@ -787,3 +787,20 @@ def test_a_real_openai_compatible_server(tmp_path):
 def test_a_teacher_that_repeats_one_mark_without_end_is_read_at_once(mark):
     # A pattern that tried every beginning would take minutes.
     assert parse_vote("x\n" + mark * 100_000 + "x")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Model unloaded.",
+        "The model has crashed",
+        "Organization has been restricted",
+        "CUDA out of memory",
+        "Bad Request",
+    ],
+)
+def test_a_servers_own_fault_is_asked_again_whatever_its_status(message):
+    from lorapar_utils.teachers import PASSING
+
+    assert PASSING.search(message)
+    assert not PASSING.search("This prompt has 9000 tokens, more than the context of 4096")
