@@ -107,7 +107,10 @@ def _check_before(settings: Settings, here: bool) -> None:
         preflight.check(settings)
     if memory:
         machine = plans.memory_here()
-        plans.check_fits(settings, machine, plans.Passes(settings, bundles=machine.cpu))
+        try:
+            plans.check_fits(settings, machine, plans.traced_passes(settings, machine))
+        except plans.NotTraced as error:
+            print(f"{error}; whether its memory suffices is not known", flush=True)
 
 
 def print_plan(profile: str, machine_name: str) -> None:
@@ -116,7 +119,11 @@ def print_plan(profile: str, machine_name: str) -> None:
 
     settings = load_profile(profile)
     fits_on = plans.memory_here() if machine_name == "here" else plans.machine_named(machine_name, settings)
-    passes = plans.Passes(settings, bundles=fits_on.cpu)
+    try:
+        passes = plans.traced_passes(settings, fits_on)
+    except plans.NotTraced as error:
+        print(f"{error}; make rehearse tries every phase all the same\n")
+        return
     plans.check_fits(settings, fits_on, passes)
     if machine_name == "here":
         print("timing one operation of each kind on this machine (a minute or two) …", flush=True)

@@ -115,6 +115,30 @@ def summary(settings: Settings, machine: Machine, phases: list[Phase]) -> str:
     )
 
 
+class NotTraced(Exception):
+    """A model whose build the tracing does not know; no reason not to run it."""
+
+
+def traced_passes(settings: Settings, machine: Machine) -> "Passes":
+    """Every pass of the profile, traced.
+
+    Raises
+    ------
+    InputError
+        The model's files, or an `adapter.modules` that it does not have.
+    NotTraced
+        An architecture that cannot be traced with a few layers and no memory.
+    """
+    configuration(settings)
+    try:
+        passes = Passes(settings, bundles=machine.cpu)
+        phases_of(settings, replace(machine, overhead=0.0, flops=math.inf, bandwidth=math.inf), passes)
+    except Exception as error:  # whatever a model of unknown build raises on the meta device
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
+        raise NotTraced(f"plan: {settings.model.source} cannot be traced ({reason})") from None
+    return passes
+
+
 def check_fits(settings: Settings, machine: Machine, passes: "Passes") -> None:
     """Refuse a profile that the machine has no memory for, with the arithmetic; nothing is timed."""
     untimed = replace(machine, overhead=0.0, flops=math.inf, bandwidth=math.inf)

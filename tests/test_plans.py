@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_tiny_model
 
-from lorapar_utils import costs, plans
+from lorapar_utils import build, costs, plans
 from lorapar_utils.costs import Machine, Operation, Shaped, Work, traced
 from lorapar_utils.errors import InputError
 from lorapar_utils.plans import Passes
@@ -131,3 +131,19 @@ def test_unknown_machines_and_models_are_named(monkeypatch):
     lost = settings.changed(model={"source": "nobody/nothing-7b"})
     with pytest.raises(InputError, match=r"no configuration there .* no profiles/architectures/nothing-7b.json"):
         plans.configuration(lost)
+
+
+def test_a_model_that_cannot_be_traced_stops_neither_the_plan_nor_the_build(project, tmp_path, capsys):
+    """Gemma-2 with capped attention knows no sdpa, which the tracing wants."""
+    from conftest import make_tiny_tokenizer
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 8, "num_attention_heads": 4, "head_dim": 4}
+    config = Gemma2Config(vocab_size=11, num_key_value_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=0, **sizes)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    make_tiny_tokenizer().save_pretrained(tmp_path / "gemma")
+    chosen = load_profile("smoke", publishable=True, model={"source": str(tmp_path / "gemma"), "dtype": "float32"})
+    with pytest.raises(plans.NotTraced, match="gemma cannot be traced"):
+        plans.traced_passes(chosen, plans.memory_here())
+    build._check_before(chosen, here=True)
+    assert "whether its memory suffices is not known" in capsys.readouterr().out
