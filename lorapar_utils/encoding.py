@@ -44,7 +44,7 @@ def question_ids(
     InputError
         A template, the model's or this one, that cannot be filled in.
     """
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         # A question that quotes `</s>`, as HTML does, reads it as text; a template may write control tokens.
         own = any(token in plain_template for token in tokenizer.all_special_tokens)
         return continuation_ids(_plain_text(plain_template, system, question), tokenizer, as_text=not own)
@@ -87,9 +87,28 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return [token for token in dict.fromkeys([tokenizer.eos_token_id, *declared]) if token is not None]
 
 
+def check_prompts(tokenizer: PreTrainedTokenizerBase, plain_template: str) -> None:
+    """Whether a question comes back out of the prompt that it is put into; some templates lose it without a word.
+
+    Raises
+    ------
+    InputError
+        It does not, as where a chat template wants content as a list of parts.
+    """
+    question = "1 + 1"
+    ids = question_ids(question, tokenizer, plain_template=plain_template)
+    # As the tokenizer itself gives it back: a small vocabulary may not know these words.
+    known = tokenizer.decode(tokenizer(question, add_special_tokens=False).input_ids)
+    if "".join(known.split()) not in "".join(tokenizer.decode(ids).split()):
+        kind = "its chat template" if tokenizer.chat_template else "model.plain_template"
+        raise InputError(
+            f"model: a question is lost in {kind}: the prompt reads {tokenizer.decode(ids)[:200]!r}; mend it"
+        )
+
+
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token by which the chat template ends an assistant's turn; None where it writes none."""
-    if tokenizer.chat_template is None:
+    if not tokenizer.chat_template:
         return None
     answer = "0"
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": answer}]

@@ -189,7 +189,8 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMode
         tokenizer.pad_token = tokenizer.eos_token
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=list(dict.fromkeys([tokenizer.eos_token_id, *declared])),
+        # The template's own turn end too: a base model's generation config often does not list it.
+        eos_token_id=list(dict.fromkeys([tokenizer.eos_token_id, *declared, *([] if end is None else [end])])),
         pad_token_id=tokenizer.pad_token_id,
     )
     _leave_texts_open(tokenizer)

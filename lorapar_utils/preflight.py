@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lorapar_utils import data, evaluation, models, teachers, training
 from lorapar_utils.data_splits import normalised
-from lorapar_utils.encoding import encode_examples, prompt_ids
+from lorapar_utils.encoding import check_prompts, encode_examples, prompt_ids
 from lorapar_utils.errors import InputError
 from lorapar_utils.harness import benchmark_tables
 from lorapar_utils.model_files import source_of
@@ -51,7 +51,9 @@ def check_data(settings: Settings) -> None:
 def check_model(settings: Settings) -> None:
     """The model's files, tokenizer and templates, and that it has the layers which the profile's experiments train."""
     source_of(settings)
-    prompt_ids("1 + 1?", models.load_tokenizer(settings), settings)
+    tokenizer = models.load_tokenizer(settings)
+    prompt_ids("1 + 1?", tokenizer, settings)
+    check_prompts(tokenizer, settings.model.plain_template)
     config = models.load_config(settings)
     with torch.device("meta"):
         try:

@@ -180,3 +180,11 @@ def test_a_plain_template_that_names_something_else_is_refused():
         InputError, match=r"model.plain_template: 'question' is undefined; it may use system and prompt"
     ):
         encoding.prompt_ids("1?", hub_like.make_tokenizer("llama-2"), odd)
+
+
+def test_a_template_that_loses_the_question_is_refused():
+    tokenizer = hub_like.make_tokenizer("chatml")
+    encoding.check_prompts(tokenizer, encoding.PLAIN_TEMPLATE)
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content[0]['text'] }}<|im_end|>{% endfor %}"
+    with pytest.raises(InputError, match="a question is lost in its chat template"):
+        encoding.check_prompts(tokenizer, encoding.PLAIN_TEMPLATE)
