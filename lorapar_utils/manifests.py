@@ -21,6 +21,8 @@ from lorapar_utils.errors import InputError
 from lorapar_utils.records import write_atomically
 from lorapar_utils.settings import Settings, project_root
 
+# Under which a manifest keeps the sizes of its folder's files: one that was cut off or taken away is noticed.
+SIZES = "sizes of files"
 # Modules that say what is to be done, and keep and name what was made; no number is other for them.
 WITHOUT_RESULT = {"settings", "errors", "records", "manifests", "machine", "processes", "phases", "splits", "sandboxed"}
 # Files of a model's folder that decide what it computes and how it reads.
@@ -105,19 +107,25 @@ def _code_hash(module: str) -> str:
 
 
 def made_from(folder: Path) -> dict | None:
-    """What a finished folder was made from, nothing known if its manifest is damaged; None for one not finished."""
+    """What a finished folder was made from, {} if it or its manifest is damaged; None for one not finished."""
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         return None
     try:
-        return json.loads(manifest.read_text())
-    except json.JSONDecodeError:
+        content = json.loads(manifest.read_text())
+        sizes = content.pop(SIZES, {})
+        whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (ValueError, AttributeError, OSError):
         return {}
+    return content if whole else {}
 
 
 def is_current(folder: Path, inputs: dict) -> bool:
     before = made_from(folder)
     if before is None:
+        return False
+    if not before:
+        print(f"{_shown(folder)}: made again, because it is damaged")
         return False
     changed = [key for key in sorted({*before, *inputs}) if before.get(key) != inputs.get(key)]
     if changed:
@@ -137,7 +145,9 @@ def completed(folder: Path, inputs: dict) -> Iterator[Path]:
         ) from None
     try:
         yield scratch
-        write_atomically(scratch / "manifest.json", json.dumps(inputs, indent=1))
+        files = (path for path in sorted(scratch.rglob("*")) if path.is_file())
+        sizes = {str(path.relative_to(scratch)): path.stat().st_size for path in files}
+        write_atomically(scratch / "manifest.json", json.dumps(inputs | {SIZES: sizes}, indent=1))
         if folder.exists():
             shutil.rmtree(folder)
         scratch.rename(folder)

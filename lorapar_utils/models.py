@@ -19,6 +19,7 @@ from peft import (
     PromptTuningConfig,
     ShiraConfig,
     get_peft_model,
+    get_peft_model_state_dict,
     load_peft_weights,
     set_peft_model_state_dict,
 )
@@ -116,6 +117,12 @@ def _merged(folder: Path, settings: Settings) -> PreTrainedModel:
     base = _adapter_base(folder, settings)
     source, options = source_of(base)
     wrapped = _read(partial(PeftModel.from_pretrained, _whole(source, options, base)), str(folder), settings, "adapter")
+    fitting = set(get_peft_model_state_dict(wrapped))
+    if apart := sorted(fitting ^ set(load_peft_weights(str(folder)))):
+        raise InputError(
+            f"model.source: the adapter in {folder} does not fit {base.model.source}: {len(apart)} weights have no "
+            f"counterpart, first {apart[0]}; name the base that it was trained over"
+        )
     print(f"model.source: {folder} is an adapter; it is added to the weights of {base.model.source}")
     return wrapped.merge_and_unload()
 

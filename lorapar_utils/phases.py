@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorapar_utils import data, evaluation, models, processes, statistics, training
 from lorapar_utils.encoding import encode_examples
+from lorapar_utils.errors import InputError
 from lorapar_utils.importance import score_importance
 from lorapar_utils.manifests import completed, folder_hashes, inputs_of, is_current, made_from, model_identity
 from lorapar_utils.partition import Partition, build_partition, random_partition
@@ -157,13 +158,13 @@ def experiment(settings: Settings, name: str, seed: int) -> Record:
 
     def keep():
         record = _experiment_record(settings, spec, f"{name}-seed{seed}", outcomes)
-        if path.is_file() and not stages.made:
+        before = None if stages.made else _kept_record(path)
+        if before is not None:
             # Measured before: only what is read from it may have changed.
-            before = read_record(path)
             kept = {key: before.run[key] for key in ("created", "seconds")}
-            if before.result == json.loads(json.dumps(record.result)) and all(
-                before.run[key] == json.loads(json.dumps(record.run[key])) for key in ("parameters", "command")
-            ):
+            same = before.items == json.loads(json.dumps(record.items))
+            same &= before.result == json.loads(json.dumps(record.result))
+            if same and all(before.run[k] == json.loads(json.dumps(record.run[k])) for k in ("parameters", "command")):
                 return
             record = replace(record, run=record.run | kept, environment=before.environment)
         write_record(record, path)
@@ -344,6 +345,15 @@ class _Stages:
             for name in self.settings.evaluation.benchmarks
         }
         return outcome | {"score_seconds": round(time.time() - began, 1)}
+
+
+def _kept_record(path: Path) -> Record | None:
+    """The record as it was written; None where there is none, or one that is damaged."""
+    try:
+        record = read_record(path)
+        return record if {"created", "seconds", "parameters", "command"} <= record.run.keys() else None
+    except (InputError, ValueError, AttributeError):
+        return None
 
 
 def _peak_bytes() -> int:

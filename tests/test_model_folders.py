@@ -9,6 +9,7 @@ import torch
 from conftest import make_tiny_base, make_tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertLMHeadModel
 
 from lorapar_utils import build, model_files, models, plans, preflight
 from lorapar_utils.errors import InputError
@@ -232,3 +233,28 @@ def test_a_family_tokenizer_that_ends_every_text_is_mended(tmp_path, capsys):
     models._leave_texts_open(tokenizer)
     assert tokenizer("1").input_ids == [tokenizer.bos_token_id, *tokenizer("1", add_special_tokens=False).input_ids]
     assert "no longer does" in capsys.readouterr().out
+
+
+def test_an_adapter_whose_weights_do_not_fit_its_base_is_refused(folder):
+    place = folder.parent / "adapter"
+    adapter_over(folder, place)
+    weights = load_file(place / "adapter_model.safetensors")
+    renamed = {name.replace("layers.1", "layers.9"): values for name, values in weights.items()}
+    save_file(renamed, place / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="does not fit .* have no counterpart, first .*layers"):
+        models.load_base(local(place))
+
+
+def test_an_encoder_is_no_causal_model(folder):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = BertLMHeadModel(BertConfig(vocab_size=11, pad_token_id=0, **sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10.0)
+    shutil.rmtree(folder)
+    model.save_pretrained(folder)
+    make_tiny_tokenizer().save_pretrained(folder)
+    with pytest.raises(InputError, match="BertLMHeadModel reads what comes after a token before it predicts it"):
+        models.load_base(local(folder))

@@ -220,3 +220,29 @@ def test_free_text_is_scored_by_overlap_and_loss(project, saved_model):
     assert any("validation/overlap" in entry for entry in history)
     assert set(tables.stage_table([record])) >= {"overlap", "loss"} and len(tables.gain_table([record])) == 1
     plots.stage_accuracy([record])
+
+
+DAMAGED = (
+    "scores/*/system1.safetensors",
+    "experiments/*/stage1/outcome.json",
+    "experiments/*/stage1/adapter/adapter_model.safetensors",
+    "experiments/*/stage2.scores/outcome.json",
+    "experiments/*/stage1/manifest.json",
+    "records/*.json",
+    "records/*.items.jsonl",
+)
+
+
+@pytest.mark.parametrize("how", ["cut off", "taken away"])
+@pytest.mark.parametrize("pattern", DAMAGED)
+def test_what_was_damaged_is_made_again_and_comes_out_the_same(project, saved_model, pattern, how):
+    chosen = settings(saved_model)
+    before = phases.experiment(chosen, "alpha1.0_beta1.0", 0)
+    [path, *_] = sorted(chosen.runs.glob(pattern), key=lambda p: ".items." in p.name and "items" not in pattern)
+    if how == "cut off":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        path.unlink()
+    after = phases.experiment(chosen, "alpha1.0_beta1.0", 0)
+    assert [item["completion"] for item in after.items] == [item["completion"] for item in before.items]
+    assert after.metric("stage2/accuracy") == before.metric("stage2/accuracy")

@@ -28,6 +28,8 @@ from transformers import (
     MixtralForCausalLM,
     ModernBertDecoderConfig,
     ModernBertDecoderForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -297,3 +299,12 @@ def test_rows_longer_than_a_rotation_knows_are_read_alone():
     assert complete(model, prompts, ends=[2], max_new_tokens=6) == expected
     [short, long] = reply_log_probs(model, [(prompt, [20, 21]) for prompt in prompts])
     assert [short, long] == pytest.approx([reply_log_probs(model, [(p, [20, 21])])[0] for p in prompts], rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_that_shifts_a_models_own_positions_is_noticed_in_bf16_too(dtype):
+    """MPT counts its distances from the end of the batch's longest row."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "d_model": 128, "n_layers": 4, "n_heads": 4, "max_seq_len": 512, "expansion_ratio": 2}
+    model = MptForCausalLM(MptConfig(**sizes, **ENDS)).to(dtype).eval()
+    assert not shortcuts_of(model).completions
