@@ -19,6 +19,9 @@ PLAIN_TEMPLATE = "{% if system %}{{ system }}\n\n{% endif %}Question: {{ prompt 
 # In front of a chat template that asks for the date: the day that Llama's own templates write without a clock.
 FIXED_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro %}"
 
+# What a model's own template may raise; it is a program that somebody else wrote.
+TEMPLATE_FAULTS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
 
 def prompt_ids(question: str, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[int]:
     """Token ids of a question to the profile's model, ready for the answer (`settings.system_prompt` in front)."""
@@ -114,10 +117,11 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": answer}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=_dated(tokenizer))
-    except (jinja2.TemplateError, TypeError, ValueError):
+    except TEMPLATE_FAULTS:
         return None
+    # Some fine-tunes added theirs as an ordinary token. Phi-1.5's runs of spaces are added ones too.
     special = set(tokenizer.all_special_ids) | {
-        i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+        i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()
     }
     after = tokenizer(text[text.rfind(answer) + len(answer) :], add_special_tokens=False).input_ids
     return next((token for token in after if token in special), None)
@@ -193,7 +197,7 @@ def _writes_system_turn(tokenizer: PreTrainedTokenizerBase) -> bool:
     turns = [{"role": "system", "content": word}, {"role": "user", "content": "1"}]
     try:
         return word in tokenizer.apply_chat_template(turns, tokenize=False, chat_template=_dated(tokenizer))
-    except jinja2.TemplateError:
+    except TEMPLATE_FAULTS:
         return False
 
 
@@ -206,7 +210,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict], **options):
     try:
         template = _dated(tokenizer)
         return tokenizer.apply_chat_template(turns, add_generation_prompt=True, chat_template=template, **options)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except TEMPLATE_FAULTS as error:
         raise InputError(
             f"model: its chat template cannot be filled in ({error}); mend chat_template in the model's folder, or "
             "remove it there to have model.plain_template read"

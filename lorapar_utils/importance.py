@@ -180,7 +180,7 @@ def _batches_are_exact(model: PeftModel, parameters: dict, examples: Sequence[di
         exact = all(_near(ours, true, rounding) for ours, true in zip(batched, alone, strict=True))
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError):
+    except Exception:  # what a model's own code raises over a padded batch
         exact = False
     finally:
         for hook in hooks:

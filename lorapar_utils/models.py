@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import json
 import shutil
 import tempfile
 from functools import partial
@@ -24,7 +23,6 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from tokenizers.processors import TemplateProcessing
 from torch.distributed.fsdp import fully_shard
 from transformers import (
@@ -40,9 +38,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lorapar_utils import machine, processes
-from lorapar_utils.encoding import continuation_ids, turn_end
+from lorapar_utils.encoding import check_prompts, continuation_ids, question_ids, turn_end
 from lorapar_utils.errors import InputError
-from lorapar_utils.model_files import ADAPTER_NOTE, source_of
+from lorapar_utils.model_files import ADAPTER_NOTE, check_layers, read_note, source_of
 from lorapar_utils.settings import Settings
 from lorapar_utils.shortcuts import shortcuts_of
 
@@ -69,6 +67,7 @@ def load_base(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     else:
         model = _whole(source, options, settings)
     tokenizer = load_tokenizer(settings)
+    check_prompts(tokenizer, settings.model.plain_template)
     _prepare_tokenizer(tokenizer, model, settings)
     if torch.cuda.is_available() and settings.model.quantization is None:
         model = model.to(processes.state().device)
@@ -105,6 +104,7 @@ def _whole(source: str, options: dict, settings: Settings) -> PreTrainedModel:
             f"model.source = {settings.model.source!r}: {len(missing)} of the model's weights are not in its files, "
             f"first {missing[0]}; save the whole model there, and see that config.json is that of these weights"
         )
+    check_layers(settings, model, report["unexpected_keys"])
     return model
 
 
@@ -124,17 +124,12 @@ def _merged(folder: Path, settings: Settings) -> PreTrainedModel:
             f"counterpart, first {apart[0]}; name the base that it was trained over"
         )
     print(f"model.source: {folder} is an adapter; it is added to the weights of {base.model.source}")
-    return wrapped.merge_and_unload()
+    return _read(lambda _: wrapped.merge_and_unload(), str(folder), settings, "adapter")
 
 
 def _adapter_base(folder: Path, settings: Settings) -> Settings:
     """The settings with the adapter's base as their model."""
-    try:
-        name = json.loads((folder / ADAPTER_NOTE).read_text()).get("base_model_name_or_path") or ""
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"model.source: {folder / ADAPTER_NOTE} is no JSON ({error}); save the adapter again"
-        ) from None
+    name = read_note(folder / ADAPTER_NOTE).get("base_model_name_or_path") or ""
     beside = folder / name
     base = settings.changed(model={"source": str(beside.resolve()) if name and beside.is_dir() else name or "nowhere"})
     if not name or (Path(base.model.source) / ADAPTER_NOTE).is_file():
@@ -149,16 +144,9 @@ def _read(reader, source: str, settings: Settings, what: str, **options):
     load = getattr(reader, "from_pretrained", reader)
     try:
         return load(source, **options)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
+    except (torch.OutOfMemoryError, MemoryError, InputError):
+        raise
+    except Exception as error:  # a reader of other people's files; each format fails in its own way
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
             f"model.source = {settings.model.source!r}: its {what} could not be loaded: {reason.strip()[:300]} "
@@ -172,16 +160,15 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMode
     The sampling settings that a model was published with (a repetition penalty, a temperature) change nothing here.
     """
     where = f"model.source = {settings.model.source!r}"
-    rows = model.get_input_embeddings().num_embeddings
-    if (highest := max(tokenizer.get_vocab().values())) >= rows:
-        raise InputError(
-            f"{where}: its tokenizer has tokens up to id {highest}, its embedding only {rows} rows; save the tokenizer "
-            "that the model was trained with, or resize the model's embedding and train the new rows first"
-        )
-    if not tokenizer("1 + 1").input_ids:
-        raise InputError(f"{where}: its tokenizer reads nothing of '1 + 1'; save the one that belongs to the model")
+    _check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, settings)
     declared = model.generation_config.eos_token_id
     declared = [token for token in (declared if isinstance(declared, list) else [declared]) if token is not None]
+    for token in declared:
+        if not isinstance(token, int) or not 0 <= token < len(tokenizer):
+            raise InputError(
+                f"{where}: eos_token_id = {token!r} of its generation config is no id of its tokenizer; correct it in "
+                "generation_config.json"
+            )
     end = turn_end(tokenizer)
     if end in declared:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
@@ -194,19 +181,46 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMode
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # The template's own turn end too: a base model's generation config often does not list it.
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, *declared, *([] if end is None else [end])]))
+    # An end token that was added as an ordinary one would stay in every decoded answer.
+    words = tokenizer.convert_ids_to_tokens([token for token in ends if token not in tokenizer.all_special_ids])
+    tokenizer.add_special_tokens({"extra_special_tokens": words}, replace_extra_special_tokens=False)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        # The template's own turn end too: a base model's generation config often does not list it.
-        eos_token_id=list(dict.fromkeys([tokenizer.eos_token_id, *declared, *([] if end is None else [end])])),
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )
     _leave_texts_open(tokenizer)
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, settings: Settings) -> None:
+    """Whether every token that a prompt can produce has a row in the embedding.
+
+    Control tokens without a row (images, infilling) do no harm: a question that quotes one reads it as text.
+    """
+    where = f"model.source = {settings.model.source!r}"
+    beyond = {token for token in tokenizer.get_vocab().values() if token >= rows}
+    control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    own = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    written = own | set(question_ids("1 + 1?", tokenizer, plain_template=settings.model.plain_template))
+    if reachable := (beyond - control) | (beyond & written):
+        raise InputError(
+            f"{where}: its tokenizer has tokens up to id {max(reachable)}, its embedding only {rows} rows; save the "
+            "tokenizer that the model was trained with, or resize the model's embedding and train the new rows first"
+        )
+    if not tokenizer("1 + 1").input_ids:
+        raise InputError(f"{where}: its tokenizer reads nothing of '1 + 1'; save the one that belongs to the model")
 
 
 def _leave_texts_open(tokenizer: PreTrainedTokenizerBase) -> None:
     """Keep the tokenizer from ending every text with its end token, as some fine-tunes left it (`add_eos_token`)."""
     if tokenizer("1").input_ids[-1:] != [tokenizer.eos_token_id]:
         return
+    if not tokenizer.is_fast:
+        raise InputError(
+            "model.source: its tokenizer ends every text with its end token; save it as a fast one, without"
+        )
     front = [(tokenizer.convert_ids_to_tokens(token), token) for token in continuation_ids("", tokenizer)]
     words = [word for word, _ in front]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -263,8 +277,12 @@ def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
     torch.manual_seed(settings.seed)
     try:
         wrapped = get_peft_model(model, _adapter_config(settings), autocast_adapter_dtype=True)
-    except ValueError as error:
-        raise InputError(f"adapter.modules = {settings.adapter.modules!r}: PEFT refuses it ({error})") from None
+    except Exception as error:  # PEFT raises many kinds, by the method and the layers it meets
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(
+            f"adapter.kind = {settings.adapter.kind!r}, init = {settings.adapter.init!r}: PEFT cannot attach that to "
+            f"{type(model).__name__} ({reason}); take another kind, or name other adapter.modules"
+        ) from None
     if settings.adapter.kind == "lora" and settings.adapter.init == "normal":
         for module in wrapped.modules():
             if isinstance(module, LoraLayer):
@@ -293,10 +311,15 @@ def check_modules(model: PreTrainedModel, settings: Settings) -> None:
     missing = [word for word in wanted if not any(name == word or name.endswith(f".{word}") for name in names)]
     if missing:
         known = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
-        setting = "method: ia3" if settings.adapter.kind == "ia3" else f"adapter.modules = {settings.adapter.modules!r}"
+        setting, remedy = (
+            f"adapter.modules = {settings.adapter.modules!r}",
+            (f"name those to train in adapter.modules, such as [{', '.join(list(known)[:2])}]"),
+        )
+        if settings.adapter.kind == "ia3":
+            setting, remedy = "method: ia3", "leave this method out for such a model"
         raise InputError(
             f"{setting}: {type(model).__name__} has no {', '.join(missing)}; its linear layers are {', '.join(known)}: "
-            f"name those to train in adapter.modules, such as [{', '.join(list(known)[:2])}]"
+            f"{remedy}"
         )
 
 

@@ -13,7 +13,7 @@ from lorapar_utils.data_splits import normalised
 from lorapar_utils.encoding import check_prompts, encode_examples, prompt_ids
 from lorapar_utils.errors import InputError
 from lorapar_utils.harness import benchmark_tables
-from lorapar_utils.model_files import source_of
+from lorapar_utils.model_files import check_fit, source_of
 from lorapar_utils.settings import Settings
 
 
@@ -58,11 +58,12 @@ def check_model(settings: Settings) -> None:
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config)
-        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # other people's configurations fail in many ways
             raise InputError(
                 f"model.source = {settings.model.source!r}: {config.model_type} is no causal language model that "
                 f"transformers can make ({str(error).splitlines()[0][:200]})"
             ) from None
+    check_fit(settings, model)
     for name, spec in settings.experiments.items():
         if spec.stages:
             models.check_modules(model, settings.for_experiment(name, settings.seed))

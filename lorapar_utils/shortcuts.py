@@ -106,6 +106,11 @@ def _tried(model: PreTrainedModel) -> Shortcuts:
     sequences = _sequences(model)
     with answering(model):
         plain = [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in sequences]
+        if not all(logits.isfinite().all() for logits in plain):
+            raise InputError(
+                f"model: the logits of {type(model).__name__} are not finite in {model.dtype}; its weights hold NaN or "
+                "infinity, or need another model.dtype"
+            )
         _check_causal(model, *(logits[: SHARED - 1] for logits in plain))
         expected = torch.cat([logits[SHARED - 1 : -1] for logits in plain])
         tries = {"head": _by_head, "bundles": _in_one_row, "completions": _token_by_token}
@@ -160,8 +165,8 @@ def _agrees(attempt: Callable, model: PreTrainedModel, sequences: list[torch.Ten
 def _sequences(model: PreTrainedModel) -> list[torch.Tensor]:
     """Two sequences of ordinary tokens that begin alike."""
     config = model.config.get_text_config()
-    special = {config.bos_token_id, config.pad_token_id}
-    for ends in (config.eos_token_id, model.generation_config.eos_token_id):
+    special = {getattr(config, "bos_token_id", None), getattr(config, "pad_token_id", None)}
+    for ends in (getattr(config, "eos_token_id", None), model.generation_config.eos_token_id):
         special |= set(ends) if isinstance(ends, list) else {ends}
     ordinary = torch.tensor([token for token in range(min(config.vocab_size, 5000)) if token not in special])
     generator = torch.Generator().manual_seed(0)

@@ -1,13 +1,15 @@
 """A model's folder as people have them: read right, or refused in one line, by `make plan` as by a run."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import hub_like
 import pytest
 import torch
 from conftest import make_tiny_base, make_tiny_tokenizer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel
 
@@ -74,6 +76,30 @@ def two_ggufs(folder):
         (folder / name).write_bytes(b"GGUF")
 
 
+def under_another_name(folder):
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+
+
+def as_pickles_with_one_missing(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"PK")
+    names = {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def wrapped_names(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"module.{k}": v for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def an_index(content):
+    def spoil(folder):
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_bytes(content)
+
+    return spoil
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 13476\n"
 # what was done to the folder -> (how, what the message says)
 DAMAGES = {
@@ -92,6 +118,16 @@ DAMAGES = {
     ),
     "no causal model": (changed("config.json", model_type="t5", architectures=["T5ForConditionalGeneration"]), "t5"),
     "quantized already": (changed("config.json", quantization_config={"quant_method": "gptq", "bits": 4}), r"\(gptq\)"),
+    "quantized, said in a word": (changed("config.json", quantization_config="gptq"), r"quantized already \(gptq\)"),
+    "configuration a list": (written("config.json", b"[1]"), "config.json holds a list, not an object"),
+    "generation configuration no JSON": (written("generation_config.json", b"{"), "generation_config.json is no JSON"),
+    "generation configuration empty": (written("generation_config.json", b""), "generation_config.json is empty"),
+    "generation configuration a pointer": (written("generation_config.json", POINTER), "is a Git LFS pointer"),
+    "index no JSON": (an_index(b"<html>"), "index.json is no JSON"),
+    "index without names": (an_index(b'{"metadata": {}}'), "index.json has no weight_map"),
+    "a pickled shard missing": (as_pickles_with_one_missing, "lacks pytorch_model-00002-of-00002.bin"),
+    "weights in another layout": (under_another_name, "has consolidated.safetensors, but neither model.safetensors"),
+    "a classifier": (changed("config.json", architectures=["LlamaForSequenceClassification"]), "no next token"),
     "several GGUF files": (two_ggufs, r"model.gguf_file = None: .* has a.Q4.gguf, b.Q8.gguf; name one"),
 }
 
@@ -113,9 +149,100 @@ def test_weights_that_the_files_lack_are_not_drawn_at_random(folder):
         models.load_base(local(folder))
 
 
-def test_weights_of_another_shape_are_named(folder):
-    changed("config.json", intermediate_size=48)(folder)
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            changed("config.json", intermediate_size=48),
+            r"model.layers.0.mlp.down_proj.weight in .* has shape .*, by config.json it",
+        ),
+        (changed("config.json", vocab_size=12), r"weight in .* has shape \[11, 16\], by config.json it has \[12, 16\]"),
+        (changed("config.json", num_hidden_layers=1), "its files have 2 layers, its config.json 1"),
+        (wrapped_names, "no weight in .* has a name of LlamaForCausalLM, as its first, module.lm_head"),
+    ],
+)
+def test_weights_that_are_not_the_configurations_are_named_by_plan_and_loader(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(InputError, match=message):
+        preflight.check_model(local(folder))
+    with pytest.raises(InputError, match="model.source"):
+        models.load_base(local(folder))
+
+
+def test_a_pickle_that_would_run_something_is_refused_and_does_not_run(folder):
+    class Malicious:
+        def __reduce__(self):
+            return Path.touch, (folder / "was-run",)
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Malicious()}, folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="its weights could not be loaded"):
+        models.load_base(local(folder))
+    assert not (folder / "was-run").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="the logits of LlamaForCausalLM are not finite in torch.float32"):
+        models.load_base(local(folder))
+
+
+@pytest.mark.parametrize("token", ["2", -1, 10**6])
+def test_an_end_token_that_is_none_is_named(folder, token):
+    changed("generation_config.json", eos_token_id=[token])(folder)
+    with pytest.raises(
+        InputError, match="model.source.*could not be loaded|eos_token_id = .* is no id of its tokenizer"
+    ):
+        models.load_base(local(folder))
+
+
+def test_control_tokens_without_an_embedding_do_no_harm_unless_a_prompt_writes_them(folder):
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    models.load_base(local(folder))
+    tokenizer.chat_template = "<image>" + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match="its tokenizer has tokens up to id 11, its embedding only 11 rows"):
+        models.load_base(local(folder))
+
+
+def test_an_end_token_added_as_an_ordinary_one_is_not_part_of_an_answer(folder):
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer.add_tokens(["<|im_end|>"])
+    tokenizer.save_pretrained(folder)
+    model = make_tiny_base()
+    model.resize_token_embeddings(12)
+    model.save_pretrained(folder)
+    model, read = models.load_base(local(folder))
+    assert 11 in model.generation_config.eos_token_id
+    assert "<|im_end|>" not in read.decode([read.convert_tokens_to_ids("1"), 11], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("note", "message"),
+    [
+        (PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM").to_dict(), "of kind PROMPT_TUNING, which"),
+        ({"peft_type": "LORA", "alora_invocation_tokens": [3]}, "is an activated LoRA, which works only after its"),
+        ([], "holds a list, not an object"),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_refused_by_plan_and_loader(folder, note, message):
+    place = folder.parent / "adapter"
+    adapter_over(folder, place)
+    (place / "adapter_config.json").write_text(json.dumps(note, default=str))
+    for check in (models.load_base, preflight.check_model):
+        with pytest.raises(InputError, match=message):
+            check(local(place))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_without_rights_is_named(folder):
+    (folder / "model.safetensors").chmod(0)
+    with pytest.raises(InputError, match="model.safetensors cannot be read .*change its rights"):
         models.load_base(local(folder))
 
 
