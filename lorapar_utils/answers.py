@@ -1,9 +1,10 @@
 """When two answers are equal, which the paper does not say: here, when their values are.
 
 - Numbers are compared as exact fractions, however they are written (`_number` lists the ways); `50%` is 0.5, not 50.
+- Roots and multiples of pi are compared exactly (`constants`).
 - A unit counts only where both have one: `18 dollars` is 18 and $18, but neither €18 nor 18 apples.
-- Roots and multiples of pi are compared by math-verify (`constants`).
-- Anything else is words, equal up to case, white space and the marks around them.
+- Lists in the same brackets are compared element by element, in order.
+- Anything else is words, equal up to white space, the marks around them, and case but for symbols: mF is not MF.
 
 What could be read in two ways (`5-3`, `1,2`, `3:30`, `5!`, `2 or 3`) is no number and is compared as text.
 """
@@ -14,13 +15,14 @@ import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
-from lorapar_utils.constants import same_constant
+from lorapar_utils.constants import Constant, leading_constant
+from lorapar_utils.units import UNIT_NAMES, is_spelled_out, is_unit, same_unit, unit_name
 
 LONGEST = 300  # characters of an answer that is looked into; a longer one is compared as it stands
 
 
 def answers_match(candidate: str, reference: str) -> bool:
-    """Equal as values: as numbers with units, as roots and multiples of pi, or else as words; symmetric.
+    """Equal as values: as numbers or constants with units, as lists of them, or else as words; symmetric.
 
     Deviation: the paper names no rule; GSM8K's own compares the digits after `####`, and would hold 1/2 and 12 equal.
 
@@ -31,21 +33,25 @@ def answers_match(candidate: str, reference: str) -> bool:
     >>> answers_match("50%", "50"), answers_match("€18", "$18"), answers_match("C++", "C")
     (False, False, False)
     """
-    if candidate.strip() == reference.strip():
+    candidate, reference = candidate.strip(), reference.strip()
+    if candidate == reference:
         return True
-    left, right = _number(candidate), _number(reference)
+    if max(len(candidate), len(reference)) > LONGEST:
+        return candidate.split() == reference.split()
+    left, right = _number(candidate) or _constant(candidate), _number(reference) or _constant(reference)
     if left and right:
         return left.value == right.value and left.agrees_with(right)
-    if not left and not right and _words(candidate) == _words(reference):
-        return True
-    return same_constant(_unmarked(candidate), _unmarked(reference))
+    if left or right:
+        return False
+    return _words(candidate) == _words(reference) or _same_list(_elements(candidate), _elements(reference))
 
 
 def mentions(completion: str, reference: str) -> bool:
     """Whether the reference stands anywhere in the completion, as a whole number or as whole words.
 
     A number is compared by its value, and never with a part of another: neither 12,500 nor 12/5, -12, 12% or 12:30
-    mentions 12, but 10-12 mentions both its ends, and `$12.00` does.
+    mentions 12, but 10-12 mentions both its ends, and `$12.00` does. A name of one or two letters, which may be a
+    word as well (the symbols In, He, I), counts with its capital, and not where a sentence has one anyway.
     """
     text, number = _plain(completion), _number(reference)
     if number:
@@ -54,10 +60,20 @@ def mentions(completion: str, reference: str) -> bool:
             for match in IN_TEXT.finditer(_in_line(re.sub(r"\\([$%])", r"\1", _latex_spacing(text))))
             for other in _numbers_of(match)
         )
+    name = _unmarked(reference) if len(reference) <= LONGEST else ""
+    if len(name) <= 2 and name.isalpha() and name[0].isupper():
+        named = AS_NAME + ("" if name == "I" else WITHIN_SENTENCE)
+        alone = name == text.strip(" \t\n.,*_`'\"$()")
+        return alone or re.search(rf"(?:{named}){name}{NO_MORE}(?!['’]\w)", text) is not None
     words = _words(reference)
     words_apart = r"\s+".join(map(re.escape, words.split()))
-    pattern = rf"(?<![\w-])(?<!\w\.){words_apart}(?![\w+#]|[:.]\d)"
-    return bool(words) and re.search(pattern, text if "\\" in words else text.casefold()) is not None
+    searched = text if "\\" in words else _caseless(text, _is_formula(words))
+    return bool(words) and re.search(rf"(?<![\w-])(?<!\w\.){words_apart}{NO_MORE}", searched) is not None
+
+
+NO_MORE = r"(?![\w+#]|[:.]\d)"  # what would make another word of it
+AS_NAME = r"\b(?:is|are|was)\s+|[:=#]\s*|\{|(?<!\w)[\"'“‘«*_`(\[$]"
+WITHIN_SENTENCE = r"|[\w,)\"'*`’”][^\S\n]+"
 
 
 # --- one spelling: signs, marks, LaTeX --------------------------------------------------------------------------------
@@ -76,34 +92,21 @@ LATEX_SPACING = (
     (re.compile(r"(?<=\d)\\,(?=\d{3}(?!\d))"), "\u2009"),
     (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!"), ""),
     (re.compile(r"\\(?:[,:; ]|q?quad(?![a-zA-Z]))|(?<=[\w}])~"), " "),
-    (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree"), "°"),
+    (re.compile(r"\^\s*+\{?\s*+\\circ\s*\}?|\\degree"), "°"),
 )
-MARKED = [  # alone, or before a unit: `**18** dollars`
-    re.compile(rf"(?<![\w\\$*`])(?<!\d ){opened}{inside}{closed}(?![\w$*`])")
-    for opened, inside, closed in (
-        (r"\$\$", r"([^$]+)", r"\$\$"),
-        (r"\$", r"((?:[^$\\]|\\.)+)", r"\$"),
-        (r"\\\(", r"((?:(?!\\\)).)+)", r"\\\)"),
-        (r"\\\[", r"((?:(?!\\\]).)+)", r"\\\]"),
-        (r"\*\*", r"([^*]+)", r"\*\*"),
-        ("`", "([^`]+)", "`"),
-    )
-]
-AROUND = [  # only around the whole: elsewhere it may be a product, a call, a name
-    re.compile(pattern)
-    for pattern in (
-        r"\*([^*]+)\*",
-        r"(?!__?[a-z]\w*_)__?([^_]+)__?",  # a word in small letters between underscores is a name, as `__init__` is
-        r'"([^"]+)"',
-        r"'([^']+)'",
-        r"“([^“”]+)”",
-        r"‘([^‘’]+)’",
-        r"«([^«»]+)»",
-        r"„([^„“”]+)[“”]",
-        r"\(([^(),;]+)\)",  # a list in brackets is another thing than one without
-        r"\[([^\W\d_](?:[\w .'-]*[^\W_])?)\]",
-    )
-]
+MARKED = re.compile(  # alone, or before a unit: `**18** dollars`
+    r"""(?<![\w\\$*`])(?<!\d\ )
+    (?:\$\$([^$]+)\$\$|\$((?:[^$\\]|\\.)+)\$|\\\(((?:(?!\\\)).)+)\\\)|\\\[((?:(?!\\\]).)+)\\\]
+      |\*{3}([^*]+)\*{3}|\*\*([^*]+)\*\*|`([^`]+)`)
+    (?![\w$*`])""",
+    re.VERBOSE,
+)
+# Only around the whole: elsewhere it may be a product, a call, a name. A word in small letters between underscores is a
+# name, as `__init__` is, and a list in brackets is another thing than one without.
+AROUND = re.compile(
+    r"""\*([^*]+)\*|(?!__?[a-z]\w*_)__?([^_]+)__?|"([^"]+)"|'([^']+)'|“([^“”]+)”|‘([^‘’]+)’|«([^«»]+)»|„([^„“”]+)[“”]"""
+    r"""|\(([^(),;]+)\)|\[([^\W\d_](?:[\w .'-]*[^\W_])?)\]"""
+)
 STOP = re.compile(r"(?<=[^\s.,;:!?])[.,;]$")  # one: what ends in `...` is not finished
 
 
@@ -139,11 +142,9 @@ def _unmarked(text: str) -> str:
     while text != before:
         before = text
         text = LATEX_BOX.sub(_unboxed, _latex_spacing(text))
-        for pattern in MARKED:
-            text = pattern.sub(r"\1", text)
-        for pattern in AROUND:
-            if whole := pattern.fullmatch(text):
-                text = whole[1]
+        text = MARKED.sub(lambda marked: marked[marked.lastindex], text)
+        if whole := AROUND.fullmatch(text):
+            text = whole[whole.lastindex]
         text = STOP.sub("", text.strip())
     return re.sub(r"\\([$%#&_])", r"\1", text)
 
@@ -169,15 +170,63 @@ def _unboxed(box: re.Match) -> str:
 def _words(text: str) -> str:
     """Up to case, white space, and the punctuation around words; punctuation alone is as it is."""
     if len(text) > LONGEST:
-        return " ".join(text.casefold().split())
+        return _caseless(" ".join(text.split()), False)
     words = " ".join(_unmarked(text).split())
     if not any(map(str.isalnum, words)):
         return text.strip()
     if "\\" in words:  # \Delta is not \delta
         return words
-    words = re.sub(r"^[,;:¡¿]+\s*(?=[^\W\d_])", "", words.casefold())
+    words = re.sub(r"^[,;:¡¿]+\s*(?=[^\W\d_])", "", words)
     # Not of a single letter: n! is not n.
-    return re.sub(r"(?<=[^\W\d_]{2})[.,;:!?]+$", "", words)
+    words = re.sub(r"(?<=[^\W\d_]{2})[.,;:!?]+$", "", words)
+    return _caseless(words, _is_formula(words))
+
+
+WORD = re.compile(r"[^\W\d_]+")
+OPERATION = re.compile(r"[=+*/^<>|_]\s*[\w(]|\w\(|\s-\s|\b(?:sin|cos|tan|log|exp)\b")
+# A word of three letters; or alone: a letter, as of a choice, C++, and a short word in small letters.
+WORDY = re.compile(
+    r"[^\W\d_]{3}|^[^\W\d_](?:\+\+|#)?$|^[^\W\d_][^\W\d_A-Z]$|^(?i:no|ok)$|\d\s?(?i:am|pm|ad|bc)\b",
+)
+
+
+def _is_formula(text: str) -> bool:
+    return bool(OPERATION.search(text)) or not WORDY.search(text)
+
+
+def _caseless(text: str, is_formula: bool) -> str:
+    """Without case, but for symbols: what has a capital within (mF, NaCl), and one or two letters of a formula."""
+
+    def caseless(match: re.Match) -> str:
+        word = match[0]
+        symbol = (is_formula and len(word) < 3) or word not in (word.lower(), word.upper(), word.capitalize())
+        return word if symbol else word.casefold()
+
+    return WORD.sub(caseless, text)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _elements(text: str) -> list[str]:
+    """The brackets of a list and its elements; [] of what is no list, or may be one of 1,200 as well as of 1."""
+    text = re.sub(r"\\([{}])", r"\1", _unmarked(text))
+    if not re.fullmatch(r"[(\[{].*[)\]}]", text, re.DOTALL):
+        return []
+    # Deeper than one more level a list is cut into pieces that are no values, and compared as text.
+    elements = re.split(r",(?![^(\[{]*[)\]}])", text[1:-1])
+    spaced = any(element[:1].isspace() for element in elements[1:])
+    grouped = any(re.match(r"\d{3}(?!\d)", element) for element in elements[1:])
+    if len(elements) < 2 or not all(map(str.strip, elements)) or (spaced and grouped):
+        return []
+    return [text[0] + text[-1], *map(_unmarked, elements)]
+
+
+def _same_list(left: list[str], right: list[str]) -> bool:
+    if not left or len(left) != len(right) or left[0] != right[0]:
+        return False
+    # A letter of a list is a symbol: (a, b) is not (A, b).
+    symbols = [{one, other} for one, other in zip(left, right, strict=True) if 1 in (len(one), len(other))]
+    same_symbols = all(len(pair) == 1 for pair in symbols if any(map(str.isalpha, pair)))
+    return same_symbols and all(map(answers_match, left[1:], right[1:]))
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -186,10 +235,8 @@ _DECIMAL = rf"(?:(?:[1-9]\d{{0,2}}(?:(?:,\d{{3}})+|(?:[{THIN}]\d{{3}})+)|\d+)(?:
 _POWER = r"\s*\^\s*(?P<{}>[-+]?\d{{1,3}})(?![\d.^])"
 MAGNITUDES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7}
 MAGNITUDES |= {"billion": 10**9, "trillion": 10**12}
-CURRENCIES = {"US$": "dollar", "$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "₩": "won"}
+CURRENCIES = {"US$": "dollar", "$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee", "₩": "won"}
 CURRENCIES |= {"₽": "ruble", "₿": "bitcoin", "฿": "baht", "₺": "lira", "₪": "shekel", "₫": "dong", "¢": "cent"}
-CODES = {"usd": "dollar", "buck": "dollar", "bucks": "dollar", "eur": "euro", "gbp": "pound", "jpy": "yen"}
-CODES |= {"inr": "rupee", "rs": "rupee", "krw": "won", "rub": "ruble"}
 _MAGNITUDE, _CURRENCY = "|".join(MAGNITUDES), "|".join(map(re.escape, CURRENCIES))
 
 SIMPLE_NUMBER = re.compile(r"-?[0-9]{1,100}(?:\.[0-9]{1,100})?")
@@ -197,12 +244,16 @@ IN_LINE_FRACTION = re.compile(
     rf"\\[dtc]?frac\s*(?:\{{\s*(-?{_DECIMAL})\s*\}}\s*\{{\s*({_DECIMAL})\s*\}}|(\d)(\d))(?!\s*\^)"
 )
 IN_LINE_POWER = re.compile(r"(?:\^|(?<=[\d)}])\s*\*\*)\s*(?:\{\s*([-+]?\d+)\s*\}|\(([-+]?\d+)\)|(?=[-+\d]))")
-NAME = re.compile(r"(?P<name>\\?[^\W\d_]\w*(?:\([a-z]\))?)?\s*=\s*(?!=)")
+GREEK = "alpha|beta|gamma|delta|epsilon|eta|theta|lambda|mu|nu|xi|rho|sigma|tau|phi|chi|psi|omega"
+NAME = re.compile(
+    rf"(?P<name>(?!(?i:not?|non|nor|never|neither|ne|neq|isn|approx\w*|about|almost|nearly|minus|plus|under|over)\b)"
+    rf"(?:\\(?i:{GREEK})(?![a-zA-Z])|[^\W\d_])\w*(?:\([a-z]\))?)?\s*=\s*(?!=)"
+)
 NUMBER = re.compile(
     rf"""
-    (?P<sign>[-+]?)\s*
-    (?:(?P<currency>{_CURRENCY})\s*|(?P<code>(?i:USD|EUR|GBP|JPY|INR|KRW|RUB|Rs\.?))\s*(?=[-+\d]))?
-    (?P<inner>[-+]?)\s*
+    (?P<sign>[-+]?)\s*+
+    (?:(?P<currency>{_CURRENCY})\s*+|(?P<code>(?i:USD|EUR|GBP|JPY|INR|KRW|RUB|Rs\.?))\s*(?=[-+\d]))?
+    (?P<inner>[-+]?)\s*+
     (?:
         (?:(?P<whole>\d+)\s+)?(?P<top>{_DECIMAL})\s*/\s*(?P<bottom>{_DECIMAL})
       | (?P<mantissa>{_DECIMAL})
@@ -225,46 +276,10 @@ UNIT = re.compile(
 )
 
 
-def _spaced(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
-# Words of one or two letters after a number may be variables, so that of them only these are units.
-SYMBOLS = frozenset("mgshlLVWJN")
-SHORT = _spaced(
-    """
-    km cm mm dm nm um kg mg lb oz ft in yd mi hr yr ml dl cl kl hz kw mw kj mj kv mv ma ms ns kb mb gb tb pa ev
-    pt qt ha am pm mph kph kmh fps rpm lbs hrs yrs min sec gal kwh mah ghz mhz khz kpa mpa sqm cal deg day usd
-    eur gbp
-    """
-)
-# Short symbols whose case tells a thousandth from a million, or bits from bytes.
-BY_CASE = re.compile(r"m(?:g|m|s|w|v|a|hz|j|l|n|pa|wh|ev)|[kmgt]b", re.IGNORECASE)
-# Spelled-out units, in the singular. Words of other counted things (apples, clips) are known by their plural.
-SPELLED_OUT = _spaced(
-    """
-    dollar euro pound yen rupee won ruble bitcoin baht lira shekel dong cent penny pence usd eur gbp jpy inr krw
-    meter metre kilometer kilometre centimeter centimetre millimeter millimetre inch foot feet yard mile
-    gram kilogram milligram ton tonne ounce liter litre milliliter millilitre gallon quart pint cup tablespoon teaspoon
-    millisecond second minute hour day week month year decade degree celsius fahrenheit kelvin radian
-    square cubic acre hectare watt kilowatt volt ampere joule calorie newton hertz byte kilobyte megabyte gigabyte bit
-    people person child children man men woman women per us u.s
-    """
-)
-# Plurals after which a number is another one, or a sentence.
-CHANGING_PLURAL = re.compile(
-    r"(?:is|was|has|does|as|this|thus|plus|minus|times|less|unless|versus|perhaps|always|sometimes|pairs|couples|scores"
-    r"|grosses|halves|quarters|squares|cubes|roots|powers|inverses|opposites|reciprocals|negatives|factorials"
-    r"|multiples|percents|ones|twos|threes|fours|fives|sixes|sevens|eights|nines|tens|thirds|lacs|myriads|repeats"
-    r"|[a-z]*(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|teen|tie|hundred|thousand|illion)ths"
-    r"|[a-z]*(?:illions|illiards|dozens|hundreds|thousands|lakhs|crores))"
-)
-
-
 class Quantity(NamedTuple):
-    """An exact number, with its unit (`$` is a dollar, `/` is per) and name (`x = 3`), if any."""
+    """An exact number or constant, with its unit (`$` is a dollar, `/` is per) and name (`x = 3`), if any."""
 
-    value: Fraction
+    value: Fraction | Constant
     unit: tuple[str, ...] = ()
     name: str = ""
 
@@ -273,7 +288,7 @@ class Quantity(NamedTuple):
         return _same_name(self.name, other.name) and (
             not self.unit
             or not other.unit
-            or (len(self.unit) == len(other.unit) and all(map(_same_word, self.unit, other.unit)))
+            or (len(self.unit) == len(other.unit) and all(map(same_unit, self.unit, other.unit)))
         )
 
 
@@ -301,13 +316,25 @@ def _number(text: str) -> Quantity | None:
     unit = _unit(rest)
     if value is None or unit is None:
         return None
-    currency = CURRENCIES.get(match["currency"]) or CODES.get((match["code"] or "").casefold().rstrip("."))
-    if currency and not (unit and _same_word(unit[0], currency)):
+    currency = CURRENCIES.get(match["currency"]) or UNIT_NAMES.get((match["code"] or "").casefold().rstrip("."))
+    if currency and not (unit and same_unit(unit[0], currency)):
         unit = (currency, *unit)
-    if currency and unit[1:] == ("m",):
+    if currency and unit[1:] == ("meter",):
         return None  # $18m: millions
     sign = -1 if "-" in (match["sign"], match["inner"]) else 1
     return Quantity(sign * value, unit, (named and named["name"]) or "")
+
+
+def _constant(text: str) -> Quantity | None:
+    """The constant that a text is, with a name and a unit as a number."""
+    text = _unmarked(text)
+    named = NAME.match(text)
+    value, rest = leading_constant(text[named.end() if named else 0 :]) or (None, "")
+    # After a constant a letter is more often a variable, as in 2πh, and a plural a word, as `radius`.
+    unit = None if re.match(r"\s*[^\W\d_m](?![^\W\d_])", rest) else _unit(rest.rstrip())
+    if value is None or unit is None or not all(map(is_spelled_out, unit)):
+        return None
+    return Quantity(value, unit, (named and named["name"]) or "")
 
 
 def _magnitude(match: re.Match) -> Fraction | None:
@@ -322,6 +349,8 @@ def _magnitude(match: re.Match) -> Fraction | None:
         if match["mantissa"]:
             return _decimal(match["mantissa"]) * Fraction(10) ** int(match["exponent"] or match["ten"])
         if match["base"]:
+            if int(match["power"]) == 0 == _decimal(match["base"]):
+                return None  # 0^0
             return _decimal(match["base"]) ** int(match["power"])
     except ZeroDivisionError:
         return None
@@ -334,15 +363,9 @@ def _decimal(digits: str) -> Fraction:
 
 def _in_line(text: str) -> str:
     r"""`\frac{1}{2}` as 1/2, `10^{2}` and `10**2` as 10^2."""
-    text = IN_LINE_FRACTION.sub(_fraction_in_line, text)
+    text = IN_LINE_FRACTION.sub(r"\1\3/\2\4 ", re.sub(r"(?<=\w)(?=\\[dtc]?frac)", " ", text))
     # The space keeps 2^{3}4 from being 2^34.
     return IN_LINE_POWER.sub(lambda power: f"^{power[1] or power[2]} " if power[1] or power[2] else "^", text)
-
-
-def _fraction_in_line(fraction: re.Match) -> str:
-    top, bottom = fraction[1] or fraction[3], fraction[2] or fraction[4]
-    before, after = fraction.string[: fraction.start()], fraction.string[fraction.end() :]
-    return " " * before[-1:].isalnum() + f"{top}/{bottom}" + " " * after[:1].isalnum()
 
 
 def _unit(text: str) -> tuple[str, ...] | None:
@@ -353,44 +376,17 @@ def _unit(text: str) -> tuple[str, ...] | None:
         if match is None:
             return None
         word = match["word"]
-        if word and not _is_unit(word, attached and place == 0):
+        if word and not is_unit(word, attached and place == 0):
             return None
-        name = CODES.get(word.casefold(), word.strip(".")) if word else "degree"
+        name = unit_name(word.strip(".")) if word else "degree"
         if match["currency"]:
             name = CURRENCIES.get(match["currency"], "dollar")
         elif match["degree"]:
-            name += match["degree"].strip("° ")
-        words += ["per"] * bool(match["per"]) + [name + (match["power"] or "").replace("^", "").replace(" ", "")]
+            name = UNIT_NAMES.get(re.sub(r"\s", "", match["degree"]), "degree")
+        power = re.sub(r"[\s^]", "", match["power"] or "")
+        words += ["per"] * bool(match["per"]) + (name + power).split()
         place = match.end()
     return tuple(words)
-
-
-def _is_unit(word: str, attached: bool) -> bool:
-    """Whether a word after a number names what is counted, and changes nothing about how many."""
-    if len(word) == 1:
-        return word in SYMBOLS
-    parts = re.split(r"['’.-]+", word.casefold().strip("."))
-    if all(part in SHORT or part in SPELLED_OUT or part.removesuffix("s") in SPELLED_OUT for part in parts):
-        return True
-    if attached or not word.isalpha():
-        return False
-    plural = len(word) > 3 and word.casefold().endswith("s") and not word.casefold().endswith("ss")
-    return plural and not CHANGING_PLURAL.fullmatch(word.casefold())
-
-
-def _same_word(left: str, right: str) -> bool:
-    """Up to case and a plural's s, but for symbols: neither is mW MW, nor m ms."""
-    short, long = sorted((_folded(left), _folded(right)), key=len)
-    if short == long or {short, long} in ({"foot", "feet"}, {"penny", "pence"}):
-        return True
-    ending_in_y = short.endswith("y") and long == short[:-1] + "ies"
-    return len(short) > 1 and (long in (short + "s", short + "es") or ending_in_y)
-
-
-def _folded(word: str) -> str:
-    if len(word) == 1 or BY_CASE.fullmatch(word):
-        return word.replace("L", "l")
-    return word.casefold()
 
 
 def _same_name(left: str, right: str) -> bool:
@@ -401,7 +397,7 @@ def _same_name(left: str, right: str) -> bool:
 
 IN_TEXT = re.compile(
     rf"""(?<![\w.^])(?<!\w-)
-    (?P<number>(?>[-+]?(?:{_CURRENCY})?[-+]?\.?\d(?:[\d.,/:^{THIN}-]*\d)?(?:[eE][-+]?\d+)?(?:\s\d+/\d+)?))(?![\d_^])
+    (?P<number>(?>[-+]?(?:{_CURRENCY})?[-+]?\.?\d(?:[\d.,/:^{THIN}-]*\d)?(?:[eE][-+]?\d+)?(?:\s\d+/\d+)?))(?P<more>[\d_^]*)
     (?P<after>\s?(?:%|per\s+cent\b)|\s?[^\W\d_]+|(?:{_CURRENCY})(?!\d))?""",
     re.VERBOSE,
 )
@@ -411,6 +407,8 @@ RANGE = re.compile(rf"({_DECIMAL})-({_DECIMAL})")
 def _numbers_of(match: re.Match) -> list[Quantity]:
     """What a stretch of digits in a text says: one number, both ends of a range, or none, as a time or a date."""
     number, after = match["number"], match["after"] or ""
+    if match["more"]:
+        return []  # a power, or a part of a name
     texts = [number + after]
     if ends := RANGE.fullmatch(number):
         texts = [ends[1], ends[2]]

@@ -17,9 +17,10 @@ import jinja2
 import nbformat
 import pandas as pd
 
-from lorapar_utils import claims, plots, tables
+from lorapar_utils import claims, plots
 from lorapar_utils.records import Record, companions, evidence, read_records
 from lorapar_utils.settings import Settings, load_profile, project_root
+from lorapar_utils.statistics import Metric
 
 RECORD_LINK = re.compile(r'href="\.\./(?:runs/([\w.-]+)/records|results/([\w.-]+))/')
 ICON_SCRIPT = re.compile(r'<script [^>]*src="[^"]*/fontawesome\.js[^"]*"></script>')
@@ -53,7 +54,7 @@ def stage(settings: Settings, experiment: Path) -> Path:
     _stage_records(settings, source / "_static" / "records")
     context = page_context(settings, records) | {"figures": {path.stem for path in figures}}
     for page in sorted(book.glob("*.md")):
-        (source / page.name).write_text(render(page.read_text(), context, page.name))
+        (source / page.name).write_text(render(page.read_text(encoding="utf-8"), context, page.name), encoding="utf-8")
     return source
 
 
@@ -92,7 +93,7 @@ def build(settings: Settings, source: Path) -> int:
 def _drop_icon_script(html_folder: Path) -> None:
     """The theme brings its icons as a font and again as a script, which is more than half of a page's bytes."""
     for page in html_folder.rglob("*.html"):
-        page.write_text(ICON_SCRIPT.sub("", page.read_text()))
+        page.write_text(ICON_SCRIPT.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
     for script in (html_folder / "_static" / "scripts").glob("fontawesome.js*"):
         script.unlink()
 
@@ -107,31 +108,31 @@ def render(text: str, context: dict, name: str) -> str:
 def page_context(settings: Settings, records: dict[str, Record]) -> dict:
     """What pages may use: `percent(record, metric)`, `share`, `points`, `table(name)`, `verdicts`, and records."""
 
-    def shown(record: str, metric: str, write: Callable[[dict], str]) -> str:
+    def shown(record: str, metric: str, style: Callable[[Metric], str]) -> str:
         """A number as a link to its record, which hovering tells about; what is missing reads so."""
-        found = records[record].result["metrics"].get(metric) if record in records else None
-        if found is None:
+        measured = records[record].metrics.get(metric) if record in records else None
+        if measured is None:
             return "not measured"
         run = records[record].run
-        about = (
-            f"{metric} of {record}: {tables.percent(found)}; commit {(run['commit'] or 'none')[:10]}, {run['created']}"
-        )
-        return f'<a class="result" href="{address(records[record])}" title="{html.escape(about)}">{write(found)}</a>'
+        about = f"{metric} of {record}: {measured.percent()}; commit {(run['commit'] or 'none')[:10]}, {run['created']}"
+        text = style(measured)
+        return f'<a class="result" href="{address(records[record])}" title="{html.escape(about)}">{text}</a>'
 
     def percent(record: str, metric: str) -> str:
-        return shown(record, metric, tables.percent)
+        return shown(record, metric, Metric.percent)
 
     def share(record: str, metric: str) -> str:
-        return shown(record, metric, lambda found: f"{100 * found['value']:.1f} %")
+        return shown(record, metric, Metric.share)
 
     def points(record: str, metric: str) -> str:
-        return shown(record, metric, tables.points)
+        return shown(record, metric, lambda gain: f"{gain.points()}, n = {gain.n:,}")
 
     judged = claims.scoreboard(evidence(settings) | companions(settings.profile), link=address)
+    measured = project_root() / "book" / "_static" / "gpu-h100.json"
     makers = {
         "claims": lambda: judged[["claim", "verdict", "effect"]],
         "status": lambda: status_table(records),
-        "gpu": lambda: gpu_table(json.loads((project_root() / "book" / "_static" / "gpu-h100.json").read_text())),
+        "gpu": lambda: gpu_table(json.loads(measured.read_text(encoding="utf-8"))),
     }
     return {
         "settings": settings,
@@ -224,7 +225,7 @@ def _stage_notebook(path: Path, target: Path) -> None:
             cell.outputs = [o for o in cell.outputs if not _is_progress(o)]
             for data in (o.data for o in cell.outputs if "text/html" in o.get("data", {})):
                 data["text/html"] = RECORD_LINK.sub(r'href="_static/records/\1\2/', data["text/html"])
-    target.write_text(json.dumps(notebook, indent=1))
+    target.write_text(json.dumps(notebook, indent=1), encoding="utf-8")
 
 
 def _is_progress(output) -> bool:

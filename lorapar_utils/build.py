@@ -107,10 +107,7 @@ def _check_before(settings: Settings, here: bool) -> None:
         preflight.check(settings)
     if memory:
         machine = plans.memory_here()
-        try:
-            plans.check_fits(settings, machine, plans.traced_passes(settings, machine))
-        except plans.NotTraced as error:
-            print(f"{error}; whether its memory suffices is not known", flush=True)
+        plans.check_fits(settings, machine, plans.phases_of(plans.Model(settings), machine))
 
 
 def print_plan(profile: str, machine_name: str) -> None:
@@ -118,17 +115,13 @@ def print_plan(profile: str, machine_name: str) -> None:
     from lorapar_utils import plans
 
     settings = load_profile(profile)
-    fits_on = plans.memory_here() if machine_name == "here" else plans.machine_named(machine_name, settings)
-    try:
-        passes = plans.traced_passes(settings, fits_on)
-    except plans.NotTraced as error:
-        print(f"{error}; make rehearse tries every phase all the same\n")
-        return
-    plans.check_fits(settings, fits_on, passes)
-    if machine_name == "here":
-        print("timing one operation of each kind on this machine (a minute or two) …", flush=True)
-    machine = plans.machine_named(machine_name, settings)
-    phases = plans.phases_of(settings, machine, passes)
+    machine = plans.machine_named(machine_name)
+    model = plans.Model(settings)
+    untimed = plans.memory_here() if machine_name == "here" else machine
+    plans.check_fits(settings, untimed, plans.phases_of(model, untimed))
+    if machine.flops is None:
+        print("running a few layers on this machine …", flush=True)
+    phases = plans.phases_of(model, machine)
     print(f"{plans.table(phases).round(2).to_string()}\n\n{plans.summary(settings, machine, phases)}\n")
 
 
@@ -137,7 +130,7 @@ def _cluster_profile(name: str) -> Path:
     if not (folder / "config.yaml").is_file():
         known = sorted(path.parent.name for path in folder.parent.glob("*/config.yaml"))
         raise InputError(f"cluster: there is no profiles/cluster/{name}/config.yaml; there is {', '.join(known)}")
-    executor = yaml.safe_load((folder / "config.yaml").read_text())["executor"]
+    executor = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["executor"]
     if not importlib.util.find_spec(f"snakemake_executor_plugin_{executor}"):
         raise InputError(f"cluster: the executor {executor!r} is not installed; .venv/bin/pip install -e '.[cluster]'")
     return folder
@@ -166,7 +159,7 @@ def _explain(logs: Path) -> None:
     found = sorted(logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
     if not found:
         return
-    text = re.sub(r"\x1b\[[0-9;]*m", "", found[-1].read_text(errors="replace"))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", found[-1].read_text(encoding="utf-8", errors="replace"))
     message = re.findall(r"^(?:[\w.]+\.)?InputError: (.+)", text, re.M) or re.findall(
         r"^[\w.]+(?:Error|Warning): .+", text, re.M
     )

@@ -21,7 +21,7 @@ SIDES = {
 
 def load_claims(path: Path | None = None) -> list[dict]:
     """The declared claims, in order; see the header of `book/claims.yaml` for the fields."""
-    return yaml.safe_load((path or project_root() / "book" / "claims.yaml").read_text())
+    return yaml.safe_load((path or project_root() / "book" / "claims.yaml").read_text(encoding="utf-8"))
 
 
 def scoreboard(
@@ -76,8 +76,8 @@ def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None
         if not found:
             return "not run", "no record", None
         metric = found[0].metric(test["first"]["metric"])
-        inside = test["low"] <= metric["value"] <= test["high"]
-        return "reproduced" if inside else "not reproduced", f"{metric['value']:.3f}", metric["n"]
+        inside = test["low"] <= metric.value <= test["high"]
+        return "reproduced" if inside else "not reproduced", f"{metric.value:.3f}", metric.n
     weights = SIDES[test["kind"]].values()
     sides = [test[key] for key in SIDES[test["kind"]]]
     runs = [_named(records, side["record"]) for side in sides]
@@ -89,14 +89,11 @@ def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None
     if not common:
         return "not run", "no seed or no item in common", None
     gap = statistics.mean([sum(w * its[i] for w, its in zip(weights, outcomes, strict=True)) for i in common])
-    effect = f"{100 * gap['value']:+.1f} points [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"
     seeds = len({record.run["seed"] for record in paired[0]})
-    effect += f", {seeds} seed{'s' if seeds > 1 else ''}"
-    if gap["n"] < claim["min_n"]:
-        return "inconclusive", effect, gap["n"]
-    if gap["low"] <= test["margin"] <= gap["high"]:
-        return "inconclusive", effect, gap["n"]
-    return "reproduced" if gap["low"] > test["margin"] else "not reproduced", effect, gap["n"]
+    effect = f"{gap.points()}, {seeds} seed{'s' if seeds > 1 else ''}"
+    if gap.n < claim["min_n"] or gap.low <= test["margin"] <= gap.high:
+        return "inconclusive", effect, gap.n
+    return "reproduced" if gap.low > test["margin"] else "not reproduced", effect, gap.n
 
 
 def _named(records: dict[str, Record], name: str) -> list[Record]:

@@ -1,13 +1,16 @@
-r"""Roots and multiples of pi, `2\sqrt{3}` or `3\pi/4`, compared by math-verify.
+r"""Roots and multiples of pi, `2\sqrt{3}` or `3\pi/4`, read and compared by math-verify.
 
 math-verify reads what it can of a text (3 of `3:30`), multiplies the letters of a word and adds two numbers that stand
-side by side. So only a text that consists of numbers, roots, pi and signs is given to it, with every product written
-out; whatever else is compared as text by whoever asks.
+side by side. So only what consists of numbers, roots, pi and signs is given to it, with every product written out;
+whatever else is compared as text by whoever asks.
 """
 
 import functools
 import logging
 import re
+from fractions import Fraction
+
+LONGEST, DEEPEST = 80, 3  # characters, and brackets within brackets: its parser takes seconds over thirty
 
 SPELLINGS = [
     (re.compile(pattern), plain)
@@ -24,44 +27,66 @@ DECIMAL = re.compile(r"(\d+)\.(\d+)")
 CONSTANT = re.compile(
     r"(?:\d{1,20}|\\(?:frac|sqrt|pi|cdot)(?![a-zA-Z])|\^\s*\{?-?\d{1,2}\}?(?!\s*[\d^])|[-+/(){}]|\s)+"
 )
-# Two numbers side by side, a mixed number: a sum or a product. And powers of more than a number, which may take
-# sympy for ever.
-UNCLEAR = re.compile(r"[\d)}]\s+\d|\d\s*\\frac|[})]\s*\d|[})]\s*\^")
-# A sum without a root is a range as well (10-12), or a date.
-SURE = re.compile(r".*(?:\\sqrt|\\pi).*|-?\d+(?:/\d+)?", re.DOTALL)
-LONGEST = 100
+# Two numbers side by side, a mixed number: a sum or a product. A division by what might be all that follows (1/2 pi).
+# Powers of more than a number, which may take sympy for ever. And 0^0, which has no value.
+UNCLEAR = re.compile(
+    r"[\d)}]\s+\d|\d\s*\\frac|[})]\s*\d|[})]\s*\^|/\s*(?:\d+|\\pi|\([^()]*\))\s*(?:\\cdot|\\sqrt|\\pi|\()|(?<!\d)0+\s*\^"
+)
 
 
-def same_constant(left: str, right: str) -> bool:
-    """Whether two texts are the same constant, proved: a decimal that is near a root is not the root."""
-    constants = _constant(left), _constant(right)
-    if None in constants:
-        return False
-    try:
-        _, verify = _math_verify()
-        return verify(*constants) and verify(*reversed(constants))
-    except Exception:  # sympy raises many kinds, and no text of a model's may end a training run
-        return False
+class Constant:
+    """A number that is no fraction; equal to another where math-verify proves it."""
+
+    def __init__(self, value):
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Constant):
+            return False
+        try:
+            _, verify = _math_verify()
+            return verify(self._value, other._value) and verify(other._value, self._value)
+        except Exception:  # sympy raises many kinds, and no text of a model's may end a training run
+            return False
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _constant(text: str):
-    """The sympy expression that a text is; None where it is anything else."""
+def leading_constant(text: str) -> tuple[Fraction | Constant, str] | None:
+    """The constant that a text starts with, to be compared by `==`, and the rest; None where it is anything else.
+
+    Examples
+    --------
+    >>> leading_constant(r"\\sqrt{8} cm") == leading_constant(r"2\\sqrt2 cm"), leading_constant("8 cm")
+    (True, None)
+    """
     if len(text) > LONGEST:
         return None
     for pattern, plain in SPELLINGS:
         text = pattern.sub(plain, text)
-    text = PRODUCT.sub(r"\\cdot ", text)
     # Exact: math-verify would make a float of it.
     text = DECIMAL.sub(lambda number: rf"\frac{{{int(number[1] + number[2])}}}{{{10 ** len(number[2])}}}", text)
-    if not CONSTANT.fullmatch(text) or UNCLEAR.search(text) or not SURE.fullmatch(text.strip()):
+    start = CONSTANT.match(text)
+    if start is None or not re.search(r"\\(?:sqrt|pi)", start[0]):
+        return None
+    if UNCLEAR.search(start[0]) or _depth(start[0]) > DEEPEST:
         return None
     parse, _ = _math_verify()
     try:
-        value = parse(text)
-        return value if value.is_number and value.is_finite else None
+        value = parse(PRODUCT.sub(r"\\cdot ", start[0]))
+        if not value.is_number or not value.is_finite:
+            return None
+        value = value.doit()
     except Exception:  # is what its parser raises
         return None
+    return Fraction(int(value.p), int(value.q)) if value.is_Rational else Constant(value), text[start.end() :]
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for sign in text:
+        depth += (sign in "({") - (sign in ")}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 @functools.cache

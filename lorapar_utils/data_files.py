@@ -12,9 +12,10 @@ import json
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import NamedTuple
 
 import datasets
@@ -89,7 +90,7 @@ def read_rows(
     ------
     InputError
         Nothing to read, files of which only one can be meant, a missing shard, a file that is empty, broken or not
-        there yet (Git LFS), or a hub that does not answer.
+        there yet (Git LFS), a link that leads nowhere, a folder that cannot be read, or a hub that does not answer.
     """
     if path is None:
         return _hub_rows(field, repository, config, splits)
@@ -98,6 +99,7 @@ def read_rows(
         there = bool(path.strip()) and root.exists()  # a blank one would be the working directory
         if there and root.is_dir():
             next(root.iterdir(), None)
+        configured = config is not None and (root / config).is_dir()
     except (OSError, RuntimeError) as error:  # no right to look into it; a user that there is not
         raise InputError(f"{field} = {path!r}: it cannot be looked into ({error}); name another folder") from None
     if not there:
@@ -108,7 +110,7 @@ def read_rows(
         if not root.name.lower().endswith(SUFFIXES):
             raise InputError(f"{field}: {path} is no {_kinds()} file")
         return {"train": _read(field, root, root.name)}
-    if config and any(_data_files(root / config)):
+    if configured and data_files(root / config, _refuse(field)):
         root = root / config
     tables = _choose(field, path, root, repository, None if splits is None else tuple(splits), files_state(path))
     rows = {}
@@ -125,9 +127,10 @@ def files_state(path: str | None) -> tuple:
         return ()
     try:
         root = Path(path).expanduser().absolute()
-        files = [root] if root.is_file() else _data_files(root)
+        # Whoever reads a place names what is wrong with it.
+        files = [root] if root.is_file() else data_files(root, lambda error: None)
         stats = [(str(file), file.stat()) for file in files]
-    except (OSError, RuntimeError):  # whoever reads it says so
+    except (OSError, RuntimeError):
         return ()
     # The time of the last change to the inode cannot be set back, as `cp -p` and `touch` set the other.
     return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats)
@@ -137,16 +140,59 @@ def _kinds() -> str:
     return ".json, .jsonl, .parquet, .arrow, .csv or .tsv"
 
 
-def _data_files(root: Path) -> list[Path]:
-    """Files with rows: neither hidden (checkpoints, locks, resource forks), nor notes about the data."""
-    return [
+def data_files(root: Path, unreadable: Callable[[OSError], object]) -> list[Path]:
+    """Files with rows: neither hidden (checkpoints, locks, resource forks), nor notes about the data.
+
+    Parameters
+    ----------
+    root
+        A folder; folders that are linked into it are looked into like others.
+    unreadable
+        Called with the error of each folder that cannot be listed and of each link that leads nowhere; what it raises
+        ends the search.
+    """
+    return sorted(
         path
-        for path in sorted(root.rglob("*"))
-        if path.name.lower().endswith(SUFFIXES)
-        and not any(part.startswith((".", "__", "~")) for part in path.relative_to(root).parts)
-        and not NO_DATA.fullmatch(path.name)
-        and path.is_file()
-    ]
+        for path in _visible_files(root, unreadable)
+        if path.name.lower().endswith(SUFFIXES) and not NO_DATA.fullmatch(path.name)
+    )
+
+
+def _visible_files(folder: Path, unreadable: Callable[[OSError], object], above: tuple[Path, ...] = ()) -> list[Path]:
+    """Every file below `folder` that is not hidden; `above` are the folders on the way: no link leads back to one."""
+    try:
+        here = folder.resolve()
+        paths = [] if here in above else list(folder.iterdir())
+    except (OSError, RuntimeError) as error:
+        unreadable(error if isinstance(error, OSError) else OSError(str(error)))
+        return []
+    files = []
+    for path in paths:
+        if path.name.startswith((".", "__", "~")) or NO_DATA.fullmatch(path.name):
+            continue
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            unreadable(error)
+            continue
+        if S_ISDIR(mode):
+            files += _visible_files(path, unreadable, (*above, here))
+        elif S_ISREG(mode):
+            files.append(path)
+    return files
+
+
+def _refuse(field: str) -> Callable[[OSError], object]:
+    """What to do with a place that cannot be read: it may hold a split that would be drawn from the training rows."""
+
+    def refuse(error: OSError) -> None:
+        place = Path(error.filename or "")
+        what = f"{place}, a link to {place.readlink()}," if place.is_symlink() else str(place)
+        raise InputError(
+            f"{field}: {what} cannot be read ({error.strerror or error}); mend it or its rights, or take it away"
+        )
+
+    return refuse
 
 
 # --- which files are meant ---------------------------------------------------------------------------------
@@ -157,7 +203,7 @@ def _choose(
     field: str, path: str, root: Path, repository: str, splits: tuple[str, ...] | None, state: tuple
 ) -> dict[str, list[_File]]:
     """The shards of each split in order. Cached, so that what is left out is said once as long as `state` stays."""
-    files = [_describe(file, root) for file in _data_files(root)]
+    files = _each_once([_describe(file, root) for file in data_files(root, _refuse(field))], root)
     if unread := [path.name for path in sorted(root.iterdir()) if _looks_like_a_split(path)]:
         print(f"{field}: {', '.join(unread)} not read, since only {_kinds()} files are")
     if not files:
@@ -183,6 +229,18 @@ def _choose(
     for split, shards in chosen.items():
         _check_complete(field, split, shards)
     return chosen
+
+
+def _each_once(files: list[_File], root: Path) -> list[_File]:
+    """Without files of a split that a linked folder shows a second time, as `default`, a link to `main`, does."""
+    # A file by its own path comes before the same one by a link.
+    in_order = sorted(
+        files, key=lambda file: file.path.parent.resolve() != root.resolve() / file.path.parent.relative_to(root)
+    )
+    first = {}
+    for file in in_order:
+        first.setdefault((file.split, file.path.parent.resolve() / file.path.name), file)
+    return sorted(first.values(), key=lambda file: file.path)
 
 
 def _looks_like_a_split(path: Path) -> bool:

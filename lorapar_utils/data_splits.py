@@ -3,20 +3,31 @@
 An example here is a dict with `prompt` and `system` (1 or 2 by construction, 0 where its source does not tell).
 """
 
-import random
+import hashlib
 import re
 import unicodedata
 from collections import Counter
+from functools import partial
 
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import PoolSection
 
 SPLITS = ("train", "validation", "test")
-# Dashes that editors put for the keyboard's, and quotes.
+# Dashes that editors put for the keyboard's, quotes, slashes, the marks of sentences in other scripts, and controls.
 PLAIN_MARKS = str.maketrans(
-    dict.fromkeys("‐‑‒–—−", "-") | dict.fromkeys('"`´″“”„«»‹›', None) | dict.fromkeys("′‘’‚‛", "'")
+    dict.fromkeys("‐‑‒–—−", "-")
+    | dict.fromkeys('"`´″“”„«»‹›¿¡', None)
+    | dict.fromkeys("′‘’‚‛", "'")
+    | dict.fromkeys("⁄∕", "/")
+    | dict.fromkeys([*range(0x09), *range(0x0E, 0x1C), 0x7F], None)
+    | dict(zip("。।۔、،؛؟", "...,,;?", strict=True))
 )
 AROUND = "*_()[]' \t\r\n"  # around the whole; inside they may be a product, a power, a point
+# Not the point of .5, the points of 1..5, the sign of 1:2 nor the factorial of n!
+SENTENCE_MARKS = re.compile(
+    r"(?<![\d.,;:?])[.,;:?]{2,}|[.,;:?]{2,}(?![\d.,;:?])"
+    r"|(?<=[^\W\d_]{2})[.,;:!?]+(?!\d)|(?<=[^\W\d_])[.,;:?]+(?!\d)|[.,;:?](?=\s|$)|(?<=\s)[.,;:?](?!\d)"
+)
 LABEL = re.compile(r"^\s*(?:q|question|problem)\s*[.:]\s*")
 LINE_BREAK = re.compile(r"<br\s*/?>|\\n")
 
@@ -45,29 +56,59 @@ def without_repeats(examples: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 
 def normalised(prompt: str) -> str:
-    """The question without case, layout, quotes, and the marks of a sentence: what two copies of it share.
+    """The question without case, layout, accents, quotes, and the marks of a sentence: what two copies of it share.
 
-    Signs between numbers stay, and points inside one: they tell 3 - 4 from 3 + 4, and 1.5 from 15.
+    Signs between numbers stay, and points and spaces: they tell 3 - 4 from 3 + 4, 1.5 from 15, and 1 5 from both.
     """
-    plain = unicodedata.normalize("NFC", LINE_BREAK.sub(" ", prompt)).casefold()
-    # What takes no room: joiners, direction marks, variation selectors, control characters.
-    seen = (c for c in plain if c.isspace() or unicodedata.category(c) not in ("Cf", "Cc", "Mn"))
-    plain = LABEL.sub("", "".join(map(_same_sign, seen)).translate(PLAIN_MARKS))
+    plain = LINE_BREAK.sub(" ", prompt).casefold()
+    if not plain.isascii():
+        plain = _plain_signs(plain).casefold()
+    plain = LABEL.sub("", plain.translate(PLAIN_MARKS))
     plain = re.sub(r"(?<=[^\W\d_]{2})(?:'(?=[^\W\d_])|'(?=\s|$))", "", plain)
     plain = re.sub(r"(?<=[^\W\d_]{2})\s*-+\s*(?=[^\W\d_]{2})", " ", plain)
-    plain = re.sub(r"[.,;:?]{2,}|(?<=[^\W\d_])[.,;:!?]+(?!\d)|[.,;:?](?=\s|$)|(?<=\s)[.,;:?]", " ", plain)
-    return " ".join(plain.strip(AROUND).split())
+    plain = re.sub(r"(?<=\d)\s+:\s+(?=\d)", ":", plain)  # a ratio
+    plain = SENTENCE_MARKS.sub(" ", plain)
+    words = " ".join(plain.strip(AROUND).split())
+    return re.sub(r"(?<!\d) | (?![-+.]?\d)", "", words)
 
 
-def _same_sign(sign: str) -> str:
-    """A wide letter or a ligature as the plain one; a raised digit stays, since 10² is not 102."""
-    return sign if sign.isdigit() else unicodedata.normalize("NFKC", sign)
+def _plain_signs(text: str) -> str:
+    """Wide letters, ligatures and accented letters as plain ones, without what takes no room.
+
+    A raised or lowered sign stays, since 10² is not 102, and so does a mark over a digit or a sign, since ≠ is not =.
+    """
+    signs: list[str] = []
+    for sign in unicodedata.normalize("NFC", text):
+        category, kind = unicodedata.category(sign), unicodedata.decomposition(sign).split(" ")[0]
+        if sign.isspace():
+            signs.append(" ")
+        elif category in ("Cf", "Cc") or "\ufe00" <= sign <= "\ufe0f":  # joiners, direction marks, variation selectors
+            continue
+        elif kind in ("<super>", "<sub>"):
+            signs.append(sign)
+        elif kind == "<fraction>":
+            signs.append(f" {unicodedata.normalize('NFKC', sign)} ")  # 1½ is not 11/2
+        elif category == "Nd":
+            signs.append(str(unicodedata.decimal(sign)))
+        elif category[0] == "L":
+            signs += [part for part in unicodedata.normalize("NFKD", sign) if not _is_accent(part)]
+        elif not (_is_accent(sign) and signs and signs[-1].isalpha()):
+            signs.append(sign if sign.isdigit() else unicodedata.normalize("NFKC", sign))
+    return "".join(signs)
+
+
+def _is_accent(sign: str) -> bool:
+    """Whether it is an accent or a Hebrew or Arabic point; marks that spell a vowel or a voiced sound are none."""
+    place = unicodedata.combining(sign)
+    return 10 <= place <= 35 or place >= 200
 
 
 def assign_splits(examples: dict[str, list[dict]], pool: PoolSection, field: str) -> list[dict]:
     """The sizes of `pool.system1` and `pool.system2`, system by system, as far as there are examples.
 
     The source's own test and validation rows stay what they are; what it has none of is drawn from its training rows.
+    What is drawn goes by each row's prompt, not by its place: with a row more or less the others keep their split, all
+    but the few that fill its place.
     With fewer rows than asked for, all that is drawn from them shrinks in proportion. The sizes are printed.
 
     Parameters
@@ -103,12 +144,16 @@ def assign_splits(examples: dict[str, list[dict]], pool: PoolSection, field: str
         wanted = {split: sizes[split] for split in drawn}
         rows = examples[source]
         if rows:
-            parts |= _draw(random.Random(pool.seed).sample(rows, len(rows)), wanted)
+            parts |= _draw(sorted(rows, key=partial(_lot, pool.seed)), wanted)
         total = sum(sum(size.values()) for size in wanted.values())
         if len(rows) < total and len(drawn) > 1:
             print(f"pool: {len(rows)} rows for {_listed(drawn)}, {total} asked for: shared in proportion")
     _say_sizes(parts, sizes, pool, field)
     return [example | {"split": split} for split in SPLITS for example in parts[split]]
+
+
+def _lot(seed: int, example: dict) -> str:
+    return hashlib.sha256(f"{seed} {example['prompt']}".encode()).hexdigest()
 
 
 def _draw(rows: list[dict], sizes: dict[str, dict[int, int]]) -> dict[str, list[dict]]:

@@ -19,6 +19,7 @@ from lorapar_utils.label_scores import reply_log_probs
 from lorapar_utils.records import Record, new_record
 from lorapar_utils.rewards import answers_match, extract_answer, mentions, overlap
 from lorapar_utils.settings import Settings
+from lorapar_utils.statistics import Metric
 
 BENCHMARKS = ("pool", "gsm8k", "mmlu", "humaneval")
 
@@ -96,7 +97,7 @@ def check_benchmarks(settings: Settings) -> None:
             benchmark_tasks(name, settings)
 
 
-def benchmark_metrics(benchmark: str, items: Sequence[dict]) -> dict[str, dict]:
+def benchmark_metrics(benchmark: str, items: Sequence[dict]) -> dict[str, Metric]:
     """Metrics of a benchmark's outcomes, each with n and a 95 % interval.
 
     `accuracy`, and `truncated` (completions that never ended) where it was noted; `accuracy_metrics` for the pool;
@@ -119,7 +120,7 @@ def benchmark_metrics(benchmark: str, items: Sequence[dict]) -> dict[str, dict]:
     return metrics
 
 
-def accuracy_metrics(items: Sequence[dict]) -> dict[str, dict]:
+def accuracy_metrics(items: Sequence[dict]) -> dict[str, Metric]:
     """Metrics of the pool's outcomes, each with n and interval, over all items and by system where it is known.
 
     `accuracy` (by system `system1`, `system2`) and `mentioned` (`mentioned1`, `mentioned2`), the completions that
@@ -209,7 +210,7 @@ def pass_at(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[dict],
     settings: Settings,
-) -> dict[str, dict]:
+) -> dict[str, Metric]:
     """Sampled pass@1 and pass@k (k = `evaluation.pass_k`, temperature 1) with bootstrap intervals over prompts."""
     k = settings.evaluation.pass_k
     completions = generate(model, tokenizer, [e["prompt"] for e in examples], settings, samples=k)

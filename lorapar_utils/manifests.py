@@ -10,29 +10,43 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lorapar_utils.data_files import data_files
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import write_atomically
 from lorapar_utils.settings import Settings, project_root
 
-# Under which a manifest keeps the sizes of its folder's files: one that was cut off or taken away is noticed.
-SIZES = "sizes of files"
+# Under which a manifest keeps the sizes of its folder's files, and what was in those that are read in no time: one that
+# was cut off, taken away or changed is noticed. Older manifests have sizes alone.
+SIZES, HASHES = "sizes of files", "hashes of files"
+HASHED_BYTES = 64 << 20
+HASH = re.compile(r"[0-9a-f]{64}")
 # Modules that say what is to be done, and keep and name what was made; no number is other for them.
 WITHOUT_RESULT = {"settings", "errors", "records", "manifests", "machine", "processes", "phases", "splits", "sandboxed"}
 # Files of a model's folder that decide what it computes and how it reads.
 MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json", ".model", ".jinja", ".txt")
+# What trainers and people leave beside them, and nobody loads with the model.
+NO_MODEL_FILE = re.compile(
+    r"(trainer_state|(all|train|eval|test|predict)_results)\.json|(training_args|optimizer|scheduler)\.bin"
+    r"|(readme|licen[cs]e|notice|requirements)\b.*\.txt",
+    re.IGNORECASE,
+)
 
 
 def inputs_of(settings: Settings, modules: tuple[str, ...], **more) -> dict:
     """What a phase is made from: the model by content, the code of these modules and all that they import, the rest."""
     code = {module: _code_hash(module) for module in sorted(with_imports(*modules))}
-    return json.loads(json.dumps({"model": model_identity(settings), "code": code, **more}, default=str))
+    model = model_identity(settings)
+    if "teachers" not in code:
+        del model["target_name"]  # teachers alone are told what the model is called
+    return json.loads(json.dumps({"model": model, "code": code, **more}, default=str))
 
 
 def model_identity(settings: Settings) -> dict:
@@ -43,37 +57,56 @@ def model_identity(settings: Settings) -> dict:
     section = settings.model.model_dump() | {"system_prompt": settings.system_prompt}
     folder = Path(settings.model.source).expanduser()
     if folder.is_dir():
-        files = [
-            path for path in sorted(folder.iterdir()) if path.suffix in MODEL_FILES and not path.name.startswith(".")
-        ]
-        section["source"] = {path.name: file_hash(path) for path in files}
+        section["source"] = {path.name: file_hash(path) for path in sorted(folder.iterdir()) if _is_of_a_model(path)}
     elif folder.is_file():
         section["source"] = {folder.name: file_hash(folder)}
     return section
 
 
+def _is_of_a_model(path: Path) -> bool:
+    return (
+        path.suffix in MODEL_FILES
+        and not path.name.startswith(".")
+        and not NO_MODEL_FILE.fullmatch(path.name)
+        and path.is_file()
+    )
+
+
 def folder_hashes(place: str | None) -> dict[str, str] | None:
-    """The hash of each file at `place`, a folder or a file; None where the hub has them."""
+    """The hash of each data file at `place`, a folder or a file; None where the hub has them.
+
+    Notes, hidden files and others that are not read as data are left out, and what cannot be read: its reader says so.
+    """
     if place is None:
         return None
     root = Path(place).expanduser()
-    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
-    return {path.name if path == root else str(path.relative_to(root)): file_hash(path) for path in files}
+    if root.is_file():
+        return {root.name: file_hash(root)}
+    return {str(path.relative_to(root)): file_hash(path) for path in data_files(root, lambda error: None)}
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file; read again only if its size or time of change is another than when it was last hashed."""
+    """SHA-256 of a file; read again only if another file lies there, or its size or a time of change is another.
+
+    The time of the last change to the inode is among them: `cp -p`, `rsync -t` and `tar` set the other one back.
+    """
     stat = path.stat()
-    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    key = f"{path.resolve()} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     kept = project_root() / "runs" / "file_hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
     # A file of a second ago can be written again without another time.
-    settled = time.time_ns() - stat.st_mtime_ns > 2e9
-    if settled and kept.is_file():
-        return kept.read_text()
+    settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2e9
+    if settled:
+        # One that was cut off or cannot be read is computed anew.
+        with suppress(OSError, UnicodeDecodeError):
+            remembered = kept.read_text(encoding="utf-8")
+            if HASH.fullmatch(remembered):
+                return remembered
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if settled and stat.st_size > 1 << 20:
-        write_atomically(kept, digest)
+        # Where nothing can be written it is read again the next time.
+        with suppress(OSError):
+            write_atomically(kept, digest)
     return digest
 
 
@@ -97,7 +130,7 @@ def with_imports(*modules: str) -> set[str]:
 
 @functools.cache
 def _syntax_tree(module: str) -> ast.Module:
-    return ast.parse((Path(__file__).parent / f"{module}.py").read_text())
+    return ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
 
 
 @functools.cache
@@ -112,10 +145,11 @@ def made_from(folder: Path) -> dict | None:
     if not manifest.is_file():
         return None
     try:
-        content = json.loads(manifest.read_text())
-        sizes = content.pop(SIZES, {})
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        sizes, hashes = content.pop(SIZES, {}), content.pop(HASHES, {})
         whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (ValueError, AttributeError, OSError):
+        whole = whole and all(file_hash(folder / name) == digest for name, digest in hashes.items())
+    except (ValueError, AttributeError, TypeError, OSError):
         return {}
     return content if whole else {}
 
@@ -145,9 +179,12 @@ def completed(folder: Path, inputs: dict) -> Iterator[Path]:
         ) from None
     try:
         yield scratch
-        files = (path for path in sorted(scratch.rglob("*")) if path.is_file())
-        sizes = {str(path.relative_to(scratch)): path.stat().st_size for path in files}
-        write_atomically(scratch / "manifest.json", json.dumps(inputs | {SIZES: sizes}, indent=1))
+        # A folder that was copied brings the manifest of its original.
+        (scratch / "manifest.json").unlink(missing_ok=True)
+        files = {str(path.relative_to(scratch)): path for path in sorted(scratch.rglob("*")) if path.is_file()}
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        hashes = {name: file_hash(files[name]) for name, size in sizes.items() if size <= HASHED_BYTES}
+        write_atomically(scratch / "manifest.json", json.dumps(inputs | {SIZES: sizes, HASHES: hashes}, indent=1))
         if folder.exists():
             shutil.rmtree(folder)
         scratch.rename(folder)

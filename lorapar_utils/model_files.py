@@ -323,7 +323,7 @@ def _is_intact(folder: Path) -> bool:
     weights, note = folder / "model.safetensors", folder / "model.safetensors.sha256"
     if not (weights.is_file() and note.is_file() and (folder / "config.json").is_file()):
         return False
-    expected, size, mtime = note.read_text().split()
+    expected, size, mtime = note.read_text(encoding="utf-8").split()
     stat = weights.stat()
     if stat.st_size != int(size):
         return False

@@ -1,7 +1,6 @@
 """One loader for the base model (packaged GGUF, local folder or hub id) and one for its adapter."""
 
 import copy
-import importlib.util
 import shutil
 import tempfile
 from functools import partial
@@ -39,7 +38,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorapar_utils import machine, processes
 from lorapar_utils.encoding import check_prompts, continuation_ids, question_ids, turn_end
-from lorapar_utils.errors import InputError
+from lorapar_utils.errors import InputError, require
 from lorapar_utils.model_files import ADAPTER_NOTE, check_layers, read_note, source_of
 from lorapar_utils.settings import Settings
 from lorapar_utils.shortcuts import shortcuts_of
@@ -184,8 +183,8 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMode
     # The template's own turn end too: a base model's generation config often does not list it.
     ends = list(dict.fromkeys([tokenizer.eos_token_id, *declared, *([] if end is None else [end])]))
     # An end token that was added as an ordinary one would stay in every decoded answer.
-    words = tokenizer.convert_ids_to_tokens([token for token in ends if token not in tokenizer.all_special_ids])
-    tokenizer.add_special_tokens({"extra_special_tokens": words}, replace_extra_special_tokens=False)
+    ordinary = [token.content for i, token in tokenizer.added_tokens_decoder.items() if i in ends and not token.special]
+    tokenizer.add_special_tokens({"extra_special_tokens": ordinary}, replace_extra_special_tokens=False)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ends,
@@ -233,11 +232,7 @@ def _quantized(settings: Settings) -> dict:
     """How the base is read in 4 bits, as QLoRA does; nothing for a base of full width."""
     if settings.model.quantization is None:
         return {}
-    if not importlib.util.find_spec("bitsandbytes"):
-        raise InputError(
-            f"model.quantization = {settings.model.quantization!r}: bitsandbytes is not installed; "
-            "pip install -e '.[qlora]'"
-        )
+    require("bitsandbytes", f"model.quantization = {settings.model.quantization!r}", "qlora")
     return {
         "device_map": {"": processes.state().device},
         "quantization_config": BitsAndBytesConfig(

@@ -115,7 +115,7 @@ class Partition:
             }
             save_file(packed, inner / "masks.safetensors")
             content = {"shapes": {k: list(v) for k, v in self.shapes.items()}, "parameters": self.parameters}
-            (inner / "partition.json").write_text(json.dumps(content, indent=1))
+            (inner / "partition.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
             if folder.exists():
                 shutil.rmtree(folder)
             inner.rename(folder)
@@ -132,7 +132,7 @@ class Partition:
         """
         folder = Path(folder)
         try:
-            content = json.loads((folder / "partition.json").read_text())
+            content = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
             packed = load_file(folder / "masks.safetensors")
             shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
             total = sum(int(np.prod(shape)) for shape in shapes.values())

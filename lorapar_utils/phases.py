@@ -30,7 +30,9 @@ from lorapar_utils.manifests import completed, folder_hashes, inputs_of, is_curr
 from lorapar_utils.partition import Partition, build_partition, random_partition
 from lorapar_utils.records import Record, fingerprint, new_record, read_record, write_atomically, write_record
 from lorapar_utils.settings import Settings
+from lorapar_utils.shortcuts import rotation_limit
 from lorapar_utils.splits import system_examples
+from lorapar_utils.statistics import Metric
 
 Scores = dict[str, torch.Tensor]
 STABILITY_DRAWS = 3
@@ -85,7 +87,7 @@ def stability(settings: Settings) -> list[dict]:
         rows = _stability_rows(settings) if sizes else []
         with completed(folder, inputs) as scratch:
             write_atomically(scratch / "stability.json", json.dumps(rows))
-    return json.loads((folder / "stability.json").read_text())
+    return json.loads((folder / "stability.json").read_text(encoding="utf-8"))
 
 
 def _stability_rows(settings: Settings) -> list[dict]:
@@ -249,7 +251,7 @@ class _Stages:
                     shutil.rmtree(unneeded)
 
             processes.by_first(keep)
-        return json.loads((home / "outcome.json").read_text())
+        return json.loads((home / "outcome.json").read_text(encoding="utf-8"))
 
     def _trained(self, name: str, stage: str, previous: str | None, wanted: dict) -> dict:
         def make():
@@ -310,8 +312,7 @@ class _Stages:
 
     def _watch(self, model: PeftModel, tokenizer) -> Callable[[], dict] | None:
         """Greedy accuracy of each system (of free text, overlap) on a few validation prompts; None if nobody asked."""
-        count = self.settings.evaluation.watch_prompts
-        prompts = [row for rows in self._validation().values() for row in rows[:count]]
+        prompts = _watched(self.settings)
         if not prompts or "grpo" not in self.spec.stages:
             return None
 
@@ -319,32 +320,40 @@ class _Stages:
             items = evaluation.score_greedy(model, tokenizer, prompts, self.settings)
             metrics = evaluation.accuracy_metrics(items)
             watched = [key for key in ("system1", "system2", "overlap") if key in metrics]
-            return {f"validation/{key}": metrics[key]["value"] for key in watched}
+            return {f"validation/{key}": metrics[key].value for key in watched}
 
         return watch
-
-    def _validation(self) -> dict[int, list[dict]]:
-        """Validation rows by the system that they were constructed for (0: unknown), those that have any."""
-        by_system: dict[int, list[dict]] = {}
-        for row in data.load_pool(self.settings):
-            if row["split"] == "validation":
-                by_system.setdefault(data.construction_system(row["steps"]), []).append(row)
-        return dict(sorted(by_system.items()))
 
     def _score(self, name: str) -> dict:
         loaded = models.load_base(self.settings) if name == "base" else self._loaded(name)
         began = time.time()
         test = [row for row in data.load_pool(self.settings) if row["split"] == "test"]
         outcome = {"items": evaluation.score_pool(*loaded, test, self.settings), "pass": {}}
-        chains = self._validation().get(2, [])[: self.settings.evaluation.pass_k_prompts]
+        chains = _validation(self.settings).get(2, [])[: self.settings.evaluation.pass_k_prompts]
         # What could be reinforced is measured where something will be.
         if "grpo" in self.spec.stages and chains and not self.settings.has_free_text:
-            outcome["pass"] = evaluation.pass_at(*loaded, chains, self.settings)
+            sampled = evaluation.pass_at(*loaded, chains, self.settings)
+            outcome["pass"] = {key: metric.as_json() for key, metric in sampled.items()}
         outcome["benchmarks"] = {
             name: evaluation.benchmark_items(*loaded, name, self.settings)
             for name in self.settings.evaluation.benchmarks
         }
         return outcome | {"score_seconds": round(time.time() - began, 1)}
+
+
+def _validation(settings: Settings) -> dict[int, list[dict]]:
+    """Validation rows by the system that they were constructed for (0: unknown), those that have any."""
+    by_system: dict[int, list[dict]] = {}
+    for row in data.load_pool(settings):
+        if row["split"] == "validation":
+            by_system.setdefault(data.construction_system(row["steps"]), []).append(row)
+    return dict(sorted(by_system.items()))
+
+
+def _watched(settings: Settings) -> list[dict]:
+    """The validation rows that are answered now and then while a stage trains."""
+    count = settings.evaluation.watch_prompts
+    return [row for rows in _validation(settings).values() for row in rows[:count]]
 
 
 def _kept_record(path: Path) -> Record | None:
@@ -368,18 +377,18 @@ def _experiment_record(settings, spec, name: str, outcomes: dict[str, dict]) -> 
     metrics, tables, items = {}, {}, []
     first = next(iter(outcomes.values()))
     if first.get("jaccard") is not None:
-        metrics["jaccard"] = {"value": first["jaccard"], "n": first["elements"]}
+        metrics["jaccard"] = Metric(first["jaccard"], first["elements"])
     for label, outcome in outcomes.items():
         metrics |= {f"{label}/{key}": value for key, value in evaluation.accuracy_metrics(outcome["items"]).items()}
-        metrics |= {f"{label}/{key}": value for key, value in outcome["pass"].items()}
+        metrics |= {f"{label}/{key}": Metric(**values) for key, values in outcome["pass"].items()}
         for benchmark, found in outcome["benchmarks"].items():
             scored = evaluation.benchmark_metrics(benchmark, found)
             metrics |= {f"{label}/{benchmark}/{key}": value for key, value in scored.items()}
             items += [{"stage": f"{label}/{benchmark}", **item} for item in found]
         if label != "base":
-            metrics[f"active/{label}"] = {"value": outcome["active"], "n": outcome["elements"]}
+            metrics[f"active/{label}"] = Metric(outcome["active"], outcome["elements"])
             for key in ("train_seconds", "peak_bytes"):
-                metrics[f"{label}/{key}"] = {"value": outcome[key], "n": 1}
+                metrics[f"{label}/{key}"] = Metric(outcome[key], 1)
         tables[f"history_{label}"] = outcome["history"]
         items += [{"stage": label, **item} for item in outcome["items"]]
     if len(outcomes) == 2:
@@ -436,6 +445,8 @@ def _experiment_inputs(settings: Settings, spec) -> dict:
     if "grpo" in spec.stages:
         used["grpo"] = settings.grpo
     watch = settings.evaluation.model_dump(include={"watch_prompts", "watch_every", "max_new_tokens"})
+    # What they came to is in the history that training leaves.
+    watch["rows"] = fingerprint(_watched(settings))
     if spec.method == "lorapar":
         learnt = {"scores": fingerprint(_scores_inputs(settings)), "partition": settings.partition.model_dump()}
     else:
@@ -513,13 +524,14 @@ def _fresh_adapter(settings: Settings) -> tuple[PeftModel, PreTrainedTokenizerBa
 
 def _score(settings: Settings, sets: list[list[dict]], loaded: tuple | None = None) -> list[Scores]:
     model, tokenizer = loaded or _fresh_adapter(settings)
-    chosen = settings.importance
-    return [
-        score_importance(
-            model, encode_examples(rows, tokenizer, settings), batch_size=chosen.batch_size, score=chosen.score
-        )
-        for rows in sets
-    ]
+    scores = []
+    for rows in sets:
+        examples = encode_examples(rows, tokenizer, settings)
+        longest = max(len(example["input_ids"]) for example in examples)
+        # Beyond it a model rotates positions by the longest row of a batch, and scores would hang on the company.
+        size = 1 if longest > rotation_limit(model.get_base_model()) else settings.importance.batch_size
+        scores.append(score_importance(model, examples, batch_size=size, score=settings.importance.score))
+    return scores
 
 
 def _model_order(values: Scores) -> list[str]:

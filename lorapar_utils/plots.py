@@ -16,6 +16,7 @@ from matplotlib.patches import FancyBboxPatch
 from lorapar_utils import tables
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import Record, read_records, with_longer
+from lorapar_utils.statistics import Metric
 
 SYSTEM_COLOURS = {1: "#0072B2", 2: "#D55E00"}
 MARKERS = "osD^vPX*"
@@ -128,19 +129,19 @@ def votes_by_steps(record: Record) -> Figure:
 
 def split_accuracy(record: Record) -> Figure:
     """How often each teacher, and each panel of them, agrees with the construction labels; chance is one half."""
-    metrics = record.result["metrics"]
+    metrics = record.metrics
     singles = {key.removeprefix("accuracy/"): metrics[key] for key in metrics if key.startswith("accuracy/")}
     singles.pop("majority", None)
     panels = {
-        f"panel {row['panel']} (n={row['n']})": row["accuracy"]
+        f"panel {row['panel']} (n={row['n']})": Metric(**row["accuracy"])
         for row in record.result["tables"]["panels"]
         if row["accuracy"] and row["n"] > 1
     }
     figure, axes = plt.subplots(figsize=(7, 0.38 * (len(singles) + len(panels)) + 1.2))
     for y, (label, metric) in enumerate([*singles.items(), *panels.items()]):
-        errors = [[metric["value"] - metric["low"]], [metric["high"] - metric["value"]]]
+        errors = [[error] for error in metric.errors()]
         colour = SYSTEM_COLOURS[1] if label in singles else SYSTEM_COLOURS[2]
-        axes.errorbar(metric["value"], y, xerr=errors, fmt="o" if label in singles else "s", capsize=3, color=colour)
+        axes.errorbar(metric.value, y, xerr=errors, fmt="o" if label in singles else "s", capsize=3, color=colour)
     axes.set_yticks(range(len(singles) + len(panels)), [*singles, *panels])
     axes.axvline(0.5, color="#555555", linestyle="--", linewidth=1)
     axes.invert_yaxis()
@@ -265,7 +266,7 @@ def importance_scatter(record: Record) -> Figure:
     rows = rows[(rows["system1"] > 0) & (rows["system2"] > 0)]
     figure, axes = plt.subplots(figsize=(6, 5))
     for region, label in REGION_LABELS.items():
-        share = record.metric(f"region/{region}")["value"]
+        share = record.metric(f"region/{region}").value
         points = rows[rows["region"] == region]
         axes.scatter(
             points["system1"],
@@ -275,7 +276,7 @@ def importance_scatter(record: Record) -> Figure:
             color=REGION_COLOURS[region],
             label=f"{label} ({share:.1%})",
         )
-    title = f"Jaccard {record.metric('jaccard')['value']:.2f}, by chance {record.metric('jaccard_chance')['value']:.2f}"
+    title = f"Jaccard {record.metric('jaccard').value:.2f}, by chance {record.metric('jaccard_chance').value:.2f}"
     axes.set(xscale="log", yscale="log", xlabel="System 1 importance", ylabel="System 2 importance", title=title)
     axes.legend(loc="lower right", markerscale=2)
     return figure
@@ -299,7 +300,7 @@ def theta_curve(records: list[Record]) -> Figure:
 
     A point is the mean over the seeds; the interval is over test items.
     """
-    rows = pd.DataFrame(tables.theta_points(records))
+    rows = pd.DataFrame([point | point["metric"]._asdict() for point in tables.theta_points(records)])
     modules = list(dict.fromkeys(rows["modules"]))
     figure, panels = plt.subplots(
         1, len(modules), figsize=(max(6.5, 4.2 * len(modules)), 4), sharey=True, squeeze=False
@@ -380,10 +381,12 @@ def stage_accuracy(records: list[Record]) -> Figure:
     """
     rows = []
     for record in records:
-        for key, metric in record.result["metrics"].items():
+        for key, metric in record.metrics.items():
             stage, _, field = key.partition("/")
             if stage in STAGES and field in SCORES:
-                rows.append({"title": record.run["parameters"]["title"], "stage": stage, "field": field, **metric})
+                rows.append(
+                    {"title": record.run["parameters"]["title"], "stage": stage, "field": field, **metric._asdict()}
+                )
     if not rows:
         raise InputError("records: none has scores by stage; run the experiments first")
     frame = pd.DataFrame(rows)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from lorapar_utils import data, evaluation, models, teachers, training
 from lorapar_utils.data_splits import normalised
 from lorapar_utils.encoding import check_prompts, encode_examples, prompt_ids
-from lorapar_utils.errors import InputError
+from lorapar_utils.errors import InputError, require
 from lorapar_utils.harness import benchmark_tables
 from lorapar_utils.model_files import check_fit, source_of
 from lorapar_utils.settings import Settings
@@ -25,12 +25,26 @@ def check(settings: Settings) -> None:
     InputError
         The first thing that a phase could not work with, as that phase would say it.
     """
+    check_packages(settings)
     check_model(settings)
     check_data(settings)
 
 
+def check_packages(settings: Settings) -> None:
+    """The extras that the profile needs on this machine; a plan may be made on another one."""
+    if settings.model.quantization:
+        require("bitsandbytes", f"model.quantization = {settings.model.quantization!r}", "qlora")
+    if settings.grpo.rollouts != "here" and any("grpo" in spec.stages for spec in settings.experiments.values()):
+        require("vllm", f"grpo.rollouts = {settings.grpo.rollouts!r}", "vllm")
+
+
 def check_data(settings: Settings) -> None:
-    """The pool, whole and as tokens, the teachers' files and keys, and what the benchmarks need."""
+    """The pool, whole and as tokens, the teachers' models, files and keys, and what the benchmarks need."""
+    if settings.voting.split_by == "votes" and not settings.voting.teachers:
+        raise InputError("voting.teachers: the list is empty; name at least one, or set voting.split_by: construction")
+    for teacher in settings.voting.teachers:
+        if teacher.kind == "local" and teacher.source:
+            models.load_tokenizer(teachers.over(teacher.source, teacher.gguf_file, settings))
     rows = [row for row in data.load_pool(settings) if row["split"] == "train"]
     teachers.build_teachers(settings, rows)
     evaluation.check_benchmarks(settings)

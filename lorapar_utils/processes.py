@@ -137,7 +137,7 @@ def main(task: str) -> None:
     """What each launched process runs."""
     from lorapar_utils import phases
 
-    given = json.loads(Path(task).read_text())
+    given = json.loads(Path(task).read_text(encoding="utf-8"))
     own = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     quiet = io.StringIO() if not own.is_main_process else None
     try:

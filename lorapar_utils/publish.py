@@ -9,6 +9,7 @@ from lorapar_utils import tables
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import Record, read_records, write_atomically
 from lorapar_utils.settings import load_profile, project_root
+from lorapar_utils.statistics import Metric
 
 
 def publish(profile: str) -> int:
@@ -34,7 +35,7 @@ def publish(profile: str) -> int:
         shutil.copy(path, target / path.name)
     readme = project_root() / "README.md"
     if settings.profile == "cpu" and readme.is_file():
-        write_atomically(readme, readme_with_results(readme.read_text(), records))
+        write_atomically(readme, readme_with_results(readme.read_text(encoding="utf-8"), records))
     return len(records)
 
 
@@ -42,8 +43,7 @@ def readme_with_results(readme: str, records: dict[str, Record]) -> str:
     """`readme` with the block between its `results` marks filled from `records`."""
 
     def cell(record: str, metric: str) -> str:
-        found = records[record].result["metrics"].get(metric) if record in records else None
-        return tables.percent(found)
+        return tables.written(records[record].metrics.get(metric) if record in records else None)
 
     rows = [
         ("base model", "base-seed0", "base"),
@@ -54,8 +54,8 @@ def readme_with_results(readme: str, records: dict[str, Record]) -> str:
     ]
     lines = ["| test accuracy, 95 % interval | System 1 | System 2 | elements active |", "| --- | --- | --- | --- |"]
     for title, record, stage in rows:
-        active = records[record].result["metrics"].get(f"active/{stage}") if record in records else None
-        share = "–" if active is None else f"{100 * active['value']:.1f} %"
+        active = records[record].metrics.get(f"active/{stage}") if record in records else None
+        share = tables.written(active, Metric.share, "–")
         lines.append(f"| {title} | {cell(record, f'{stage}/system1')} | {cell(record, f'{stage}/system2')} | {share} |")
     block = "<!-- results:begin -->\n" + "\n".join(lines) + "\n<!-- results:end -->"
     return re.sub(r"<!-- results:begin -->.*<!-- results:end -->", lambda _: block, readme, flags=re.S)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import Settings, project_root
+from lorapar_utils.statistics import Metric
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "reasoning-gym", "numpy", "pandas")
 
@@ -38,9 +39,14 @@ class Record:
     def name(self) -> str:
         return self.run["name"]
 
-    def metric(self, key: str) -> dict:
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Every metric by its name; what was not measured is absent."""
+        return {key: Metric(**values) for key, values in self.result["metrics"].items()}
+
+    def metric(self, key: str) -> Metric:
         """The metric `key`, or an InputError that lists those there are."""
-        metrics = self.result["metrics"]
+        metrics = self.metrics
         if key not in metrics:
             raise InputError(f"record {self.name}: no metric {key!r}; it has {', '.join(metrics)}")
         return metrics[key]
@@ -50,7 +56,7 @@ def new_record(
     name: str,
     settings: Settings,
     *,
-    metrics: dict[str, dict],
+    metrics: dict[str, Metric],
     tables: dict[str, list[dict]] | None = None,
     items: Iterable[dict] = (),
     parameters: dict | None = None,
@@ -63,8 +69,7 @@ def new_record(
     Parameters
     ----------
     metrics
-        Name -> `{"value", "n", "low", "high"}`, see `statistics`; figures without sampling error leave out
-        the interval.
+        By name, see `statistics`.
     tables
         Name -> rows, for figures and tables.
     notebook
@@ -88,7 +93,7 @@ def new_record(
             **git,
             "error": None,
         },
-        result={"metrics": metrics, "tables": tables or {}},
+        result={"metrics": {key: metric.as_json() for key, metric in metrics.items()}, "tables": tables or {}},
         environment={
             "python": platform.python_version(),
             "packages": {p: importlib.metadata.version(p) for p in PACKAGES},
@@ -112,14 +117,14 @@ def write_record(record: Record, path: Path) -> Path:
 def read_record(path: Path) -> Record:
     """One record with its items."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         record = Record(**content)
     except FileNotFoundError:
         raise InputError(f"record {path}: not there; run the notebook that makes it") from None
     except (json.JSONDecodeError, TypeError) as error:
         raise InputError(f"record {path}: not a record ({error}); delete it and run its notebook again") from None
     items = _items_path(path)
-    lines = items.read_text().splitlines() if items.is_file() else []
+    lines = items.read_text(encoding="utf-8").splitlines() if items.is_file() else []
     return replace(record, items=[json.loads(line) for line in lines])
 
 
@@ -189,9 +194,9 @@ def common_seeds(sides: Sequence[Sequence[Record]]) -> list[list[Record]]:
     return [[record for record in side if record.run["seed"] in seeds] for side in sides]
 
 
-def score_after(record: Record, stage: str) -> dict | None:
+def score_after(record: Record, stage: str) -> Metric | None:
     """The pool's main metric after `stage`: accuracy, or overlap where the answers are free text; None without it."""
-    metrics = record.result["metrics"]
+    metrics = record.metrics
     return metrics.get(f"{stage}/accuracy", metrics.get(f"{stage}/overlap"))
 
 
@@ -217,7 +222,7 @@ def claim_runs(settings: Settings) -> None:
         What is there was made from another file.
     """
     root, note = project_root(), settings.runs / "profile.txt"
-    owner = note.read_text().strip() if note.is_file() else None
+    owner = note.read_text(encoding="utf-8").strip() if note.is_file() else None
     if owner == settings.profile_file:
         return
     if owner is not None:
@@ -236,7 +241,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Write to a temporary name, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -278,11 +283,12 @@ def _hardware(settings: Settings) -> dict:
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        models = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
         cpu = models[0] if models else cpu
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": settings.threads, "gpu": gpu}
 
 
 def _scorer_hash() -> str:
-    files = [Path(__file__).parent / f"{name}.py" for name in ("rewards", "answers", "constants")]
+    files = [Path(__file__).parent / f"{name}.py" for name in ("rewards", "answers", "constants", "units")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]

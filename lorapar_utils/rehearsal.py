@@ -123,9 +123,8 @@ def _toy_profile(settings: Settings, taken: list) -> Iterator[tuple[Settings, Pa
             cast = cast or [{"kind": "recorded", "name": "colleague", "path": str(votes)}]
             small = small.changed(profile=name, voting={"teachers": cast})
             path = Path(scratch) / f"{name}.yaml"
-            path.write_text(
-                yaml.safe_dump(small.model_dump(mode="json", exclude={"profile", "profile_file"}), sort_keys=False)
-            )
+            content = small.model_dump(mode="json", exclude={"profile", "profile_file"})
+            path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
             yield load_profile(path), path
         finally:
             shutil.rmtree(runs / name, ignore_errors=True)
@@ -158,20 +157,25 @@ def make_toy(settings: Settings, folder: Path) -> Path:
 
 def toy_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """`config` at toy width: two layers, or one of each kind that it has, and its own vocabulary."""
-    values = config.to_dict()
-    values |= {key: size for key, size in SIZES.items() if values.get(key) is not None}
-    kinds = list(dict.fromkeys(values.get("layer_types") or []))
+    return type(config).from_dict(_toy_values(config.to_dict()))
+
+
+def _toy_values(wide: dict) -> dict:
+    values = wide | {key: size for key, size in SIZES.items() if wide.get(key) is not None}
+    kinds = list(dict.fromkeys(wide.get("layer_types") or []))
     layers = max(LAYERS, len(kinds))
-    values |= {key: layers for key in ("num_hidden_layers", "n_layer") if key in values}
+    values |= {key: layers for key in ("num_hidden_layers", "n_layer") if key in wide}
     if kinds:
         values["layer_types"] = (kinds * layers)[:layers]
-    heads = (getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
-    if values.get("num_key_value_heads") is not None:
-        values["num_key_value_heads"] = HEADS if len(set(heads)) == 1 else HEADS // 2
-    if any(isinstance(value, list) for value in (values.get("rope_parameters") or {}).values()):
+    if wide.get("num_key_value_heads") is not None:
+        shared = wide["num_key_value_heads"] != wide.get("num_attention_heads")
+        values["num_key_value_heads"] = HEADS // 2 if shared else HEADS
+    if any(isinstance(value, list) for value in (wide.get("rope_parameters") or {}).values()):
         values["rope_parameters"] = None  # factors for each of the wide model's frequencies
     values.pop("quantization_config", None)
-    return type(config).from_dict(values)
+    # A model that also reads images or sound keeps each part's sizes in a configuration of its own.
+    parts = {key: part for key, part in wide.items() if key.endswith("_config") and isinstance(part, dict)}
+    return values | {key: _toy_values(part) for key, part in parts.items() if key in values}
 
 
 def _small(settings: Settings, folder: Path) -> Settings:
@@ -199,6 +203,7 @@ def _small(settings: Settings, folder: Path) -> Settings:
         pool=sizes,
         voting={"batch_size": 8},
         importance={"examples": 4, "batch_size": 2, "stability": ()},
+        adapter={"r": min(settings.adapter.r, WIDTH // 2)},  # a toy's narrowest layer has no higher rank
         sft={"epochs": 0.5, "batch_size": 4, "accumulation": 1, "gradient_checkpointing": False},
         grpo=grpo,
         evaluation=evaluation,

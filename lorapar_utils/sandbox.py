@@ -153,7 +153,7 @@ def _started(script: Path, fds: tuple[int, ...], limits: Limits, number: int) ->
     python = f"{PYTHON}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
     seconds = math.ceil(limits.seconds) + 1
     values = (limits.memory, limits.processes, limits.open_files, limits.scratch, seconds, *fds)
-    code = CARRIED.read_text() + script.read_text()
+    code = CARRIED.read_text(encoding="utf-8") + script.read_text(encoding="utf-8")
     command = [*_bubblewrap(limits, number), python, "-I", "-S", "-c", code, *map(str, values)]
     pipe, null = subprocess.PIPE, subprocess.DEVNULL
     process = subprocess.Popen(command, stdin=pipe, stdout=null, stderr=null, pass_fds=fds, env=ENVIRONMENT)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lorapar_utils.errors import InputError
 
@@ -164,6 +164,13 @@ class LocalTeacher(Section):
     labels: tuple[str, str] = Field(description="System 1's label, System 2's label")
     source: str | None = None  # another model than the target: a local folder, a hub id, or gemma3-270m
     gguf_file: str | None = None
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_differ(cls, labels: tuple[str, str]) -> tuple[str, str]:
+        if labels[0].strip() == labels[1].strip():
+            raise ValueError(f"both are {labels[0]!r}, so that no margin says anything; give each system its own")
+        return labels
 
 
 class ApiTeacher(Section):

@@ -9,6 +9,7 @@ import os
 import random
 import sqlite3
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ import pandas as pd
 
 from lorapar_utils import data, records, teachers, voting
 from lorapar_utils.errors import InputError
-from lorapar_utils.manifests import completed, inputs_of, is_current
+from lorapar_utils.machine import lock
+from lorapar_utils.manifests import completed, inputs_of, is_current, made_from
 from lorapar_utils.settings import Settings, load_profile, project_root
 
 
@@ -33,15 +35,21 @@ def votes(settings: Settings, *, retry: bool = False) -> datasets.Dataset:
     folder = settings.runs / "votes"
     inputs = _voting_inputs(settings)
     kept = folder / "votes.parquet"
-    if not is_current(folder, inputs) or (retry and any(datasets.Dataset.from_parquet(str(kept))["failed"])):
-        with _vote_cache() as cache:
-            pool, teachers = _electorate(settings)
-            voted = voting.vote(pool, teachers, cache, calibration=settings.voting.calibration)
-        with completed(folder, inputs) as scratch:
-            voted.to_parquet(scratch / "votes.parquet")
-        if failed := sum(voted["failed"]):
-            print(f"{failed} calls failed and count as abstentions; run this phase again to repeat them")
-    return _decided(datasets.Dataset.from_parquet(str(kept)), settings)
+    if is_current(folder, inputs):
+        voted = datasets.Dataset.from_parquet(str(kept))
+        if not (retry and any(voted["failed"])):
+            return _decided(voted, settings)
+    with _vote_cache() as cache:
+        pool, teachers = _electorate(settings)
+        voted = voting.vote(pool, teachers, cache, calibration=settings.voting.calibration)
+        # Processes that wait for the same answers have them at the same time: one of them writes.
+        with lock(Path(cache.directory) / "writing.lock"):
+            if retry or made_from(folder) != inputs:
+                with completed(folder, inputs) as scratch:
+                    voted.to_parquet(scratch / "votes.parquet")
+    if failed := sum(voted["failed"]):
+        print(f"{failed} calls failed and count as abstentions; run this phase again to repeat them")
+    return _decided(voted, settings)
 
 
 def voting_plan(settings: Settings) -> pd.DataFrame:
@@ -100,6 +108,11 @@ def _vote_cache() -> Iterator[diskcache.Cache]:
             f"votes: {folder} cannot keep them ({str(error) or 'it stayed locked'}). They need space and a file system "
             "with locks, which some network folders lack: move that folder to a disk that has them, and set "
             "LORAPAR_VOTES to where it is"
+        ) from error
+    except (sqlite3.DatabaseError, zlib.error) as error:
+        raise InputError(
+            f"votes: {folder} is damaged ({error}); the answers in it are lost: move that folder away, and run again "
+            "to ask for them anew"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Intervals and paired comparisons: no score without n, no difference without its uncertainty."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -10,25 +11,83 @@ from statsmodels.stats.proportion import proportion_confint
 from lorapar_utils.errors import InputError
 
 
-def proportion(outcomes: Sequence[bool | int]) -> dict:
+class Metric(NamedTuple):
+    """A measured value, the number of outcomes that it rests on, and its 95 % interval.
+
+    Attributes
+    ----------
+    value
+        A share in [0, 1], a difference of two shares, or a number in a unit of its own.
+    n
+        Outcomes: test items, examples, elements.
+    low, high
+        The interval; None for a figure without sampling error.
+    p_value
+        Of a paired difference: McNemar's exact p.
+
+    Examples
+    --------
+    >>> Metric(0.25, 1200, 0.2, 0.3).percent()
+    '25.0 % [20.0, 30.0], n = 1,200'
+    """
+
+    value: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+
+    def percent(self) -> str:
+        """`23.1 % [17.0, 30.2], n = 150`."""
+        return f"{self.share()}{self._interval('.1f', 100)}, n = {self.n:,}"
+
+    def share(self) -> str:
+        """`23.1 %`: where n and interval stand elsewhere."""
+        return f"{100 * self.value:.1f} %"
+
+    def number(self) -> str:
+        """`0.27 [0.22, 0.32], n = 512`."""
+        return f"{self.value:.2f}{self._interval('.2f')}, n = {self.n:,}"
+
+    def points(self) -> str:
+        """A difference of two shares: `+8.0 points [+2.0, +14.0]`."""
+        return f"{100 * self.value:+.1f} points{self._interval('+.1f', 100)}"
+
+    def gap(self) -> str:
+        """The same in a table's cell: `+8.0 [+2.0, +14.0], n = 150`."""
+        return f"{100 * self.value:+.1f}{self._interval('+.1f', 100)}, n = {self.n:,}"
+
+    def errors(self) -> tuple[float, float]:
+        """How far the interval reaches below and above the value, as error bars are drawn."""
+        return self.value - self.low, self.high - self.value
+
+    def as_json(self) -> dict:
+        """What a record holds: the fields that were measured."""
+        return {key: value for key, value in self._asdict().items() if value is not None}
+
+    def _interval(self, form: str, unit: float = 1) -> str:
+        return "" if self.low is None else f" [{unit * self.low:{form}}, {unit * self.high:{form}}]"
+
+
+def proportion(outcomes: Sequence[bool | int]) -> Metric:
     """The share of True among `outcomes`, with n and its 95 % Wilson interval."""
     if not len(outcomes):
         raise InputError("outcomes: none to take a share of")
     n, hits = len(outcomes), int(np.sum(np.asarray(outcomes, dtype=bool)))
     low, high = proportion_confint(hits, n, method="wilson")
-    return {"value": hits / n, "n": n, "low": float(low), "high": float(high)}
+    return Metric(hits / n, n, float(low), float(high))
 
 
-def mean(values: Sequence[float]) -> dict:
+def mean(values: Sequence[float]) -> Metric:
     """The mean of per-item values, with n and its 95 % bootstrap interval (percentile, fixed seed)."""
     values = np.asarray(values, dtype=float)
     if not values.size:
         raise InputError("values: none to average")
     low, high = _interval(values)
-    return {"value": float(values.mean()), "n": int(values.size), "low": low, "high": high}
+    return Metric(float(values.mean()), int(values.size), low, high)
 
 
-def share(values: Sequence[float]) -> dict:
+def share(values: Sequence[float]) -> Metric:
     """The mean of items' shares of right answers, one for each item over its seeds.
 
     Where every item is all right or all wrong it is a `proportion`: resampling nothing but misses would give an
@@ -38,7 +97,7 @@ def share(values: Sequence[float]) -> dict:
     return proportion(values) if np.isin(values, (0.0, 1.0)).all() else mean(values)
 
 
-def macro_average(outcomes: Sequence[tuple[str, bool]]) -> dict:
+def macro_average(outcomes: Sequence[tuple[str, bool]]) -> Metric:
     """The mean over groups of the share of True in each, of (group, outcome) pairs.
 
     n counts outcomes; the 95 % interval is a bootstrap's within the groups (percentile, fixed seed).
@@ -48,15 +107,15 @@ def macro_average(outcomes: Sequence[tuple[str, bool]]) -> dict:
         groups.setdefault(group, []).append(outcome)
     if not groups:
         raise InputError("outcomes: none to take a share of")
-    sizes = np.array([len(found) for found in groups.values()])
-    shares = np.array([np.mean(found) for found in groups.values()])
+    sizes = np.array([len(group) for group in groups.values()])
+    shares = np.array([np.mean(group) for group in groups.values()])
     # Resampling 0/1 outcomes of one group draws a binomial number of hits.
     drawn = (np.random.default_rng(0).binomial(sizes, shares, (2000, len(sizes))) / sizes).mean(1)
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return {"value": float(shares.mean()), "n": int(sizes.sum()), "low": float(low), "high": float(high)}
+    return Metric(float(shares.mean()), int(sizes.sum()), float(low), float(high))
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict:
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Metric:
     """Mean of `second - first` over the same items: n, 95 % bootstrap interval, McNemar's exact p.
 
     `first` and `second` hold 0/1 outcomes of the same items in the same order.
@@ -67,10 +126,10 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> dict:
     table = [[int(np.sum((a == x) & (b == y))) for y in (1, 0)] for x in (1, 0)]
     low, high = _interval(b - a)
     p_value = float(mcnemar(table, exact=True).pvalue)
-    return {"value": float((b - a).mean()), "n": int(a.size), "low": low, "high": high, "p_value": p_value}
+    return Metric(float((b - a).mean()), int(a.size), low, high, p_value)
 
 
-def resampled(statistic: Callable[[np.ndarray], float], n: int, *, resamples: int = 1000) -> dict:
+def resampled(statistic: Callable[[np.ndarray], float], n: int, *, resamples: int = 1000) -> Metric:
     """A statistic of `n` examples with its 95 % bootstrap interval over examples (percentile, fixed seed).
 
     `statistic` takes the indices of the examples to use. Resamples on which it is undefined (NaN) are left out.
@@ -78,7 +137,7 @@ def resampled(statistic: Callable[[np.ndarray], float], n: int, *, resamples: in
     generator = np.random.default_rng(0)
     drawn = [statistic(generator.integers(0, n, n)) for _ in range(resamples)]
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return {"value": float(statistic(np.arange(n))), "n": n, "low": float(low), "high": float(high)}
+    return Metric(float(statistic(np.arange(n))), n, float(low), float(high))
 
 
 def pass_at_k(successes: int, samples: int, k: int) -> float:
@@ -93,5 +152,5 @@ def pass_at_k(successes: int, samples: int, k: int) -> float:
 def _interval(values: np.ndarray) -> tuple[float, float]:
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    found = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
-    return float(found.low), float(found.high)
+    interval = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
+    return float(interval.low), float(interval.high)

@@ -16,6 +16,7 @@ from lorapar_utils.data import construction_system
 from lorapar_utils.partition import Partition, build_partition
 from lorapar_utils.records import Record, new_record
 from lorapar_utils.settings import Settings
+from lorapar_utils.statistics import Metric
 
 SCATTER_POINTS = 1500
 
@@ -62,7 +63,7 @@ def voting_record(voted: datasets.Dataset, settings: Settings) -> Record:
     return new_record("voting", settings, metrics=metrics, tables=tables, notebook="01_voting.ipynb out.ipynb")
 
 
-def _agreement(votes: np.ndarray) -> dict[str, dict]:
+def _agreement(votes: np.ndarray) -> dict[str, Metric]:
     """Fleiss' kappa and Krippendorff's alpha of examples x teachers, where they are defined."""
     counts = np.stack([(votes == 1).sum(1), (votes == 2).sum(1)], axis=1)
     complete = counts[counts.sum(1) == votes.shape[1]]
@@ -81,12 +82,12 @@ def _alpha(counts: np.ndarray) -> float:
     return krippendorff.alpha(value_counts=counts, level_of_measurement="nominal")
 
 
-def _separation(margins: np.ndarray, truth: np.ndarray) -> dict:
+def _separation(margins: np.ndarray, truth: np.ndarray) -> Metric:
     margins, truth = margins[truth > 0], truth[truth > 0]
     return statistics.resampled(lambda i: _auc(margins[i], truth[i]), len(truth))
 
 
-def _against(key: str, votes: np.ndarray, truth: np.ndarray) -> dict[str, dict]:
+def _against(key: str, votes: np.ndarray, truth: np.ndarray) -> dict[str, Metric]:
     decided = (truth > 0) & (votes > 0)
     return {key: statistics.proportion(votes[decided] == truth[decided])} if decided.any() else {}
 
@@ -106,7 +107,7 @@ def _panels(ballots: pd.DataFrame, system: np.ndarray, truth: np.ndarray, settin
                 "role_play": "yes" if all(played.get(m, True) for m in members) else "no",
                 "system1_share": float((its == 1).mean()),
                 "undecided": float((its == 0).mean()),
-                "accuracy": accuracy,
+                "accuracy": accuracy and accuracy.as_json(),
                 "moved": float((its != system).mean()),
             }
         )
@@ -120,7 +121,7 @@ def _by_steps(frame: pd.DataFrame, ballots: pd.DataFrame) -> list[dict]:
             cast = votes[chosen][votes[chosen] > 0]
             if len(cast):
                 share = statistics.proportion(cast == 2)
-                rows.append({"steps": int(steps), "teacher": name, "system2_share": share["value"], **_bounds(share)})
+                rows.append({"steps": int(steps), "teacher": name, "system2_share": share.value, **_bounds(share)})
     return rows
 
 
@@ -146,9 +147,7 @@ def _reliability(frame: pd.DataFrame, names: list[str], truth: np.ndarray, bins:
         said = 1 / (1 + np.exp(-frame[f"margin_{name}"]))
         for _, chosen in said.groupby(pd.qcut(said, bins, duplicates="drop"), observed=True).groups.items():
             share = statistics.proportion(truth[chosen] == 2)
-            rows.append(
-                {"teacher": name, "said": float(said[chosen].mean()), "share": share["value"], **_bounds(share)}
-            )
+            rows.append({"teacher": name, "said": float(said[chosen].mean()), "share": share.value, **_bounds(share)})
     return rows
 
 
@@ -168,7 +167,8 @@ def _certain(margins: np.ndarray, truth: np.ndarray) -> list[dict]:
     for kept in (0.1, 0.25, 0.5, 0.75, 1.0):
         chosen = order[: max(1, round(kept * len(order)))]
         accuracy = _against("accuracy", np.where(margins[chosen] > 0, 2, 1), truth[chosen]).get("accuracy")
-        rows.append({"kept": kept, "system1_share": float((margins[chosen] <= 0).mean()), "accuracy": accuracy})
+        share = float((margins[chosen] <= 0).mean())
+        rows.append({"kept": kept, "system1_share": share, "accuracy": accuracy and accuracy.as_json()})
     return rows
 
 
@@ -184,8 +184,8 @@ def _disputed(frame: pd.DataFrame, members: list[str]) -> list[dict]:
     ]
 
 
-def _bounds(metric: dict) -> dict:
-    return {"low": metric["low"], "high": metric["high"], "n": metric["n"]}
+def _bounds(metric: Metric) -> dict:
+    return {"low": metric.low, "high": metric.high, "n": metric.n}
 
 
 def importance_record(scores: Sequence[dict[str, torch.Tensor]], partition: Partition, settings: Settings) -> Record:
@@ -200,15 +200,13 @@ def importance_record(scores: Sequence[dict[str, torch.Tensor]], partition: Part
     total = flat[0].numel()
     share1, share2 = (float(mask.double().mean()) for mask in partition.selected)
     expected = share1 * share2 / (share1 + share2 - share1 * share2)
-    metrics = {f"active/{key}": {"value": v, "n": total} for key, v in partition.active_share.items()}
+    metrics = {f"active/{key}": Metric(share, total) for key, share in partition.active_share.items()}
+    metrics |= {f"region/{key}": Metric(float(m.double().mean()), total) for key, m in partition.regions().items()}
     metrics |= {
-        f"region/{key}": {"value": float(m.double().mean()), "n": total} for key, m in partition.regions().items()
-    }
-    metrics |= {
-        "jaccard": {"value": partition.jaccard, "n": total},
-        "jaccard_chance": {"value": expected, "n": total},
-        "selected/system1": {"value": share1, "n": total},
-        "selected/system2": {"value": share2, "n": total},
+        "jaccard": Metric(partition.jaccard, total),
+        "jaccard_chance": Metric(expected, total),
+        "selected/system1": Metric(share1, total),
+        "selected/system2": Metric(share2, total),
     }
     table = partition.summary()
     for system, (one, everything) in enumerate(zip(scores, flat, strict=True), start=1):
@@ -233,7 +231,7 @@ def stability_record(rows: Sequence[dict], settings: Settings) -> Record:
     for (differ, system), points in frame.groupby(["differ", "system"]):
         most = points[points["n"] == points["n"].max()]
         for key in ("rank_correlation", "by_matrix", "jaccard"):
-            metrics[f"{differ}/{key}/system{system}"] = {"value": float(most[key].mean()), "n": len(most)}
+            metrics[f"{differ}/{key}/system{system}"] = Metric(float(most[key].mean()), len(most))
     tables = {"stability": list(rows)}
     return new_record("stability", settings, metrics=metrics, tables=tables, notebook="02_importance.ipynb out.ipynb")
 

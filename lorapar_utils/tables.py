@@ -3,7 +3,7 @@
 Column `records` names those that a row's numbers come from; `notebook.linked` makes links of them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pandas as pd
 import yaml
@@ -11,37 +11,19 @@ import yaml
 from lorapar_utils import statistics
 from lorapar_utils.records import Record, common_seeds, mean_outcomes, score_after
 from lorapar_utils.settings import project_root
+from lorapar_utils.statistics import Metric
 
 
 def paper(table: str) -> dict | list:
     """One table of the paper, as `book/paper_tables.yaml` holds it (accuracies in percent)."""
-    return yaml.safe_load((project_root() / "book" / "paper_tables.yaml").read_text())[table]
+    return yaml.safe_load((project_root() / "book" / "paper_tables.yaml").read_text(encoding="utf-8"))[table]
 
 
-def percent(metric: dict | None) -> str:
-    """`23.1 % [17.0, 30.2], n = 150`; what is missing reads "not measured"."""
-    if metric is None:
-        return "not measured"
-    text = f"{100 * metric['value']:.1f} %"
-    if "low" in metric:
-        text += f" [{100 * metric['low']:.1f}, {100 * metric['high']:.1f}]"
-    return f"{text}, n = {metric['n']:,}"
-
-
-def number(metric: dict | None) -> str:
-    """`0.27 [0.22, 0.32], n = 512`; what is missing reads "not measured"."""
-    if metric is None:
-        return "not measured"
-    interval = f" [{metric['low']:.2f}, {metric['high']:.2f}]" if "low" in metric else ""
-    return f"{metric['value']:.2f}{interval}, n = {metric['n']:,}"
-
-
-def points(metric: dict | None) -> str:
-    """A difference of two shares: `+8.0 points [+2.0, +14.0], n = 150`; what is missing reads "not measured"."""
-    if metric is None:
-        return "not measured"
-    low, high = 100 * metric["low"], 100 * metric["high"]
-    return f"{100 * metric['value']:+.1f} points [{low:+.1f}, {high:+.1f}], n = {metric['n']:,}"
+def written(
+    metric: Metric | None, style: Callable[[Metric], str] = Metric.percent, missing: str = "not measured"
+) -> str:
+    """A metric in one of its styles; `missing` in place of one that was not measured."""
+    return missing if metric is None else style(metric)
 
 
 def stage_table(records: Iterable[Record]) -> pd.DataFrame:
@@ -51,19 +33,22 @@ def stage_table(records: Iterable[Record]) -> pd.DataFrame:
     """
     rows = []
     for record in records:
-        metrics = record.result["metrics"]
+        metrics = record.metrics
         for stage in ("base", "stage1", "stage2"):
             if score_after(record, stage):
-                scores = {f"System {k}": percent(metrics.get(f"{stage}/system{k}")) for k in (1, 2)}
+                scores = {f"System {k}": written(metrics.get(f"{stage}/system{k}")) for k in (1, 2)}
                 if overlap := metrics.get(f"{stage}/overlap"):
-                    scores = {"overlap": percent(overlap), "loss": number(metrics.get(f"{stage}/loss"))}
+                    scores = {
+                        "overlap": overlap.percent(),
+                        "loss": written(metrics.get(f"{stage}/loss"), Metric.number),
+                    }
                 rows.append(
                     {
                         "experiment": record.run["parameters"]["title"],
                         "seed": record.run["seed"],
                         "stage": stage,
                         **scores,
-                        "active": _share(metrics.get(f"active/{stage}")),
+                        "active": written(metrics.get(f"active/{stage}"), Metric.share, "–"),
                         "records": label(record),
                     }
                 )
@@ -82,21 +67,21 @@ def gain_table(records: Iterable[Record]) -> pd.DataFrame:
                 "experiment": record.run["parameters"]["title"],
                 "seed": record.run["seed"],
                 "system": system,
-                "gain": points(gain),
+                "gain": f"{gain.points()}, n = {gain.n:,}",
                 "p": _p_value(gain),
                 "records": label(record),
             }
             for record in records
             for key, system in keys.items()
-            if (gain := record.result["metrics"].get(key))
+            if (gain := record.metrics.get(key))
         ]
     )
 
 
-def _p_value(metric: dict) -> str:
-    if "p_value" not in metric:
+def _p_value(metric: Metric) -> str:
+    if metric.p_value is None:
         return "–"
-    return f"{metric['p_value']:.3f}" if metric["p_value"] >= 0.001 else "< 0.001"
+    return f"{metric.p_value:.3f}" if metric.p_value >= 0.001 else "< 0.001"
 
 
 def budget_table(records: Iterable[Record]) -> pd.DataFrame:
@@ -137,7 +122,7 @@ def theta_table(records: Iterable[Record]) -> pd.DataFrame:
                 "theta": point["theta"],
                 "selection": point["selection"],
                 "active (stage 1)": f"{100 * point['active']:.1f} %",
-                "ours, accuracy": percent(point),
+                "ours, accuracy": point["metric"].percent(),
                 "each seed": ", ".join(f"{100 * value:.1f}" for value in point["seeds"]),
                 "paper, active %": 100.0 if every else _or_dash(cells[1] if column else None),
                 "paper, accuracy %": full if every else _or_dash(cells[column] if column else None),
@@ -169,10 +154,10 @@ def theta_points(records: Iterable[Record]) -> list[dict]:
             "modules": modules,
             "theta": theta,
             "selection": selection,
-            "active": next(iter(runs.values())).metric("active/stage1")["value"],
-            "seeds": [score_after(run, "stage1")["value"] for _, run in sorted(runs.items())],
+            "active": next(iter(runs.values())).metric("active/stage1").value,
+            "seeds": [score_after(run, "stage1").value for _, run in sorted(runs.items())],
             "records": [run for _, run in sorted(runs.items())],
-            **statistics.share(list(mean_outcomes(runs.values(), "stage1").values())),
+            "metric": statistics.share(list(mean_outcomes(runs.values(), "stage1").values())),
         }
         for (modules, theta, selection), runs in sorted(groups.items())
     ]
@@ -242,7 +227,7 @@ def benchmark_table(records: Iterable[Record], benchmark: str = "pool") -> pd.Da
             {
                 "method": title,
                 "seeds": len(found),
-                "active": _share(found[0].result["metrics"].get(f"active/{last}")) if found else "–",
+                "active": written(found[0].metrics.get(f"active/{last}") if found else None, Metric.share, "–"),
                 "ours, after stage 1": ours[0] if last == "stage2" else "–",
                 "ours, at the end": ours[1] if found else "not run",
                 "gap to LoRA": _gap_to_lora(runs, title, benchmark),
@@ -271,12 +256,12 @@ def cost_points(records: Iterable[Record]) -> pd.DataFrame:
         rows.append(
             {
                 "method": title,
-                "active": active["value"] * active["n"],
+                "active": active.value * active.n,
                 "core_seconds": pd.Series(
                     [_cores(run) * sum(_value(run, f"{s}/train_seconds") for s in stages) for run in found]
                 ).mean(),
                 "peak_bytes": pd.Series([_value(run, f"{last}/peak_bytes") for run in found]).mean(),
-                **statistics.share(list(mean_outcomes(found, last).values())),
+                **statistics.share(list(mean_outcomes(found, last).values()))._asdict(),
             }
         )
     return pd.DataFrame(rows)
@@ -288,7 +273,7 @@ def _cores(record: Record) -> int:
 
 
 def _value(record: Record, metric: str) -> float:
-    return record.result["metrics"].get(metric, {"value": float("nan")})["value"]
+    return record.metrics.get(metric, Metric(float("nan"), 0)).value
 
 
 def _published(column: str) -> dict[str, tuple]:
@@ -313,7 +298,7 @@ def _stage_of(stage: str, benchmark: str) -> str:
 def _over_seeds(runs: Iterable[Record], stage: str, system: int | None = None) -> str:
     """Accuracy over the seeds, its interval over test items."""
     outcomes = mean_outcomes(runs, stage, system)
-    return percent(statistics.share(list(outcomes.values())) if outcomes else None)
+    return written(statistics.share(list(outcomes.values())) if outcomes else None)
 
 
 def _truncated(runs: list[Record], stage: str) -> str:
@@ -345,8 +330,8 @@ def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
                 "alpha": alpha,
                 "beta": beta,
                 "seeds": len(group),
-                "active (stage 1)": _share(group[0].metric("active/stage1")),
-                "active (stage 2)": _share(group[0].metric("active/stage2")),
+                "active (stage 1)": group[0].metric("active/stage1").share(),
+                "active (stage 2)": group[0].metric("active/stage2").share(),
                 "after SFT": _over_seeds(group, "stage1"),
                 "after RL": _over_seeds(group, "stage2"),
                 "gap to alpha = beta = 1": _gap(group, runs.get((1.0, 1.0), []), "stage2"),
@@ -392,7 +377,7 @@ def certain_table(record: Record) -> pd.DataFrame:
             {
                 "kept": f"{row['kept']:.0%} most certain",
                 "System 1": f"{100 * row['system1_share']:.0f} %",
-                "agrees with construction": percent(row["accuracy"]),
+                "agrees with construction": Metric(**row["accuracy"]).percent(),
             }
             for row in record.result["tables"]["certain"]
         ]
@@ -423,7 +408,7 @@ def voting_table(records: Iterable[Record]) -> pd.DataFrame:
     for name, strategy in SPLITS.items():
         if name not in runs:
             continue
-        accuracies = [record.metric("stage1/accuracy")["value"] for record in runs[name]]
+        accuracies = [record.metric("stage1/accuracy").value for record in runs[name]]
         rows.append(
             {
                 "split": runs[name][0].run["parameters"]["title"],
@@ -453,8 +438,7 @@ def _paired(sides: list[dict[str, float]]) -> str:
     common = sorted(first.keys() & second.keys())
     if not common:
         return "no seed in common"
-    gap = statistics.mean([first[key] - second[key] for key in common])
-    return f"{100 * gap['value']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}], n = {gap['n']}"
+    return statistics.mean([first[key] - second[key] for key in common]).gap()
 
 
 def label(record: Record) -> str:
@@ -468,7 +452,3 @@ def _labels(records: Iterable[Record]) -> str:
 
 def _or_dash(value: float | None) -> float | str:
     return "–" if value is None else value
-
-
-def _share(metric: dict | None) -> str:
-    return "–" if metric is None else f"{100 * metric['value']:.1f} %"

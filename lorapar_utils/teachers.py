@@ -4,6 +4,8 @@ Deviation: the paper's teachers are large reasoning models that answer in words,
 teacher is read by the log-likelihood of its two labels, so that every vote comes with a margin.
 """
 
+import atexit
+import contextlib
 import csv
 import functools
 import hashlib
@@ -11,15 +13,16 @@ import html
 import io
 import json
 import os
+import queue
 import re
 import threading
+import time
 import unicodedata
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote, urlsplit
 
+import httpx
 import jinja2
 import openai
 import pandas as pd
@@ -32,17 +35,10 @@ from lorapar_utils.settings import ApiTeacher, LocalTeacher, RecordedTeacher, Se
 from lorapar_utils.voting import Ballot, Teacher
 
 # What a teacher is called, where its key lies, what its answers cost or are limited by: none of it shapes an answer.
-LOGISTICS = {
-    "name",
-    "api_key_env",
-    "max_tokens",
-    "max_tokens_field",
-    "concurrency",
-    "timeout",
-    "retries",
-    "price_in",
-    "price_out",
-}
+LOGISTICS = {"name", "api_key_env", "price_in", "price_out"}
+LOGISTICS |= {"max_tokens", "max_tokens_field", "concurrency", "timeout", "retries"}
+# Two examples' prompts: what a template makes of them has to differ.
+PROBES = ("What is 2 + 3?", "Name the capital of France.")
 
 
 def build_teachers(settings: Settings, examples: Sequence[dict]) -> list[Teacher]:
@@ -51,9 +47,9 @@ def build_teachers(settings: Settings, examples: Sequence[dict]) -> list[Teacher
     Raises
     ------
     InputError
-        A template that names an unknown variable; of an API teacher: no key, or one that cannot be sent, an address
-        that is none; of recorded votes: a missing file or column, missing, repeated or unknown ids, a cell that is no
-        vote.
+        A template that names an unknown variable, or does not use the prompt; of an API teacher: no key, or one that
+        cannot be sent, an address that is none; of recorded votes: a missing file or column, missing, repeated or
+        unknown ids, a cell that is no vote.
     """
 
     @functools.cache
@@ -61,18 +57,15 @@ def build_teachers(settings: Settings, examples: Sequence[dict]) -> list[Teacher
         """Teachers over the same model share it, and it is loaded only if there is something to ask."""
         from lorapar_utils import models
 
-        return models.load_base(_over(source, gguf_file, settings))
+        return models.load_base(over(source, gguf_file, settings))
 
-    ids = [example["id"] for example in examples]
-    makers = {
-        "local": lambda section: _local(section, settings, load),
-        "api": lambda section: _api(section, settings),
-        "recorded": lambda section: _recorded(section, ids),
-    }
-    teachers = [makers[section.kind](section) for section in settings.voting.teachers]
-    for teacher in teachers:
-        for example in examples[:1]:
-            teacher.prompt(example)
+    teachers = []
+    for section in settings.voting.teachers:
+        if section.kind == "recorded":
+            teachers.append(_recorded(section, [example["id"] for example in examples]))
+            continue
+        _check_template(section, settings)
+        teachers.append(_api(section, settings) if section.kind == "api" else _local(section, settings, load))
     return teachers
 
 
@@ -83,12 +76,12 @@ def identity(section: LocalTeacher | ApiTeacher | RecordedTeacher, settings: Set
     shaping = section.model_dump(exclude=LOGISTICS)
     if section.kind == "api":
         return shaping | {"base_url": _address(section)}
-    model = model_identity(_over(section.source, section.gguf_file, settings))
+    model = model_identity(over(section.source, section.gguf_file, settings))
     model.pop("system_prompt")  # a teacher is asked without
     return shaping | {"source": None, "gguf_file": None, "model": model}
 
 
-def _over(source: str | None, gguf_file: str | None, settings: Settings) -> Settings:
+def over(source: str | None, gguf_file: str | None, settings: Settings) -> Settings:
     """The settings with a teacher's own model in the place of the target's; None is the target itself."""
     if source is None:
         return settings
@@ -100,22 +93,25 @@ def _over(source: str | None, gguf_file: str | None, settings: Settings) -> Sett
 
 def teacher_prompt(section: LocalTeacher | ApiTeacher, example: dict, settings: Settings) -> str:
     """The profile's template, filled in: with role play it names the target model."""
-    source = settings.voting.role_play_template if section.role_play else settings.voting.plain_template
+    name = _template_name(section)
+    given = {"target": settings.model.target_name, "persona": section.persona, "question": section.question}
+    given |= {"prompt": example["prompt"], "answer": example["answer"]}
     try:
-        return (
-            _template(source)
-            .render(
-                target=settings.model.target_name,
-                persona=section.persona,
-                question=section.question,
-                prompt=example["prompt"],
-                answer=example["answer"],
-            )
-            .strip()
-        )
+        return _template(getattr(settings.voting, name)).render(given).strip()
     except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        kind = "role_play_template" if section.role_play else "plain_template"
-        raise InputError(f"voting.{kind}: {error}; it may use target, persona, prompt, answer and question") from None
+        raise InputError(f"voting.{name}: {error}; it may use target, persona, prompt, answer and question") from None
+
+
+def _check_template(section: LocalTeacher | ApiTeacher, settings: Settings) -> None:
+    if len({teacher_prompt(section, {"prompt": prompt, "answer": "5"}, settings) for prompt in PROBES}) == 1:
+        raise InputError(
+            f"voting.{_template_name(section)} asks the same question about every example; "
+            "write {{ prompt }} where the example's own belongs"
+        )
+
+
+def _template_name(section: LocalTeacher | ApiTeacher) -> str:
+    return "role_play_template" if section.role_play else "plain_template"
 
 
 @functools.cache
@@ -153,8 +149,6 @@ LABEL = re.compile(
 )
 SYSTEM = re.compile(r"system(?:\s*|[~‐–-])(?:(1|i|one)|(2|ii|two))\b", re.I)
 NO_VERDICT = "no verdict in the last line"
-
-
 BULLETS, STOPS = " \t\r\n\f\v#>+.:•·●▪◦‣–—-", " \t\r\n\f\v#.:!,;–—-"
 
 
@@ -176,9 +170,7 @@ def parse_vote(text: str) -> tuple[int, str]:
     visible = CLOSED.split(plain)[-1]
     if OPENED.search(visible):
         return 0, "stopped while thinking"
-    if (answer := _json_answer(visible)) is not None:
-        return (answer, "") if answer else (0, NO_VERDICT)
-    lines = [bare for line in visible.splitlines() if (bare := _bare(line))]
+    lines = [bare for line in _json_answer(visible).splitlines() if (bare := _bare(line))]
     if not lines:
         return 0, "empty answer"
     system, labelled = _verdict(lines[-1])
@@ -208,20 +200,18 @@ def _bare(line: str) -> str:
         line = wrapped[wrapped.lastindex]
 
 
-def _json_answer(visible: str) -> int | None:
-    """Of an answer that ends with a JSON object: the system under its one label, 0 without; None of other answers."""
+def _json_answer(visible: str) -> str:
+    """Of an answer that ends with a JSON object with one label, which names one system: that; others as they are."""
     ending = LEFT_IN.sub(" ", visible[visible.rfind("{") :]).strip("`\n\t ")
     try:
         fields = json.loads(ending)
     except ValueError:
-        return None
-    if not isinstance(fields, dict):
-        return None
-    answers = [value for key, value in fields.items() if LABEL.fullmatch(_bare(key))]
-    systems_named = {named[1] is None for named in SYSTEM.finditer(ending)}
-    if len(answers) != 1 or not isinstance(answers[0], str) or len(systems_named) != 1:
-        return 0
-    return _verdict(_bare(answers[0]))[0]
+        return visible
+    answers = (
+        [value for key, value in fields.items() if LABEL.fullmatch(_bare(key))] if isinstance(fields, dict) else []
+    )
+    systems = {named[1] is None for named in SYSTEM.finditer(ending)}
+    return f"answer: {answers[0]}" if len(answers) == len(systems) == 1 else visible
 
 
 # --- local models --------------------------------------------------------------------------------------------
@@ -237,10 +227,10 @@ def _local(section: LocalTeacher, settings: Settings, load: Callable) -> Teacher
         texts = [prompt(example) for example in asked]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # so that a batch is padded little
         size = settings.voting.batch_size
-        for chosen in (order[start : start + size] for start in range(0, len(order), size)):
+        for batch in (order[start : start + size] for start in range(0, len(order), size)):
             plain = settings.model.plain_template
-            margins = label_margins(model, tokenizer, [texts[i] for i in chosen], section.labels, plain)
-            for i, margin in zip(chosen, margins, strict=True):
+            margins = label_margins(model, tokenizer, [texts[i] for i in batch], section.labels, plain)
+            for i, margin in zip(batch, margins, strict=True):
                 answered(i, Ballot(margin=margin))
 
     return Teacher(section.name, fingerprint(identity(section, settings)), prompt, ask)
@@ -262,12 +252,9 @@ RATE = re.compile(r"rate.?limit|per.(?:second|minute|hour|day)|(?:retry|try agai
 FILTER = re.compile(
     r"content.?(?:filter|policy|management|moderation)|moderation|flagged|safety|inappropriate|data_inspection", re.I
 )
-# A fault of the server or of the account, whatever status it comes under.
+# A fault that says it may pass. One that lasts refuses every question after it, which `voting` sees.
 PASSING = re.compile(
-    r"overloaded|temporar|try again|timed? ?out|unavailable|still loading|at capacity|unloaded|crash|models? loaded"
-    r"|fail\w* to load|restricted|not active|disabled|suspended|location|deprecated|api version|out of memory"
-    r"|engine|^bad request\W*$",
-    re.I,
+    r"overloaded|temporar|try again|timed? ?out|unavailable|capacity|loading|unloaded|crash|out of memory", re.I
 )
 KEY = re.compile(r"(?<![a-z])api.?key", re.I)
 UNKNOWN_MODEL = re.compile(
@@ -316,9 +303,7 @@ class _Server:
         if len(self.key) < 8:  # "any word", for a server without keys
             return re.sub(rf"(?<!\w){re.escape(self.key)}(?!\w)", "[the key]", text)
         text = text.replace(self.key, "[the key]")
-        parts = [part for start in range(len(self.key) - 7) if (part := self.key[start : start + 8]) in text]
-        if not parts:
-            return text
+        parts = [self.key[start : start + 8] for start in range(len(self.key) - 7)]
         return re.sub(r"\S+", lambda word: "[the key]" if any(part in word[0] for part in parts) else word[0], text)
 
 
@@ -327,26 +312,38 @@ def _api(section: ApiTeacher, settings: Settings) -> Teacher:
     prompt = functools.partial(teacher_prompt, section, settings=settings)
 
     def ask(asked: Sequence[dict], answered: Callable[[int, Ballot], None]) -> None:
-        lock = threading.Lock()
+        left = iter(range(1, len(asked)))
+        keeping, stopped, ended = threading.Lock(), threading.Event(), queue.SimpleQueue()
 
         def answer(i: int) -> None:
             ballot = _ask_server(server, prompt(asked[i]))
-            with lock:  # kept by the thread that got it: what was paid for is never lost
+            with keeping:  # by the thread that got it: what was paid for is never lost
                 answered(i, ballot)
+
+        def answer_many() -> None:
+            try:
+                while not stopped.is_set() and (i := next(left, None)) is not None:
+                    answer(i)
+                ended.put(None)
+            except BaseException as error:
+                ended.put(error)
 
         # The first question alone: a wrong model name then costs one refused call, not one a thread.
         answer(0)
-        pool = ThreadPoolExecutor(section.concurrency)
-        calls = [pool.submit(answer, i) for i in range(1, len(asked))]
+        # Daemons: Ctrl-C ends the process, however long a server told them to wait.
+        threads = [threading.Thread(target=answer_many, daemon=True) for _ in asked[1 : section.concurrency + 1]]
         try:
-            for call in as_completed(calls):
-                call.result()
+            for thread in threads:
+                thread.start()
+            for _ in threads:
+                if (error := ended.get()) is not None:
+                    raise error
         except InputError:
-            pool.shutdown(wait=False, cancel_futures=True)
-            wait(calls, timeout=section.timeout)  # those under way are paid for: the next run is to know their answers
+            # It is said at once; calls under way are paid for, and are kept as they end.
+            atexit.register(_wait_for, threads, section.timeout)
             raise
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
 
     return Teacher(
         section.name,
@@ -377,42 +374,34 @@ def _server(section: ApiTeacher) -> _Server:
             f"{where}: the key in the environment variable {variable} has characters that cannot be sent; "
             "use printable ASCII alone, without line ends inside"
         )
-    address, parts = _address(section), urlsplit(_written_address(section))
-    options = {}
-    if parts.username is not None:
-        # Taken out of the address, so that no message of the client's shows them.
-        login = (unquote(parts.username), unquote(parts.password or ""))
-        options["http_client"] = openai.DefaultHttpxClient(auth=login)
-    client = openai.OpenAI(
-        base_url=address,
-        api_key=key,
-        timeout=section.timeout,
-        max_retries=section.retries,
-        default_query=dict(parse_qsl(parts.query)),
-        **options,
-    )
+    url, address = _url(section), _address(section)
+    # User and password are taken out of the address, so that no message of the client's shows them.
+    login = {"http_client": openai.DefaultHttpxClient(auth=(url.username, url.password))} if url.userinfo else {}
+    limits = {"timeout": section.timeout, "max_retries": section.retries}
+    client = openai.OpenAI(base_url=address, api_key=key, default_query=dict(url.params), **limits, **login)
     return _Server(section, key, address, client)
 
 
-def _written_address(section: ApiTeacher) -> str:
-    return (section.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).strip()
+def _url(section: ApiTeacher) -> httpx.URL:
+    written = section.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+    with contextlib.suppress(httpx.InvalidURL):
+        url = httpx.URL(written.strip())
+        if url.scheme in ("http", "https") and url.host:
+            return url
+    raise InputError(
+        f"teacher {section.name!r}: base_url is no server's address; write it like http://localhost:8000/v1"
+    )
 
 
 def _address(section: ApiTeacher) -> str:
     """The server's base URL in one spelling, without user, password and query."""
-    try:
-        parts = urlsplit(_written_address(section))
-        port = parts.port
-    except ValueError:
-        parts = port = None
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(
-            f"teacher {section.name!r}: base_url is no server's address; write it like http://localhost:8000/v1"
-        )
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    if port not in (None, {"http": 80, "https": 443}[parts.scheme]):
-        host = f"{host}:{port}"
-    return f"{parts.scheme}://{host}{parts.path.rstrip('/')}"
+    return str(_url(section).copy_with(username=None, password=None, query=None, fragment=None)).rstrip("/")
+
+
+def _wait_for(threads: Sequence[threading.Thread], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _check_server(server: _Server) -> None:
@@ -424,7 +413,10 @@ def _check_server(server: _Server) -> None:
         if _is_page(response):
             problem = _web_page(server)
     except openai.APIConnectionError as error:
-        problem = _unreachable(server, error)
+        problem = InputError(
+            f"{server.where}: no answer from {server.address} ({server.shown(error.__cause__ or error)}); start the "
+            "server or correct base_url; answered votes are kept"
+        )
     except openai.AuthenticationError as error:
         problem = _refused(server, error.status_code, error.body)
     except openai.APIError:
@@ -442,24 +434,22 @@ def _ask_server(server: _Server, prompt: str) -> Ballot:
         wait=tenacity.wait_random_exponential(max=8),
         reraise=True,
     )
-    broken = None
+    outcome, reason, broken = None, "", False
     try:
         outcome = retrying(_complete, server, prompt)
     except _Unusable as error:
-        outcome = _failed(str(error))
+        reason = str(error)
     except openai.APITimeoutError:
-        outcome = _failed(f"no answer within {server.section.timeout:g} s")
+        reason = f"no answer within {server.section.timeout:g} s"
     except openai.APIConnectionError as error:
-        broken = server.shown(error.__cause__ or error)
-        outcome = _failed(f"the connection broke: {broken}")
+        reason, broken = f"the connection broke: {server.shown(error.__cause__ or error)}", True
     except openai.APIStatusError as error:
-        page = _is_page(error.response)
-        outcome = _judged(server, error.status_code, error.body, prompt, page=page)
-    if broken is not None:
+        outcome = _judged(server, error.status_code, error.body, prompt, page=_is_page(error.response))
+    if broken:
         _check_server(server)  # a server that is gone would fail on every question left
     if isinstance(outcome, InputError):
         raise outcome  # outside the handlers, as in `_check_server`
-    return outcome
+    return outcome or Ballot(system=0, reason=reason, final=False)
 
 
 def _complete(server: _Server, prompt: str) -> Ballot | InputError:
@@ -475,17 +465,17 @@ def _complete(server: _Server, prompt: str) -> Ballot | InputError:
         return _web_page(server)
     try:
         body = json.loads(response.text)
+        body = body[0] if isinstance(body, list) and body else body
+        if not isinstance(body, dict):
+            raise ValueError("the body is no object")
     except ValueError as error:
         raise _Unusable(f"garbled answer: {server.shown(error)}") from None
-    if isinstance(body, list) and len(body) == 1:
-        body = body[0]
-    if not isinstance(body, dict):
-        raise _Unusable("garbled answer: the body is no object")
-    choices = body.get("choices")
-    if isinstance(choices, list) and choices and isinstance(choices[0], dict):
-        message = choices[0].get("message")
-        if isinstance(message, dict):
-            return _ballot(server, message, choices[0].get("finish_reason"), body.get("usage"))
+    message = None
+    with contextlib.suppress(LookupError, TypeError):
+        choice = {} | body["choices"][0]
+        message = {} | choice["message"]
+    if message is not None:
+        return _ballot(server, message, choice.get("finish_reason"), body.get("usage"))
     error = body.get("error") or (body if {"message", "detail", "msg"} & body.keys() else None)
     if error is None:
         raise _Unusable("garbled answer: no choices in the body")
@@ -529,9 +519,7 @@ def _ballot(server: _Server, message: dict, finish_reason: object, usage: object
 
 def _text(content: object) -> str:
     """An answer's text: a string, or the text parts of a list of parts."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
+    parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     return "".join(text for text in texts if isinstance(text, str))
 
@@ -541,10 +529,6 @@ def _count(tokens: object) -> int:
         return max(0, int(float(tokens)))
     except (TypeError, ValueError, OverflowError):
         return 0
-
-
-def _failed(reason: str) -> Ballot:
-    return Ballot(system=0, reason=reason, final=False)
 
 
 # --- what a server's error means -----------------------------------------------------------------------------
@@ -655,13 +639,6 @@ def _models_there(server: _Server) -> str:
     return f"it has {', '.join(names[:10])}" if names else "check the model's name, and base_url"
 
 
-def _unreachable(server: _Server, error: Exception) -> InputError:
-    return InputError(
-        f"{server.where}: no answer from {server.address} ({server.shown(error.__cause__ or error)}); start the server "
-        "or correct base_url; answered votes are kept"
-    )
-
-
 def _refused(server: _Server, status: int, body: object) -> InputError:
     return InputError(
         f"{server.where}: the server refuses the key in {server.section.api_key_env} "
@@ -765,19 +742,20 @@ def _csv_table(where: str, data: bytes) -> list[tuple[int, list[str]]]:
         text = "\0"
     if "\0" in text:
         raise InputError(f"{where} is no UTF-8 text; save it as CSV in UTF-8, with columns id and system")
-    if not text.strip():
-        raise InputError(f"{where} is empty; name {WANTED}")
     text = re.sub(r'^\s*"?sep=."?', "", text)  # a line for Excel alone
-    tables = []
-    for separator in ",;\t|":
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
-        try:
-            rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
-        except csv.Error as error:
-            raise InputError(f"{where}: line {reader.line_num} is not readable ({error}); is a quote open?") from None
-        tables.append([(line, cells) for line, cells in rows if any(cells)])
-    wanted = [rows for rows in tables if {"id", "system"} <= {name.lower() for name in rows[0][1]}]
-    return wanted[0] if wanted else max(tables, key=lambda rows: len(rows[0][1]))
+
+    def fit(separator: str) -> tuple[bool, int]:
+        names = next(csv.reader(text.lstrip().splitlines()[:1], delimiter=separator, skipinitialspace=True), [])
+        return {"id", "system"} <= {name.strip().lower() for name in names}, len(names)
+
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t|", key=fit), skipinitialspace=True)
+    try:
+        rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+    except csv.Error as error:
+        raise InputError(f"{where}: line {reader.line_num} is not readable ({error}); is a quote open?") from None
+    if not (filled := [(line, cells) for line, cells in rows if any(cells)]):
+        raise InputError(f"{where} is empty; name {WANTED}")
+    return filled
 
 
 def _read_bytes(section: RecordedTeacher) -> bytes:

@@ -4,7 +4,8 @@ Deviation: everything outside a stage's mask is frozen to the bit (see `optim`),
 system's examples, and the KL term is off (`beta=0` in TRL's sense; the paper's beta is a partition setting).
 """
 
-import importlib.util
+import hashlib
+import json
 import math
 import shutil
 import tempfile
@@ -26,11 +27,15 @@ from trl.models import unwrap_model_for_generation
 from lorapar_utils import processes, rewards
 from lorapar_utils.answer_head import drop_trl_head, use_answer_head
 from lorapar_utils.encoding import encode_examples, prompt_ids
-from lorapar_utils.errors import InputError
+from lorapar_utils.errors import InputError, require
 from lorapar_utils.generation import answering, complete, uniform, without_input_casts
 from lorapar_utils.optim import ActiveAdamW
+from lorapar_utils.records import write_atomically
 from lorapar_utils.settings import GrpoSection, Settings
 from lorapar_utils.shortcuts import shortcuts_of
+
+# In a checkpoint, once it is written to its end: the hash of each of its files.
+FINISHED = "finished"
 
 
 def run_sft(
@@ -56,7 +61,7 @@ def run_sft(
         Section `sft`; `checkpoint_every`.
     checkpoints
         A folder for checkpoints: a run that finds some there goes on from the last, to the same end, bit for bit.
-        None keeps none.
+        One that was damaged since is deleted with a printed line, and the one before it counts. None keeps none.
     watch
         Called every `evaluation.watch_every` steps; what it returns joins the log. It must draw no random number.
 
@@ -247,8 +252,7 @@ class LeanGRPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs):
         # Several processes have to make the same number of passes: each of them waits for the others'.
         alone = self.accelerator.num_processes == 1
-        # A router's loss is over all rows together.
-        if not alone or self.aux_loss_enabled or not torch.is_grad_enabled() or self._teaches.all():
+        if not alone or not torch.is_grad_enabled() or self._teaches.all():
             return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
 
         def scored(rows):
@@ -336,8 +340,7 @@ def _rollouts(grpo: GrpoSection) -> dict:
     """Who samples: this process, or vLLM, whose probabilities differ a little, which TRL corrects by their ratio."""
     if grpo.rollouts == "here":
         return {"use_vllm": False}
-    if not importlib.util.find_spec("vllm"):
-        raise InputError(f"grpo.rollouts = {grpo.rollouts!r}: vllm is not installed; pip install -e '.[vllm]'")
+    require("vllm", f"grpo.rollouts = {grpo.rollouts!r}", "vllm")
     return {
         "use_vllm": True,
         "vllm_mode": grpo.rollouts.removeprefix("vllm-"),
@@ -365,6 +368,7 @@ def _common(settings: Settings, model: PeftModel) -> dict:
         use_cpu=not torch.cuda.is_available(),
         bf16=next(model.parameters()).dtype == torch.bfloat16,
         logging_steps=1,
+        router_aux_loss_coef=0.0,  # the paper's loss is the answer's alone; TRL adds a mixture's own otherwise
         logging_nan_inf_filter=False,  # a loss that is no number ends the stage, see `_Diverged`
         report_to="none",
         disable_tqdm=True,
@@ -393,6 +397,10 @@ def _checkpointing(folder: Path | None, settings: Settings) -> Iterator[dict]:
         folder.mkdir(parents=True, exist_ok=True)
         for unfinished in set(folder.glob("checkpoint-*")) - set(_finished(folder)):
             shutil.rmtree(unfinished)
+        for checkpoint in _finished(folder):
+            if damage := _damage(checkpoint):
+                print(f"{checkpoint} is damaged ({damage}) and deleted: an earlier one is gone on from, or none")
+                shutil.rmtree(checkpoint)
     # Two: the trainer deletes the older one before it has called the newer one finished.
     every = {"save_strategy": "steps", "save_steps": settings.checkpoint_every, "save_total_limit": 2}
     yield {"output_dir": str(folder), **every}
@@ -400,7 +408,29 @@ def _checkpointing(folder: Path | None, settings: Settings) -> Iterator[dict]:
 
 def _finished(folder: Path) -> list[Path]:
     """Checkpoints that were written to their end, oldest first."""
-    return sorted((mark.parent for mark in folder.glob("checkpoint-*/finished")), key=lambda p: int(p.name[11:]))
+    return sorted((mark.parent for mark in folder.glob(f"checkpoint-*/{FINISHED}")), key=lambda p: int(p.name[11:]))
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """The first file of a checkpoint that is not as it was when the checkpoint was finished; None where all are."""
+    try:
+        hashes = json.loads((checkpoint / FINISHED).read_text(encoding="utf-8"))
+        changed = [name for name, digest in hashes.items() if not _has_hash(checkpoint / name, digest)]
+    except (ValueError, AttributeError, OSError):
+        changed = [FINISHED]
+    return changed[0] if changed else None
+
+
+def _has_hash(path: Path, digest: str) -> bool:
+    try:
+        return _sha256(path) == digest
+    except OSError:
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_processes(checkpoint: Path) -> None:
@@ -414,12 +444,15 @@ def _check_processes(checkpoint: Path) -> None:
 
 
 class _MarkFinished(TrainerCallback):
-    """The trainer writes a checkpoint file by file: a killed one leaves some of them."""
+    """The trainer writes a checkpoint file by file: a killed one leaves some of them, and no note."""
 
     def on_save(self, args, state, control, **kwargs):
         processes.state().wait_for_everyone()  # each writes the state of its own random numbers
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "finished").touch()
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+            hashes = {str(path.relative_to(checkpoint)): _sha256(path) for path in files}
+            write_atomically(checkpoint / FINISHED, json.dumps(hashes))
 
 
 def _optimizer(model: PeftModel, masks: dict[str, torch.Tensor], config: SFTConfig | GRPOConfig) -> ActiveAdamW:

@@ -6,15 +6,18 @@ What kinds of teacher there are, and how each is asked, is in `teachers`.
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import datasets
 import diskcache
 import numpy as np
 import pandas as pd
+from filelock import Timeout
 from tqdm.auto import tqdm
 
 from lorapar_utils.errors import InputError
+from lorapar_utils.machine import lock
 from lorapar_utils.records import fingerprint
 
 CONTENT_FREE = {"prompt": "N/A", "answer": "N/A"}
@@ -88,7 +91,8 @@ def vote(
     teachers
         At least one.
     cache
-        Keeps each ballot as it comes in: an interrupted run asks only what is missing.
+        Keeps each ballot as it comes in: an interrupted run asks only what is missing. Of several processes that share
+        it, one at a time asks a teacher; the others then find its answers there.
     calibration
         What to subtract from a local teacher's margins: `pool`, their mean over the pool; `content-free`, the margin
         on an empty example; `none`, nothing.
@@ -209,39 +213,91 @@ def _ballots(
     teacher: Teacher, examples: Sequence[dict], keys: Sequence[str | None], cache: diskcache.Cache
 ) -> list[Ballot]:
     """The teacher's ballot on every example, from the cache where it is there."""
-    known = {i: ballot for i, key in enumerate(keys) if (ballot := _kept(teacher, key, cache)) is not None}
+    known = _known(teacher, keys, cache)
+    if len(known) < len(examples):
+        with _asking_alone(teacher, cache):
+            _ask(teacher, examples, keys, known := _known(teacher, keys, cache), cache)
+    ballots = [known[i] for i in range(len(examples))]
+    _refuse_silence(teacher, ballots)
+    return ballots
+
+
+@contextlib.contextmanager
+def _asking_alone(teacher: Teacher, cache: diskcache.Cache) -> Iterator[None]:
+    """No other process asks this teacher meanwhile: it would pay for the same answers."""
+    if teacher.key is None:
+        yield
+        return
+    file = Path(cache.directory) / f"{teacher.key}.lock"
+    try:
+        held = lock(file, timeout=0)
+    except Timeout:
+        print(f"teacher {teacher.name}: another process is asking it; this one waits for the answers", flush=True)
+        held = lock(file)
+    with held:
+        yield
+
+
+def _ask(
+    teacher: Teacher,
+    examples: Sequence[dict],
+    keys: Sequence[str | None],
+    known: dict[int, Ballot],
+    cache: diskcache.Cache,
+) -> None:
+    """Add to `known` the ballots that are missing there.
+
+    Some servers call their own faults bad requests. So a refusal is kept only where the server answered a question
+    after it, and more questions than it refused; else it is a call that failed.
+    """
     # Examples with one prompt are one question.
     questions: dict[str | int, list[int]] = {}
     for i, key in enumerate(keys):
         if i not in known:
             questions.setdefault(i if key is None else key, []).append(i)
-    if questions:
-        members = list(questions.values())
-        # A server that refuses everything is at fault itself: its refusals are kept once it has answered something.
-        answering = any(map(_is_answer, known.values()))
-        unkept: dict[str, Ballot] = {}
-        outcomes: Counter[bool] = Counter()  # answers (True) and failures
-        with _progress(teacher, len(members)) as update:
+    if not questions:
+        return
+    members = list(questions.values())
+    answers = sum(map(_is_answer, known.values()))
+    refused: dict[int, Ballot] = {}  # by position, since the last answer
+    passed_over: dict[int, Ballot] = {}  # those before it
+    outcomes: Counter[bool] = Counter()  # answers (True) and failures
+    with _progress(teacher, len(members)) as update:
 
-            def answered(position: int, ballot: Ballot) -> None:
-                nonlocal answering
-                known.update(dict.fromkeys(members[position], ballot))
-                key = keys[members[position][0]]
-                if key is not None and ballot.final:
-                    unkept[key] = ballot
-                answering = answering or _is_answer(ballot)
-                while answering and unkept:
-                    key, final = unkept.popitem()
-                    cache[key] = asdict(final)
-                update(ballot)
-                outcomes[ballot.final] += 1
-                if outcomes[ballot.final] == PROBATION:
-                    _refuse_silence(teacher, list(known.values()))
+        def keep(position: int, ballot: Ballot) -> None:
+            cache[keys[members[position][0]]] = asdict(ballot)
 
+        def answered(position: int, ballot: Ballot) -> None:
+            nonlocal answers
+            known.update(dict.fromkeys(members[position], ballot))
+            if teacher.key is not None and _is_answer(ballot):
+                if ballot.final:
+                    keep(position, ballot)
+                answers += 1
+                passed_over.update(refused)
+                refused.clear()
+            elif teacher.key is not None and ballot.final:
+                refused[position] = ballot
+            update(ballot)
+            outcomes[ballot.final] += 1
+            if outcomes[ballot.final] == PROBATION:
+                _refuse_silence(teacher, list(known.values()))
+
+        try:
             teacher.ask([examples[same[0]] for same in members], answered)
-    ballots = [known[i] for i in range(len(examples))]
-    _refuse_silence(teacher, ballots)
-    return ballots
+        finally:
+            if len(passed_over) + len(refused) > answers:
+                refused |= passed_over
+            else:
+                for position, ballot in list(passed_over.items()):
+                    keep(position, ballot)
+    _refuse_silence(teacher, list(known.values()))
+    for position, ballot in refused.items():
+        known.update(dict.fromkeys(members[position], replace(ballot, final=False)))
+
+
+def _known(teacher: Teacher, keys: Sequence[str | None], cache: diskcache.Cache) -> dict[int, Ballot]:
+    return {i: ballot for i, key in enumerate(keys) if (ballot := _kept(teacher, key, cache)) is not None}
 
 
 def _keys(teacher: Teacher, examples: Sequence[dict]) -> list[str | None]:

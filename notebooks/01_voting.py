@@ -31,6 +31,7 @@ import pandas as pd
 
 from lorapar_utils import notebook, plots, splits, summaries, tables
 from lorapar_utils.records import published_records, write_record
+from lorapar_utils.statistics import Metric
 
 settings = notebook.start(profile=profile)
 
@@ -70,10 +71,10 @@ voted.select_columns(["prompt", "answer", "steps", "votes", "system"]).to_pandas
 # Kappa and alpha are 0 for votes cast at random and 1 for unanimity. Intervals are bootstrapped over examples.
 
 # %%
-metrics = record.result["metrics"]
+metrics = record.metrics
 pd.DataFrame(
     [
-        {"": label, "value": tables.number(metrics.get(key))}
+        {"": label, "value": tables.written(metrics.get(key), Metric.number)}
         for label, key in {
             "share voted System 1": "system1_share",
             "undecided": "undecided",
@@ -94,13 +95,13 @@ pd.DataFrame(
     [
         {
             "teacher": name,
-            "agrees with construction": tables.percent(metrics.get(f"accuracy/{name}")),
-            "AUC": tables.number(metrics.get(f"auc/{name}")),
-            "abstained": tables.percent(metrics.get(f"abstained/{name}")),
+            "agrees with construction": tables.written(metrics.get(f"accuracy/{name}"), missing="–"),
+            "AUC": tables.written(metrics.get(f"auc/{name}"), Metric.number, "–"),
+            "abstained": tables.written(metrics.get(f"abstained/{name}"), missing="–"),
         }
         for name in [*(teacher.name for teacher in settings.voting.teachers), "majority"]
     ]
-).replace("not measured", "–").set_index("teacher")
+).set_index("teacher")
 
 # %% mystnb={"image": {"alt": "Line and bar chart of the share of examples voted System 2 for each number of reasoning steps, by teacher and for the majority."}, "figure": {"caption": "A teacher that sees the steps rises from left to right. Bars: the majority of the panel.", "name": "fig-votes-by-steps"}}
 figure = plots.votes_by_steps(record)
@@ -118,7 +119,7 @@ if record.result["tables"]["reliability"]:
     figure = plots.reliability(record)
 
 # %%
-print("Summed margins, AUC:", tables.number(metrics.get("auc/margins")))
+print("Summed margins, AUC:", tables.written(metrics.get("auc/margins"), Metric.number))
 tables.certain_table(record)
 
 # %% [markdown]
@@ -131,7 +132,7 @@ figure = plots.split_accuracy(record)
 
 # %%
 panels = pd.DataFrame(record.result["tables"]["panels"])
-panels["accuracy"] = panels["accuracy"].map(tables.percent)
+panels["accuracy"] = [tables.written(accuracy and Metric(**accuracy)) for accuracy in panels["accuracy"]]
 panels.round(2).set_index("panel")
 
 # %% [markdown]

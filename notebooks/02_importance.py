@@ -32,12 +32,14 @@ modules = None  # QKV, GUD or QKVGUD
 
 # %% tags=["hide-input"]
 import pandas as pd
+import torch
 
 from lorapar_utils import explorer, notebook, plots, summaries
 from lorapar_utils.records import published_records, write_record
 
 settings = notebook.start(profile=profile, seed=seed, theta=theta, alpha=alpha, beta=beta, modules=modules)
-from lorapar_utils import phases
+from lorapar_utils import importance, models, phases, splits
+from lorapar_utils.encoding import encode_examples
 
 # %% [markdown]
 # ## The idea
@@ -57,6 +59,41 @@ figure = plots.pipeline("importance", "theta")
 # > **I(φⱼ) = | gⱼ φⱼ − ½ Fⱼⱼ φⱼ² |**
 #
 # Squares of *per-example* gradients: the square of a batch's gradient is a different number.
+#
+# ### The formula on two examples
+#
+# Plain PyTorch: one backward pass for each example, then the mean of the gradients and of their squares.
+
+# %%
+base, tokenizer = models.load_base(settings)
+model = models.attach_adapter(base, settings)
+examples = encode_examples(splits.system_examples(settings, 2)[:8], tokenizer, settings)[:2]
+
+# %%
+phi = models.lora_parameters(model)
+g, F = ({name: torch.zeros_like(p) for name, p in phi.items()} for _ in range(2))
+for example in examples:
+    ids, labels = (torch.tensor([example[key]], device=model.device) for key in ("input_ids", "labels"))
+    gradients = torch.autograd.grad(model(input_ids=ids, labels=labels).loss, list(phi.values()))
+    for name, gradient in zip(phi, gradients, strict=True):
+        g[name] += gradient / len(examples)
+        F[name] += gradient**2 / len(examples)
+I = {name: (g[name] * p - F[name] * p**2 / 2).abs().detach() for name, p in phi.items()}  # noqa: E741
+
+# %% [markdown]
+# The package scores whole batches in one pass, without keeping any example's gradient. It has to come to the same numbers; in bf16, to the
+# same up to that format's rounding.
+
+# %%
+scores = importance.score_importance(model, examples, batch_size=2)
+packages, plain = (torch.cat([values.flatten() for values in each.values()]) for each in (scores, I))
+difference = float((packages - plain).norm() / plain.norm())
+assert difference < (1e-4 if base.dtype == torch.float32 else 0.1), difference
+print(f"relative difference over all {len(plain):,} elements: {difference:.1e}")
+del base, model, scores, packages, plain, phi, g, F, I
+
+# %% [markdown]
+# ### All examples
 
 # %%
 scores = phases.scores(settings)

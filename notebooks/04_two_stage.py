@@ -27,8 +27,11 @@ profile = "cpu"  # a file of profiles/, or a path
 
 # %% tags=["hide-input"]
 import pandas as pd
+import torch
 
 from lorapar_utils import notebook, plots, tables
+from lorapar_utils.optim import ActiveAdamW
+from lorapar_utils.rewards import correctness, layout, step_share
 
 settings = notebook.start(profile=profile)
 from lorapar_utils import phases
@@ -42,6 +45,49 @@ from lorapar_utils.records import published_records
 
 # %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: stage 1 and stage 2."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-04_two_stage"}}
 figure = plots.pipeline("stage1", "stage2")
+
+# %% [markdown]
+# ## One step of AdamW that leaves an element alone
+#
+# The first step of AdamW written out, for the active elements only. An inactive element has a gradient here too, and it is never written.
+
+# %%
+values, gradient = torch.linspace(-1, 1, 6), torch.tensor([0.3, -0.2, 0.5, 0.1, -0.4, 0.2])
+active = torch.tensor([True, True, False, True, False, True])
+lr, beta1, beta2, eps, decay = 0.01, 0.9, 0.999, 1e-8, 0.1
+m, v = (1 - beta1) * gradient, (1 - beta2) * gradient**2
+step = lr * (m / (1 - beta1)) / ((v / (1 - beta2)).sqrt() + eps)
+expected = torch.where(active, values * (1 - lr * decay) - step, values)
+
+# %%
+element = torch.nn.Parameter(values.clone())
+optimizer = ActiveAdamW([("A", element)], {"A": active}, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay)
+(element * gradient).sum().backward()
+optimizer.step()
+torch.testing.assert_close(element.data, expected)
+assert torch.equal(element.data[~active].view(torch.int32), values[~active].view(torch.int32))  # to the bit
+pd.DataFrame({"active": active, "before": values, "after": element.data})
+
+# %% [markdown]
+# ## The advantage of eight completions
+#
+# GRPO asks one question eight times. A completion's reward is the sum of three: the right answer, the layout, and the share of right steps. Its
+# advantage is the reward less the group's mean, over the group's standard deviation; so a group of equal rewards teaches nothing.
+
+# %%
+solution = "3 * 4 = 12\n12 + 5 = 17\n#### 17"
+texts = [solution, "#### 17", "3 * 4 = 12\n#### 12", "17", "3 * 4 = 12\n12 + 5 = 18\n#### 18", solution, "", "#### 7"]
+rewards = torch.tensor(
+    [correctness(text, "17") + layout(text) + step_share(text, solution) for text in texts]  # the package's own
+)
+advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+assert advantages.argmax() in (0, 5) and abs(float(advantages.sum())) < 1e-4
+pd.DataFrame({"completion": texts, "reward": rewards, "advantage": advantages}).round(2)
+
+# %% [markdown]
+# ## What the stages did
+#
+# Accuracy on the pool's test split after each stage.
 
 # %%
 chosen = [(name, seed) for name, seed in settings.experiment_runs() if settings.experiments[name].sweep == "two_stage"]
@@ -82,9 +128,9 @@ figure = plots.learning_curves(records[0]) if records else None
 # %%
 pd.DataFrame(
     [
-        {"experiment": record.run["parameters"]["title"], "stage and metric": key, "value": tables.percent(metric)}
+        {"experiment": record.run["parameters"]["title"], "stage and metric": key, "value": metric.percent()}
         for record in records
-        for key, metric in record.result["metrics"].items()
+        for key, metric in record.metrics.items()
         if "/pass@" in key
     ]
 )

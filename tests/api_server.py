@@ -96,6 +96,10 @@ class Server:
                 time.sleep(2.0)
                 handler.close_connection = True
 
+            def do_slow(handler, question):
+                time.sleep(2.0)
+                handler.do_answer(question)
+
             def do_cut_json(handler, question):
                 handler.reply(200, json.dumps(self.completion("System 1"))[:60])
 

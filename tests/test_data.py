@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+from pathlib import Path
 
 import datasets
 import pytest
@@ -219,6 +220,51 @@ def test_a_file_named_directly_is_read_without_its_siblings(tmp_path):
     for name, message in (("notes.txt", "is no .json, .jsonl"), ("nowhere", "there is no .*; name the folder")):
         with pytest.raises(InputError, match=f"pool.path: .*{message}"):
             data.load_pool(external("gsm8k", tmp_path / name))
+
+
+def test_a_link_that_leads_nowhere_is_named_and_no_test_split_drawn_in_its_place(tmp_path):
+    write(tmp_path, {"train.jsonl": A})
+    for name in ("test.jsonl", "test", "other"):
+        link = tmp_path / name
+        link.symlink_to(tmp_path / "moved" / "rows.jsonl")
+        with pytest.raises(
+            InputError, match=rf"pool.path: .*{name}, a link to .*rows.jsonl, cannot be read .* mend it"
+        ):
+            data.load_pool(external("gsm8k", tmp_path))
+        link.unlink()
+    # What is not read anyway may be anything.
+    (tmp_path / ".#train.jsonl").symlink_to("somebody@host.4711")
+    (tmp_path / "README.md").symlink_to(tmp_path / "moved" / "README.md")
+    assert tags(data.load_pool(external("gsm8k", tmp_path)))["test"] == {"a"}
+
+
+def test_a_linked_folder_is_looked_into_and_read_once(tmp_path, capsys):
+    write(tmp_path, {"elsewhere/rows.jsonl": TEST, "set/main/train.jsonl": A})
+    (tmp_path / "set" / "test").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "default").symlink_to("main")
+    (tmp_path / "set" / "main" / "around").symlink_to(tmp_path / "set")
+    # Below no configuration of its own, so that all of them are seen.
+    tables = data.read_tables("evaluation.mmlu.path", str(tmp_path / "set"), "cais/mmlu", "all")
+    assert {split: table["question"][0] for split, table in tables.items()} == {"train": "a 0?", "test": "test 0?"}
+    # A file that is written behind the link is read anew.
+    write(tmp_path, {"elsewhere/rows.jsonl": HELD})
+    assert data.read_tables("x", str(tmp_path / "set"), "cais/mmlu", "all")["test"]["question"][0] == "held 0?"
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    write(tmp_path, {"train.jsonl": A, "test/rows.jsonl": TEST})
+    listed = Path.iterdir
+
+    def iterdir(folder):
+        if folder.name == "test":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(
+        InputError, match=r"pool.path: .*/test cannot be read \(Permission denied\); mend it or its rights"
+    ):
+        data.load_pool(external("gsm8k", tmp_path))
 
 
 def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
@@ -510,6 +556,22 @@ def test_held_out_rows_stay_when_more_are_asked_for_to_train_on(tmp_path):
     assert held_out(train=4) == held_out(train=30) != held_out(seed=1)
 
 
+def test_the_other_rows_keep_their_split_when_one_is_removed_or_mended(tmp_path):
+    def split_of(name, rows, **more):
+        pool = data.load_pool(external("gsm8k", write(tmp_path / name, {"train.jsonl": rows}), 20, 5, 5, **more))
+        return {row["prompt"]: row["split"] for row in pool}
+
+    rows = A + B
+    before = split_of("whole", rows)
+    assert split_of("turned", rows[::-1]) == before
+    assert split_of("mended", [row | {"answer": row["answer"].replace("2", "4")} for row in rows]) == before
+    for number in (0, 59, 119):
+        after = split_of(f"without {number}", rows[:number] + rows[number + 1 :])
+        # One for each split, to fill the place of the one before.
+        assert sum(after.get(prompt) != split for prompt, split in before.items()) <= 3
+    assert split_of("whole", rows, seed=1) != before
+
+
 def test_a_pool_is_read_once_and_again_when_a_file_changed(tmp_path, capsys):
     settings = external("gsm8k", write(tmp_path, {"train.jsonl": A}))
     first, again = data.load_pool(settings), data.load_pool(settings)
@@ -563,6 +625,41 @@ def test_signs_and_points_of_numbers_tell_questions_apart():
     ]
     asked += ["5!", "5", "(1,2)?", "[1,3]?"]
     assert len({data_splits.normalised(question) for question in asked}) == len(asked)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Where is the Café “Élysée”?", "where is the cafe elysee"),
+        ("Is Tōkyō nai\u0308ve?", "Is Tokyo naïve?"),
+        ("¿Cuánto es 3 + 4?", "cuanto es 3+4"),
+        ("How is ﬁre spelt in the ＳＴＲＡＳＳＥ?", "How is fire spelt in the Straße?"),
+        ("What is ３ − ４?", "What is 3 - 4?"),
+        ("Take ½ cup.", "Take 1/2 cup."),
+        ("A tube\u00a0… 5 pens.", "A tube 5 pens"),
+        ("What is 6 : 3?", "What is 6:3?"),
+        ("日本の首都は？", "日本の首都は"),
+    ],
+)
+def test_accents_and_typography_tell_no_questions_apart(one, other):
+    assert data_splits.normalised(one) == data_splits.normalised(other)
+
+
+@pytest.mark.parametrize(
+    "alike",
+    [
+        ["1 - 2", "1 + 2", "12", "1 2", "1 -2", "1/2", "1:2", "1..2", "1.2", "1 .2"],
+        ["3.5", "35", "3 5", "-3.5", ".35", "0.35", "0.3\u03055"],
+        ["10²", "102", "10⁻²", "10-2", "10₂"],
+        ["1½", "11/2", "11½"],
+        ["2ⁿ", "2n", "2 n!"],
+        ["a = b", "a ≠ b", "a < b", "ab", "a/b", "a·b"],
+        ["か", "が"],
+        ["कि", "कु"],
+    ],
+)
+def test_arithmetic_and_spelling_tell_questions_apart(alike):
+    assert len({data_splits.normalised(f"What is {question}?") for question in alike}) == len(alike)
 
 
 def test_a_file_of_a_kind_that_is_not_read_is_named(tmp_path, capsys):

@@ -79,8 +79,8 @@ def test_mmlu_takes_the_likeliest_letter_and_averages_over_subjects(tmp_path):
         ("virology", "A", True),
     ]
     metrics = evaluation.benchmark_metrics("mmlu", items)
-    assert metrics["accuracy"]["value"] == 0.5 and metrics["macro"]["value"] == pytest.approx(2 / 3)
-    assert metrics["macro"]["low"] < 2 / 3 < metrics["macro"]["high"] and metrics["macro"]["n"] == 4
+    assert metrics["accuracy"].value == 0.5 and metrics["macro"].value == pytest.approx(2 / 3)
+    assert metrics["macro"].low < 2 / 3 < metrics["macro"].high and metrics["macro"].n == 4
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_an_experiment_keeps_what_its_stages_scored_elsewhere():
     outcome = {"items": pool, "pass": {}, "benchmarks": {"mmlu": elsewhere}, "history": []} | costs
     made = phases._experiment_record(settings, settings.experiments["lora_sft"], "lora_sft-seed0", {"stage1": outcome})
     assert made.name == "lora_sft-seed0"
-    assert made.metric("stage1/accuracy")["value"] == 1.0 and made.metric("stage1/mmlu/accuracy")["value"] == 0.25
-    assert made.metric("stage1/peak_bytes")["value"] == 3
+    assert made.metric("stage1/accuracy").value == 1.0 and made.metric("stage1/mmlu/accuracy").value == 0.25
+    assert made.metric("stage1/peak_bytes").value == 3
     assert mean_outcomes([made], "stage1") == {"a": 1.0}
     assert mean_outcomes([made], "stage1/mmlu") == {"q/0": 1.0, "q/1": 0.0, "q/2": 0.0, "q/3": 0.0}

@@ -84,8 +84,8 @@ def test_solutions_pass_and_other_answers_do_not(monkeypatch):
         assert [item["truncated"] for item in items[:: max(1, samples)]] == [False, True, False, False, False, False]
         assert all(bool(item["reason"]) != item["correct"] for item in items)
         metrics = evaluation.benchmark_metrics("humaneval", items)
-        assert metrics["accuracy"]["value"] == 0.5
-        assert {key: metrics[key]["value"] for key in metrics if "@" in key} == (
+        assert metrics["accuracy"].value == 0.5
+        assert {key: metrics[key].value for key in metrics if "@" in key} == (
             {"pass@1": 0.5, "pass@2": 0.5} if samples else {}
         )
     with pytest.raises(InputError, match="problems: 'HumanEval/200' is not one of HumanEval/0 … HumanEval/163"):

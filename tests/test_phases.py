@@ -11,6 +11,7 @@ from lorapar_utils import data, evaluation, manifests, phases, plots, splits, ta
 from lorapar_utils.errors import InputError
 from lorapar_utils.phases import _stage_inputs
 from lorapar_utils.settings import load_profile
+from lorapar_utils.statistics import Metric
 
 STAGES = {"sweep": "alpha_beta", "method": "lorapar", "stages": ["sft", "grpo"], "title": "a cell"}
 
@@ -137,11 +138,11 @@ def test_a_metric_that_was_added_later_reaches_old_runs(project, saved_model, tr
     before = phases.experiment(chosen, "alpha1.0_beta1.0", 0)
     trained.clear(), scored.clear()
     real = evaluation.accuracy_metrics
-    later = {"words": {"value": 1.0, "n": 1}}
+    later = {"words": Metric(1.0, 1)}
     monkeypatch.setattr(evaluation, "accuracy_metrics", lambda items: real(items) | later)
     after = phases.experiment(chosen, "alpha1.0_beta1.0", 0)
     assert (trained, scored) == ([], [])
-    assert after.metric("stage2/words")["value"] == 1.0 and "stage2/words" not in before.result["metrics"]
+    assert after.metric("stage2/words").value == 1.0 and "stage2/words" not in before.result["metrics"]
     assert (after.run, after.environment) == (before.run, before.environment)
 
 
@@ -212,7 +213,7 @@ def test_free_text_is_scored_by_overlap_and_loss(project, saved_model):
     (project / "votes.csv").write_text("id,system\n" + "".join(f"{name},{1 + i % 2}\n" for i, name in enumerate(ids)))
     record = phases.experiment(free, "alpha1.0_beta1.0", 0)
     for stage in ("stage1", "stage2"):
-        assert 0 <= record.metric(f"{stage}/overlap")["value"] <= 1 and record.metric(f"{stage}/loss")["value"] > 0
+        assert 0 <= record.metric(f"{stage}/overlap").value <= 1 and record.metric(f"{stage}/loss").value > 0
         assert f"{stage}/accuracy" not in record.result["metrics"]
     assert "gain/overlap" in record.result["metrics"]
     history = record.result["tables"]["history_stage2"]

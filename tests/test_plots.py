@@ -65,7 +65,7 @@ def test_theta_curve_has_one_point_for_each_setting(joined):
     records = plots.stage1_records(joined)
     points = tables.theta_points(records)
     drawn = set.union(*(error_bars(axes) for axes in plots.theta_curve(records).axes))
-    assert drawn == {(round(p["active"], 6), round(p["value"], 6)) for p in points} and len(points) >= 8
+    assert drawn == {(round(p["active"], 6), round(p["metric"].value, 6)) for p in points} and len(points) >= 8
 
 
 def test_learning_curves_are_the_logs(own):

@@ -13,6 +13,7 @@ from lorapar_utils import claims, exports, notebook, statistics, tables
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import Record, companions, new_record, read_record, read_records, with_longer, write_record
 from lorapar_utils.settings import load_profile
+from lorapar_utils.statistics import Metric
 
 
 def record(name="a", items=(), seed=0, parameters=None, **metrics):
@@ -34,7 +35,7 @@ def test_writes_and_reads_back_with_items(tmp_path):
 
 def test_a_nan_never_reaches_a_file(tmp_path):
     with pytest.raises(ValueError):
-        write_record(record(accuracy={"value": float("nan"), "n": 1}), tmp_path / "a.json")
+        write_record(record(accuracy=Metric(float("nan"), 1)), tmp_path / "a.json")
     assert not list(tmp_path.iterdir())
 
 
@@ -45,17 +46,17 @@ def test_damaged_and_missing_records_are_named(tmp_path):
     with pytest.raises(InputError, match="c.json: not there"):
         read_record(tmp_path / "c.json")
     with pytest.raises(InputError, match="no metric 'x'; it has accuracy"):
-        record(accuracy={"value": 1.0, "n": 1}).metric("x")
+        record(accuracy=Metric(1.0, 1)).metric("x")
 
 
 def test_missing_stays_missing():
-    assert tables.percent(None) == "not measured"
+    assert tables.written(None) == "not measured"
 
 
 def test_proportion_is_wilsons():
     found = statistics.proportion([True] * 3 + [False] * 7)
-    assert found["value"] == 0.3 and found["n"] == 10
-    assert (round(found["low"], 4), round(found["high"], 4)) == (0.1078, 0.6032)
+    assert found.value == 0.3 and found.n == 10
+    assert (round(found.low, 4), round(found.high, 4)) == (0.1078, 0.6032)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_pass_at_k_is_unbiased(c, k, expected):
 
 def test_paired_difference_is_over_items():
     gap = statistics.paired_difference([0, 0, 1, 1] * 10, [1, 0, 1, 1] * 10)
-    assert gap["value"] == 0.25 and gap["low"] > 0 and gap["p_value"] < 0.01
+    assert gap.value == 0.25 and gap.low > 0 and gap.p_value < 0.01
     with pytest.raises(InputError, match="cannot be paired"):
         statistics.paired_difference([1], [1, 0])
 
@@ -122,10 +123,10 @@ def test_diminishing_returns_compare_two_gains():
 def test_longer_records_join_a_run_by_seed(project):
     for profile, names in (("cpu-full", ["a-seed0", "a-seed1", "b-seed0"]), ("cpu", ["a-seed0"])):
         for name in names:
-            made = record(name, x={"value": len(names), "n": 1})
+            made = record(name, x=Metric(len(names), 1))
             write_record(made, project / "results" / profile / f"{name}.json")
     joined = with_longer(read_records(project / "results" / "cpu"), "cpu")
-    assert {name: found.metric("x")["value"] for name, found in joined.items()} == {
+    assert {name: found.metric("x").value for name, found in joined.items()} == {
         "a-seed0": 1,
         "a-seed1": 3,
         "b-seed0": 3,
@@ -154,7 +155,7 @@ def trained(method, seed, stages, right, *, stage="stage1", **more):
         for i in range(40)
     ]
     metrics = {f"{stage}/accuracy": statistics.proportion([item["correct"] for item in items])}
-    metrics |= {f"active/{stage}": {"value": 0.4, "n": 100}, f"{stage}/train_seconds": {"value": 5.0, "n": 1}}
+    metrics |= {f"active/{stage}": Metric(0.4, 100), f"{stage}/train_seconds": Metric(5.0, 1)}
     return record(f"{method}-seed{seed}", items=items, seed=seed, parameters=parameters, **metrics)
 
 
@@ -199,7 +200,7 @@ def cell(alpha, beta, seed, right):
         for stage in ("stage1", "stage2")
         for i in range(40)
     ]
-    active = {f"active/stage{k}": {"value": share, "n": 100} for k, share in ((1, alpha / 2), (2, beta / 2))}
+    active = {f"active/stage{k}": Metric(share, 100) for k, share in ((1, alpha / 2), (2, beta / 2))}
     return record(
         f"a{alpha}b{beta}-seed{seed}", items=items, seed=seed, parameters={"alpha": alpha, "beta": beta}, **active
     )
@@ -234,16 +235,16 @@ def test_every_row_of_a_table_links_the_records_that_it_was_made_from():
 
 def test_a_share_of_nothing_but_misses_has_an_interval_with_width():
     nothing = statistics.share([0.0] * 150)
-    assert nothing["value"] == nothing["low"] == 0.0 and nothing["high"] == pytest.approx(0.025, abs=1e-3)
+    assert nothing.value == nothing.low == 0.0 and nothing.high == pytest.approx(0.025, abs=1e-3)
     assert statistics.share([0, 1, 1]) == statistics.proportion([0, 1, 1])
     assert statistics.share([0, 0.5, 1]) == statistics.mean([0, 0.5, 1])
 
 
 def test_macro_average_weighs_groups_alike():
     found = statistics.macro_average([("a", True)] * 30 + [("a", False)] * 10 + [("b", False)] * 4)
-    assert found["value"] == 0.375 and found["n"] == 44
+    assert found.value == 0.375 and found.n == 44
     # Only group a varies: its standard error of 0.068, halved.
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 0.068 / 2, rel=0.2)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.068 / 2, rel=0.2)
     with pytest.raises(InputError, match="none to take a share of"):
         statistics.macro_average([])
 
@@ -261,7 +262,7 @@ def test_tables_are_exported_in_three_formats(tmp_path):
 def test_theta_points_count_each_seed_once_and_theta_1_is_all_elements():
     def run(name, seed, theta, method="lorapar", **more):
         parameters = {"modules": "QKVGUD", "theta": theta, "method": method, "selection": "importance", **more}
-        metrics = {"stage1/accuracy": {"value": 0.5, "n": 2}, "active/stage1": {"value": theta, "n": 9}}
+        metrics = {"stage1/accuracy": Metric(0.5, 2), "active/stage1": Metric(theta, 9)}
         items = [{"id": str(i), "stage": "stage1", "system": 1, "correct": i == 0} for i in range(2)]
         return record(name, items=items, seed=seed, parameters=parameters, **metrics)
 

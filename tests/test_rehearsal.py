@@ -138,3 +138,26 @@ def test_an_architecture_that_has_no_toy_is_named(clone):
     config.write_text(json.dumps({"model_type": "mamba2", "vocab_size": json.loads(config.read_text())["vocab_size"]}))
     with pytest.raises(InputError, match="rehearse: no toy can be made of mamba2"):
         rehearsal.rehearse(str(path))
+
+
+def test_a_model_that_also_reads_images_is_narrow_in_every_part():
+    config = AutoConfig.for_model("gemma3", text_config={"hidden_size": 2560, "num_hidden_layers": 34})
+    small = rehearsal.toy_config(config)
+    assert (small.text_config.hidden_size, small.text_config.vocab_size) == (64, config.text_config.vocab_size)
+    assert small.text_config.num_hidden_layers == len(set(config.text_config.layer_types)) == 2
+    assert small.vision_config.hidden_size == 64
+
+
+def test_what_is_missing_on_this_machine_is_said_before_a_run(clone, monkeypatch):
+    settings = load_profile(mine(clone, "llama2-7b", model={"source": "hub/Llama-2-7b-hf", "quantization": "nf4"}))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="bitsandbytes is not installed"):
+        preflight.check(settings)
+    with pytest.raises(InputError, match="vllm is not installed"):
+        preflight.check(settings.changed(model={"quantization": None}, grpo={"rollouts": "vllm-colocate"}))
+    monkeypatch.undo()
+    judge = {"kind": "local", "name": "t", "role_play": False, "persona": "", "question": "?", "labels": ("a", "b")}
+    with pytest.raises(InputError, match="/no/such/judge does not exist"):
+        preflight.check_data(settings.changed(voting={"teachers": [judge | {"source": "/no/such/judge"}]}))
+    with pytest.raises(InputError, match="voting.teachers: the list is empty"):
+        preflight.check_data(settings.changed(voting={"teachers": []}))

@@ -6,6 +6,7 @@ import time
 from fractions import Fraction
 
 import pytest
+import sympy
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ THIN, NO_BREAK = "\u2009", "\u00a0"
 # The same value on every line, however it is written.
 SAME = [
     ["18", "18.0", "+18", "018", "18.", " 18 ", "1.8e1", "1.8E+1", "36/2", "x = 18", "= 18", "(18)"],
-    ["18", "**18**", "*18*", "__18__", "`18`", '"18"', "“18”", "**18.0**.", "18,", "１８"],
+    ["18", "**18**", "***18***", "*18*", "__18__", "`18`", '"18"', "“18”", "**18.0**.", "18,", "１８"],
     ["18", r"\boxed{18}", "$18$", "$$18$$", r"\(18\)", r"\[18\]", r"$\boxed{18}$", r"\text{18}", r"\frac{36}{2}", r"\mathbf{18}"],
     ["18", "18 dollars", "$18", "$18.00", r"\$18", r"$\$18$", "18$", "USD 18", "18 USD", "US$18", "18 US dollars", "18 bucks", "**18** dollars", r"18\text{ dollars}"],
     ["18", "€18", "18 €", "18 euros", "EUR 18", "18 EUR"],
@@ -48,6 +49,31 @@ SAME = [
     [r"2\sqrt{2}", r"\sqrt{8}", "2√2", "2*sqrt(2)", r"\frac{4}{\sqrt{2}}", r"2\sqrt2"],
     [r"2\pi", "2π", "2pi", r"\pi \cdot 2", r"\frac{4\pi}{2}", r"2.0\pi"],
     ["2", r"\sqrt{4}", r"\sqrt{2}\sqrt{2}", r"\frac{2\pi}{\pi}"],
+    [r"2\sqrt{3}", r"2\sqrt3 cm", r"2\sqrt{3}\text{ cm}", r"\sqrt{12} centimeters", "2√3 m", r"x = 2\sqrt3"],
+    [r"\frac{\pi}{2}", "pi/2", r"\frac{\pi}{2} radians", r"\pi/2 rad"],
+    [r"3+2\sqrt2", r"\sqrt8 + 3", r"\frac{1}{3-2\sqrt2}", r"3 + \frac{4}{\sqrt2}"],
+    [r"\frac{1}{4\pi^2}", r"0.25\pi^{-2}"],
+    ["5 ft", "5 feet", "5 foot", "5 Ft."],
+    ["3 h", "3 hours", "3 hr", "3 hrs", "3 hour"],
+    ["10 km", "10 kilometers", "10 kilometres", "10km", r"10\text{ km}"],
+    ["2 kg", "2 kilograms", "2 KG"],
+    ["30 min", "30 minutes", "30 mins", "30 minute"],
+    ["5 pounds", "5 lbs", "5 lb", "5 lb."],
+    ["5 pounds", "£5", "GBP 5"],
+    ["60 mph", "60 miles per hour"],
+    ["20 °C", "20 degrees Celsius", "20°C"],
+    ["5 m", "5 meters", "5 metres"],
+    ["6 in", "6 inches", "6 inch"],
+    ["(1, 2)", "(1,2)", "( 1 , 2.0 )", r"\left(1, \tfrac{4}{2}\right)", "$(1,2)$", "**(1, 2)**", r"(\sqrt1, 2)"],
+    ["[0, 1)", "[0,1)", "[0, 100%)"],
+    [r"\{1, 2, Paris\}", "{1,2,paris}"],
+    ["((1, 2), (3, 4))", "((1,2),(3,4))"],
+    ["(1, 200)", "(1,200)"],
+    ["no", "No", "NO"],
+    ["3:30 PM", "3:30 pm"],
+    ["World War II", "world war ii", "WORLD WAR II"],
+    ["Vitamin B12", "vitamin b12"],
+    ["5", "answer = 5", r"\theta = 5"],
 ]  # fmt: skip
 
 # Nothing on a line is the same as another thing on it.
@@ -87,6 +113,27 @@ DIFFERENT = [
     ["!", "?", "...", "…?", ".", "+", ""],
     [r"9^{9^{9^9}}", r"9^{9^{9^8}}", "1"],
     [r"\infty", r"-\infty", "1/0"],
+    ["(1, 2)", "(1, 3)", "(1, 2, 2)", "[1, 2)", "(1, 2", "((1, 2))", "(12)", "(1, (2, 2))", "(1, 2)(1, 2)"],
+    ["(1,200, 3)", "(1, 200, 3)", "(1200, 3)"],
+    ["(a, b)", "(A, b)", "(a, B)"],
+    ["5 m", "5 minutes", "5 miles", "5 M"],
+    ["5 lbs", "£5", "5 kg"],
+    ["5 MB", "5 Mb", "5 megabits"],
+    [r"2\sqrt3 cm", r"2\sqrt3 m", r"2\sqrt3 h", r"2\sqrt3 + cm"],
+    [r"2\pi", r"2\pi r", r"2\pi h", "2 pi radius", r"2\pi + 1", r"2\pi\%", r"2\sin\pi"],
+    [r"\frac12\pi", r"1/2\pi", r"\frac{1}{2\pi}"],
+    [r"\frac14\pi", r"\frac12^2\pi", r"\frac{1}{2}^2\pi", r"1\frac14\pi"],
+    ["mF", "MF", "mf"],
+    ["aB", "ab", "AB"],
+    ["CO", "Co"],
+    ["a + B", "A + b", "a + b"],
+    ["f(X)", "F(x)", "f(x)", "F(X)"],
+    ["sin X", "sin x"],
+    ["2X", "2x"],
+    ["x^N", "x^n", "X^n"],
+    ["5", "not = 5", r"\not = 5", r"\neq = 5", "about = 5", "minus = 5"],
+    ["0^0", "0", "1", "0**0", "-0^0"],
+    [r"0^0\pi", "0", r"\pi"],
 ]  # fmt: skip
 
 
@@ -260,6 +307,13 @@ def test_any_text_matches_itself_and_matching_is_symmetric(left, right):
 @pytest.mark.parametrize(
     "text",
     [
+        "(" * 40 + r"\pi",
+        "(" * 40 + r"\pi" + ")" * 40,
+        "((((9^99)^99)^99)^99)^99" + r"\pi",
+        r"(1+\sqrt2+\sqrt3+\sqrt5)^99",
+        "+" + " " * 290 + "1",
+        "1," * 50_000 + "1_",
+        "^" + " " * 100_000 + "x",
         "(" * 49 + "x" + ")" * 49,
         "9^{9^{9^{9^9}}}",
         "(a+b+c+d)^{20}(a-b-c-d)^{20}",
@@ -277,11 +331,61 @@ def test_any_text_matches_itself_and_matching_is_symmetric(left, right):
 )  # fmt: skip
 def test_no_text_takes_long(text):
     rewards.answers_match("x^2", "x*x")  # imports
-    began = time.monotonic()
+    began = time.process_time()
     for other in ("12", "x+1", r"\sqrt{2}", text + "1"):
         assert not both_ways(text, other)
         rewards.mentions(text, other)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 2
+
+
+PIECES = st.sampled_from([*"()[]{}$\\^_*-+.,:/ 0129abxz", r"\frac", r"\sqrt", r"\pi", r"\boxed{", "√", "½", " cm"])
+
+
+@OFTEN
+@given(st.lists(PIECES, min_size=1, max_size=6).map("".join), st.lists(PIECES, max_size=3).map("".join))
+def test_no_repeated_text_takes_long(repeated, before):
+    text = (before + repeated * 300)[:300]
+    for call in (rewards.answers_match, rewards.mentions):
+        # The quickest of three: another process may hold the processor.
+        times = []
+        for number in range(3):
+            began = time.process_time()
+            call(text[: -number or None], "12")
+            times.append(time.process_time() - began)
+        assert min(times) < 0.05, text
+
+
+@st.composite
+def constants(draw):
+    """A text of a constant, and sympy's value of it."""
+    text, value = [], sympy.Integer(0)
+    for _ in range(draw(st.integers(1, 2))):
+        factor, root, power = (draw(st.sampled_from(values)) for values in ((1, 2, 3), (1, 2, 3, 8, 12), (0, 1, 2)))
+        text.append(rf"\frac{{{factor}\sqrt{{{root}}}\pi^{power}}}{{2}}" if power else rf"{factor}\sqrt{{{root}}}")
+        value += factor * sympy.sqrt(root) * (sympy.pi**power / 2 if power else 1)
+    return " + ".join(text), value
+
+
+@settings(max_examples=60, deadline=None)
+@given(constants(), constants())
+def test_constants_match_just_where_they_are_equal(one, other):
+    assert both_ways(one[0], other[0]) is (sympy.expand(one[1] - other[1]) == 0)
+
+
+@OFTEN
+@given(st.data(), st.lists(VALUES, min_size=2, max_size=4), VALUES)
+def test_lists_match_where_their_brackets_and_all_elements_do(data, values, other):
+    brackets = data.draw(st.sampled_from(["()", "[]", "[)", "(]"]))
+
+    def listed(elements):
+        texts = [data.draw(st.sampled_from([str(v), f"{2 * v.numerator}/{2 * v.denominator}"])) for v in elements]
+        return brackets[0] + data.draw(st.sampled_from([", ", " , "])).join(texts) + brackets[1]
+
+    assert both_ways(listed(values), listed(values))
+    place = data.draw(st.integers(0, len(values) - 1))
+    assume(values[place] != other)
+    assert not both_ways(listed(values), listed([*values[:place], other, *values[place + 1 :]]))
+    assert not both_ways(listed(values), listed(values)[:-1] + ("]" if brackets[1] == ")" else ")"))
 
 
 def test_expressions_are_compared_outside_the_main_thread_and_without_a_warning(caplog):
@@ -293,9 +397,9 @@ def test_expressions_are_compared_outside_the_main_thread_and_without_a_warning(
     assert said == [True] and not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_plain_answers_import_neither_math_verify_nor_sacrebleu():
+def test_plain_answers_import_neither_sympy_nor_sacrebleu():
     code = "import sys; from lorapar_utils import rewards; assert rewards.correctness('#### $1,200', '1200') == 2; rewards.answers_match('Paris', '5-3'); "
-    code += "print([name for name in ('sympy', 'math_verify', 'sacrebleu', 'torch') if name in sys.modules])"
+    code += "print([name for name in ('sympy', 'sacrebleu', 'torch') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -404,6 +508,26 @@ def test_step_share_without_steps_is_none():
         ("non-Paris", "Paris", False),
         ("die Straße", "Straße", True),
         ("anything", " ", False),
+        ("In the beginning it was gold.", "In", False),
+        ("Gold. In the beginning", "In", False),
+        ("first\nIn the beginning", "In", False),
+        ("and I think so", "I", False),
+        ("He's right: it is Fe.", "He", False),
+        ("he or HE", "He", False),
+        ("Yes, as it is", "As", False),
+        ("In", "In", True),
+        ("**In**", "In", True),
+        ("The symbol is In.", "In", True),
+        ("Symbol: In", "In", True),
+        ("#### I", "I", True),
+        ("x = I", "I", True),
+        ("It is `He`.", "He", True),
+        (r"\boxed{He}", "He", True),
+        ("the gas He, of course", "He", True),
+        ("the unit mF", "MF", False),
+        ("a + b", "a + B", False),
+        ("so a + B.", "a + B", True),
+        ("1,2,12^3", "12", False),
     ],
 )
 def test_mentions_whole_words_and_numbers(completion, reference, expected):

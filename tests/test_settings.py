@@ -134,6 +134,7 @@ def test_a_section_may_be_laid_over_another_with_one_key_changed(project):
     assert (load_profile(path).sft.epochs, load_profile(path).grpo.steps) == (3, 5)
 
 
+JUDGE = {"kind": "local", "name": "t", "role_play": False, "persona": "", "question": "?"}
 BASELINE = {"sweep": "baseline", "method": "lora", "stages": ["sft_all"], "title": "x"}
 
 
@@ -321,6 +322,7 @@ def test_lock_holds_every_direct_dependency_at_its_version():
         ({"model": {"sharded": True, "quantization": "nf4"}, "processes": 2}, "a 4-bit base cannot be shared out"),
         ({"model": {"quantization": "nf4"}, "adapter": {"init": "pissa"}}, "which 4 bits cannot take"),
         ({"grpo": {"rollouts": "vllm-server"}}, "vllm_server is null; give the address"),
+        ({"voting": {"teachers": [JUDGE | {"labels": ("yes", "yes ")}]}}, "both are 'yes', so that no margin says"),
     ],
 )
 def test_bases_and_samplers_that_cannot_be_had_are_refused(overrides, message):

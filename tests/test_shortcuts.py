@@ -245,7 +245,7 @@ def test_importance_is_that_of_one_example_at_a_time(build):
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_both_stages_train_it(build, stage):
-    """Stage 2 draws by the model's own states, and a mixture of experts is asked for its router's loss by TRL."""
+    """Stage 2 draws by the model's own states, and no loss of a mixture's router joins the answers'."""
     model, _, layers = build
     tokenizer = make_tiny_tokenizer()
     chosen = load_profile(
@@ -262,6 +262,7 @@ def test_both_stages_train_it(build, stage):
         run = {"sft": training.run_sft, "grpo": training.run_grpo}[stage]
         history = run(wrapped, tokenizer, examples()[:4], masks, chosen)
         assert history and all(math.isfinite(float(entry["loss"])) for entry in history)
+        assert not any("aux_loss" in entry for entry in history)
     finally:
         wrapped.unload()
 

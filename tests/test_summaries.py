@@ -29,11 +29,11 @@ def test_voting_record_counts_who_is_right_and_where_margins_are_sure():
     margins = [[3.0, 2.0, 2.5]] * 10 + [[-3.0, -2.0, -2.5]] * 10 + [[0.1, 0.2, -0.1]] * 10 + [[-0.1, -0.2, 0.1]] * 10
     steps = [4] * 10 + [0] * 10 + [0] * 10 + [4] * 10
     record = summaries.voting_record(voted(margins, steps), load_profile("smoke"))
-    assert record.metric("accuracy/majority")["value"] == 0.5 and record.metric("system1_share")["value"] == 0.5
+    assert record.metric("accuracy/majority").value == 0.5 and record.metric("system1_share").value == 0.5
     certain = {row["kept"]: row["accuracy"]["value"] for row in record.result["tables"]["certain"]}
     assert certain[0.5] == 1.0 and certain[1.0] == 0.5
     # 20 x 20 pairs of a System 2 and a System 1 example: the sure ones are in order, the unsure among themselves are not.
-    assert record.metric("auc/margins")["value"] == pytest.approx(0.75)
+    assert record.metric("auc/margins").value == pytest.approx(0.75)
 
 
 def test_votes_without_margins_leave_their_tables_empty():
@@ -52,9 +52,9 @@ def test_importance_record_gives_the_overlap_that_chance_would():
     scores = [{n: torch.rand(shape, generator=generator) for n, shape in shapes.items()} for _ in (1, 2)]
     partition = build_partition(*scores, theta=0.5)
     record = summaries.importance_record(scores, partition, load_profile("smoke"))
-    p, q = (record.metric(f"selected/system{k}")["value"] for k in (1, 2))
-    assert record.metric("jaccard_chance")["value"] == pytest.approx(p * q / (p + q - p * q))
-    assert sum(record.metric(f"region/{region}")["value"] for region in partition.regions()) == pytest.approx(1)
+    p, q = (record.metric(f"selected/system{k}").value for k in (1, 2))
+    assert record.metric("jaccard_chance").value == pytest.approx(p * q / (p + q - p * q))
+    assert sum(record.metric(f"region/{region}").value for region in partition.regions()) == pytest.approx(1)
     means = pd.DataFrame(record.result["tables"]["map"])[["system1", "system2"]].mean()
     assert means.tolist() == pytest.approx([1, 1], abs=1e-5)
 
@@ -83,7 +83,7 @@ def test_stability_compares_disjoint_examples_and_different_adapters(project, mo
     before = len(asked)
     assert phases.stability(settings) == rows and len(asked) == before
     record = summaries.stability_record(rows, settings)
-    assert record.metric("adapter/jaccard/system1")["n"] == 3
+    assert record.metric("adapter/jaccard/system1").n == 3
     assert len(plots.stability(pd.DataFrame(rows)).axes) == 3
 
 

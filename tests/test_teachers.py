@@ -1,5 +1,6 @@
 """API teachers against a real server on loopback, faults included; recorded votes; what counts as an answer."""
 
+import json
 import random
 import signal
 import subprocess
@@ -179,6 +180,15 @@ def test_a_template_with_an_unknown_variable_is_named():
     settings = settings_for(api("http://x"), role_play_template="{{ pormpt }}")
     with pytest.raises(InputError, match=r"voting.role_play_template: 'pormpt' is undefined; it may use target"):
         teacher_prompt(settings.voting.teachers[0], EXAMPLES[0], settings)
+
+
+@pytest.mark.parametrize(("role_play", "name"), [(True, "role_play_template"), (False, "plain_template")])
+def test_a_template_that_asks_the_same_about_every_example_is_refused(cache, role_play, name):
+    with Server().running() as server:
+        settings = settings_for(api(server.address, role_play=role_play), **{name: "{{ question }} {# {{ prompt }} #}"})
+        with pytest.raises(InputError, match=rf"voting.{name} asks the same question .*write {{{{ prompt }}}} where"):
+            ask(settings, cache)
+    assert not server.asked
 
 
 def test_every_example_ends_with_one_vote_or_a_reasoned_abstention_under_faults(cache):
@@ -670,22 +680,97 @@ def test_recorded_votes_are_counted_beside_others(tmp_path, cache):
     assert voted["system"] == [i % 3 for i in range(60)]
 
 
+def voting_command(project, server, **options):
+    """The command that asks a profile's one teacher, which is behind the server, about 48 examples."""
+    smoke = (ROOT / "profiles" / "smoke.yaml").read_text()
+    head, tail = smoke.split("voting:\n")[0], smoke.split("importance:", 1)[1]
+    teacher = json.dumps(api(server.address, timeout=5, retries=1) | options)
+    profile = project / "profiles" / "remote.yaml"
+    profile.write_text(f"{head}voting:\n  teachers: [{teacher}]\nimportance:{tail}")
+    return [sys.executable, "-m", "lorapar_utils.splits", "remote"]
+
+
+def kept_votes(project):
+    with diskcache.Cache(project / "runs" / "vote_cache", disk=diskcache.JSONDisk) as cache:
+        return len(cache)
+
+
+def test_two_processes_that_vote_at_once_ask_each_question_once(project):
+    with Server(lambda q: "System 2", latency=0.1).running() as server:
+        command = voting_command(project, server)
+        both = [subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        told = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert all("System 2: 48" in said for said in told)
+    assert len(server.asked) == len(set(server.asked)) == 48
+
+
+def test_control_c_ends_a_wait_that_the_server_asked_for(project):
+    limited = True
+    server = Server(retry_after="60", fault=lambda number: "rate_limit" if limited and number >= 10 else None)
+    with server.running():
+        command = voting_command(project, server, concurrency=4)
+        process = subprocess.Popen(command, cwd=project, stderr=subprocess.DEVNULL, start_new_session=True)
+        while len(server.refused_at) < 4 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        assert process.wait() != 0 and time.monotonic() - began < 5
+        assert kept_votes(project) == len(server.answered) == 10
+        limited = False
+        assert subprocess.run(command, cwd=project, capture_output=True).returncode == 0
+    assert set(server.answered.values()) == {1} and len(server.answered) == 48
+
+
+def test_what_ends_the_run_is_said_while_other_calls_are_under_way(cache):
+    faults = {1: (402, {"error": {"message": "Insufficient Balance"}})} | dict.fromkeys((2, 3, 4), "slow")
+    with Server(fault=faults.get).running() as server:
+        settings = settings_for(api(server.address, concurrency=4, timeout=9, retries=0))
+        began = time.monotonic()
+        with pytest.raises(InputError, match="no credit left"):
+            ask(settings, cache, EXAMPLES[:20])
+        assert time.monotonic() - began < 1
+        while len(cache) < 4 and time.monotonic() - began < 9:
+            time.sleep(0.05)
+        assert set(ask(settings, cache, EXAMPLES[:20])["system"]) == {1}
+        assert set(server.answered.values()) == {1} and len(server.answered) == 20
+
+
+def test_a_process_ends_when_the_calls_under_way_are_kept(project):
+    faults = {1: (402, {"error": {"message": "Insufficient Balance"}})} | dict.fromkeys((2, 3, 4), "slow")
+    with Server(fault=faults.get).running() as server:
+        command = voting_command(project, server, concurrency=4)
+        process = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, text=True)
+        assert any("no credit left" in line for line in process.stderr)
+        assert process.wait() == 2
+        assert kept_votes(project) == len(server.answered) == 4
+        process.stderr.close()
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut"])
+def test_a_damaged_cache_of_votes_is_named(project, damage):
+    from lorapar_utils import splits
+
+    with Server().running() as server:
+        settings = settings_for(api(server.address))
+        splits.votes(settings)
+        database = project / "runs" / "vote_cache" / "cache.db"
+        if damage == "garbage":
+            database.write_bytes(b"no database" * 1000)
+        else:
+            database.write_bytes(database.read_bytes()[: database.stat().st_size // 2])
+        with pytest.raises(InputError, match="vote_cache is damaged .*answers in it are lost: move that folder away"):
+            splits.voting_plan(settings)
+        database.parent.rename(project / "damaged")
+        assert splits.voting_plan(settings)["calls"].tolist() == [48]
+
+
 def test_after_kill_9_only_what_is_missing_is_asked(project, monkeypatch):
     """Killed at five random points, and run once more: counted at the server."""
     generator = random.Random(1)
-    profile = project / "profiles" / "remote.yaml"
     concurrency, total = 4, 48
     with Server(lambda q: "System 2", latency=0.1).running() as server:
-        smoke = (ROOT / "profiles" / "smoke.yaml").read_text()
-        teachers = f"""
-voting:
-  teachers:
-    - {{name: remote, kind: api, role_play: true, model: teacher, base_url: "{server.address}", api_key_env: TEACHER_KEY,
-       concurrency: {concurrency}, timeout: 5}}
-"""
-        head, tail = smoke.split("voting:\n")[0], smoke.split("importance:", 1)[1]
-        profile.write_text(head + teachers + "importance:" + tail)
-        command = [sys.executable, "-m", "lorapar_utils.splits", "remote"]
+        command = voting_command(project, server, concurrency=concurrency)
         kept = 0
         for kills in range(1, 6):
             asked_before, goal = len(server.asked), sum(server.answered.values()) + generator.randint(1, 8)
@@ -696,8 +781,7 @@ voting:
             process.wait()
             asked_now = server.asked[asked_before:]
             assert len(set(asked_now)) == len(asked_now) <= total - kept
-            with diskcache.Cache(project / "runs" / "vote_cache", disk=diskcache.JSONDisk) as cache:
-                kept = len(cache)
+            kept = kept_votes(project)
             # At most the calls in flight at the kill are not kept.
             assert sum(server.answered.values()) - kept <= kills * concurrency
         asked_before = len(server.asked)
@@ -789,18 +873,24 @@ def test_a_teacher_that_repeats_one_mark_without_end_is_read_at_once(mark):
     assert parse_vote("x\n" + mark * 100_000 + "x")[0] == 0
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "Model unloaded.",
-        "The model has crashed",
-        "Organization has been restricted",
-        "CUDA out of memory",
-        "Bad Request",
-    ],
-)
-def test_a_servers_own_fault_is_asked_again_whatever_its_status(message):
-    from lorapar_utils.teachers import PASSING
+@pytest.mark.parametrize("message", ["Organization has been restricted", "Bad Request", "内部エラー"])
+@pytest.mark.parametrize("answered", [range(0, 7), (0, 4, 9)], ids=["then broken", "mostly broken"])
+def test_a_lasting_fault_of_the_server_is_asked_again_whatever_its_words(cache, message, answered):
+    """It calls its own fault a bad request: from the eighth question on, or for most of them."""
+    fault = (400, {"error": {"message": message}})
+    mended = False
+    with Server(fault=lambda number: None if mended or number in answered else fault).running() as server:
+        settings = settings_for(api(server.address, retries=0, concurrency=1))
+        assert sum(ask(settings, cache, EXAMPLES[:10])["failed"]) == 10 - len(answered)
+        mended = True
+        assert [system for [system] in ask(settings, cache, EXAMPLES[:10])["votes"]] == [1] * 10
+        assert set(server.answered.values()) == {1}
 
-    assert PASSING.search(message)
-    assert not PASSING.search("This prompt has 9000 tokens, more than the context of 4096")
+
+@pytest.mark.parametrize("message", ["Model unloaded.", "The model has crashed", "CUDA out of memory"])
+def test_a_fault_that_says_it_may_pass_is_asked_again(cache, message):
+    fault = (400, {"error": {"message": message}})
+    with Server(fault=lambda number: fault if number == 2 else None).running() as server:
+        settings = settings_for(api(server.address, retries=0, concurrency=1))
+        assert ask(settings, cache, EXAMPLES[:6])["failed"] == [0, 0, 1, 0, 0, 0]
+        assert [system for [system] in ask(settings, cache, EXAMPLES[:6])["votes"]] == [1] * 6

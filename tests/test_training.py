@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,6 +204,32 @@ def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path):
         mark.unlink()
     again, _, history = train("sft", tmp_path)
     assert weights_hash(again) == weights_hash(model) and len(history) == STEPS["sft"]
+
+
+def test_a_checkpoint_that_was_damaged_is_named_and_the_one_before_it_counts(tmp_path, capsys):
+    model, _, _ = train("sft", tmp_path / "whole")
+    names = {"optimizer.pt": "cut off", "scheduler.pt": "overwritten", "rng_state.pth": "taken away"}
+    for name, how in names.items():
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / name)
+        [_, last] = training._finished(folder)
+        damage(last / name, how)
+        again, _, history = train("sft", folder)
+        assert f"{last} is damaged ({name}) and deleted" in capsys.readouterr().out
+        assert weights_hash(again) == weights_hash(model) and len(history) == STEPS["sft"]
+    for checkpoint in training._finished(tmp_path / "whole"):
+        damage(checkpoint / "adapter_model.safetensors", "overwritten")
+    from_the_start, _, history = train("sft", tmp_path / "whole")
+    assert capsys.readouterr().out.count("is damaged (adapter_model.safetensors)") == 2
+    assert weights_hash(from_the_start) == weights_hash(model) and len(history) == STEPS["sft"]
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "taken away":
+        path.unlink()
+    else:
+        half = len(content) // 2
+        path.write_bytes(content[:half] + bytes(len(content) - half) * (how == "overwritten"))
 
 
 def grpo_trainer(kind, folder):

@@ -1,4 +1,7 @@
 import dataclasses
+import errno
+import threading
+import time
 
 import datasets
 import diskcache
@@ -202,6 +205,41 @@ def test_refusals_are_kept_of_a_server_that_answers_too(pool, cache):
     for expected in (12, 12):
         assert vote(pool, [mended], cache)["votes"] == [[2], [0], [2], [0], [2], [2]]
         assert len(asked) == expected
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["file locks", "no file locks"])
+def test_two_that_vote_at_once_on_one_cache_ask_each_question_once(pool, tmp_path, monkeypatch, locks):
+    def no_locks(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if not locks:
+        monkeypatch.setattr("lorapar_utils.machine.FileLock.acquire", no_locks)
+    asked, tables = [], []
+
+    def slow(answer):
+        time.sleep(0.05)
+        return Ballot(system=2)
+
+    def run():
+        with diskcache.Cache(tmp_path, disk=diskcache.JSONDisk) as cache:
+            tables.append(vote(pool, [teacher("a", slow, asked)], cache)["votes"])
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tables == [[[2]] * 6] * 2 and sorted(asked) == list("012345")
+
+
+def test_a_refusal_is_kept_once_a_later_question_is_answered(pool, cache):
+    asked = []
+    refused = Ballot(system=0, reason="refused: 400")
+    voted = vote(pool, [teacher("a", lambda a: refused if a in "145" else Ballot(system=2), asked)], cache)
+    assert voted["failed"] == [0, 0, 0, 0, 1, 1]
+    asked.clear()
+    assert sum(vote(pool, [teacher("a", lambda a: Ballot(system=2), asked)], cache)["failed"]) == 0
+    assert asked == ["4", "5"]
 
 
 def test_bad_votes_are_named(pool, cache):
