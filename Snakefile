@@ -38,7 +38,7 @@ def code(*modules):
 
 
 PHASES_CODE = ["lorapar_utils/phases.py"]
-SHOW = code("notebook", "plots", "tables")
+SHOW = code("notebook", "plots", "tables", "partition", "optim", "rewards")
 VOTE = code("voting", "teachers", "label_scores", "models", "summaries", "notebook")
 SCORE = PHASES_CODE + code("importance", "partition", "models", "summaries", "notebook", "explorer")
 TRAIN = PHASES_CODE + code("importance", "partition", "models", "training", "evaluation")

@@ -3,9 +3,10 @@
 import ast
 import html
 import re
+import shlex
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import pandas as pd
@@ -14,8 +15,8 @@ from pandas.io.formats.style import Styler
 
 from lorapar_utils import claims, plots, tables
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, beside_notebooks, cite, claim_runs
-from lorapar_utils.settings import Settings, load_profile
+from lorapar_utils.records import Record, beside_notebooks, cite, claim_runs, command, read_record
+from lorapar_utils.settings import ExperimentSection, Settings, load_profile
 
 
 def start(*, profile: str, **parameters) -> Settings:
@@ -45,6 +46,21 @@ def start(*, profile: str, **parameters) -> Settings:
     if settings.has_free_text:
         print("Its answers are free text: where a page says accuracy, read the overlap with the reference (chrF).")
     return settings
+
+
+def experiment_records(settings: Settings, wanted: Callable[[ExperimentSection], bool]) -> list[Record]:
+    """This run's records of the profile's experiments that are `wanted`, in the profile's order.
+
+    What was not run yet is left out; the command that makes it is printed. Nothing is trained here.
+    """
+    runs = [(name, seed) for name, seed in settings.experiment_runs() if wanted(settings.experiments[name])]
+    files = {run: settings.runs / "records" / f"{run[0]}-seed{run[1]}.json" for run in runs}
+    missing = [run for run, file in files.items() if not file.is_file()]
+    if missing:
+        name, seed = missing[0]
+        line = command(settings, f"experiment.ipynb out.ipynb -p name {shlex.quote(name)} -p seed {seed}")
+        print(f"{len(missing)} of {len(runs)} experiments have not been run yet, first {name}; to run it:\n  {line}")
+    return [read_record(file) for run, file in files.items() if run not in missing]
 
 
 def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -> Styler:

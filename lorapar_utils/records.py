@@ -87,7 +87,7 @@ def new_record(
             "publishable": settings.publishable,
             "parameters": parameters or {},
             "seed": settings.seed,
-            "command": f"papermill notebooks/{notebook} -p profile {_shell_word(settings)}" if notebook else None,
+            "command": command(settings, notebook) if notebook else None,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": None if seconds is None else round(seconds, 1),
             **git,
@@ -254,10 +254,12 @@ def _items_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.items.jsonl")
 
 
-def _shell_word(settings: Settings) -> str:
-    """`profile_argument`, quoted where a shell needs it; never the `~` that it is to expand."""
+def command(settings: Settings, notebook: str) -> str:
+    """The line that runs a notebook (with its extra parameters) over the profile, ready for a shell."""
     home, slash, rest = settings.profile_argument.partition("~/")
-    return f"~/{shlex.quote(rest)}" if slash and not home else shlex.quote(settings.profile_argument)
+    # The shell expands `~` only where it is not quoted.
+    profile = f"~/{shlex.quote(rest)}" if slash and not home else shlex.quote(settings.profile_argument)
+    return f"papermill notebooks/{notebook} -p profile {profile}"
 
 
 def _git_state() -> dict:

@@ -21,7 +21,7 @@
 # - **Inputs.** Experiments that start with SFT on System 1, and the published ones of the longer profile (`cpu-full` beside `cpu`): more
 #   seeds, the full grid.
 # - **Outputs.** The table and figure below.
-# - **Cost.** None if the experiments are there; else one SFT run for each.
+# - **Cost.** None: nothing is trained here.
 
 # %% tags=["parameters"]
 profile = "cpu"  # a file of profiles/, or a path
@@ -35,7 +35,6 @@ from lorapar_utils.partition import build_partition
 from lorapar_utils.records import evidence
 
 settings = notebook.start(profile=profile)
-from lorapar_utils import phases
 
 # %% [markdown]
 # ## The idea
@@ -83,13 +82,8 @@ pd.Series(
 # ## Accuracy by theta
 
 # %%
-chosen = [
-    (name, seed)
-    for name, seed in settings.experiment_runs()
-    if settings.experiments[name].stages[:1] == ("sft",) and settings.experiments[name].sweep in ("theta", "two_stage")
-]
-own = {record.name: record for record in (phases.experiment(settings, name, seed) for name, seed in chosen)}
-records = plots.stage1_records(evidence(settings) | own)
+notebook.experiment_records(settings, lambda spec: spec.stages[:1] == ("sft",) and spec.sweep in ("theta", "two_stage"))
+records = plots.stage1_records(evidence(settings))
 notebook.linked(tables.theta_table(records), records, settings)
 
 # %% mystnb={"image": {"alt": "Test accuracy with error bars against the share of active elements, one line for each way of selecting."}, "figure": {"caption": "At equal size (the same place from left to right), does importance beat the other ways of selecting?", "name": "fig-theta"}}

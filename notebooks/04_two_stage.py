@@ -20,7 +20,7 @@
 # - **Paper.** Section 3.4; Tables 2 and 7.
 # - **Inputs.** The two-stage experiments; for Table 2 the published records of `cpu-full`, for Table 7 those of `cpu-chains`.
 # - **Outputs.** Tables and curves below.
-# - **Cost.** None if the experiments are there; else one SFT and one GRPO run for each.
+# - **Cost.** None: nothing is trained here.
 
 # %% tags=["parameters"]
 profile = "cpu"  # a file of profiles/, or a path
@@ -31,11 +31,10 @@ import torch
 
 from lorapar_utils import notebook, plots, tables
 from lorapar_utils.optim import ActiveAdamW
+from lorapar_utils.records import published_records
 from lorapar_utils.rewards import correctness, layout, step_share
 
 settings = notebook.start(profile=profile)
-from lorapar_utils import phases
-from lorapar_utils.records import published_records
 
 # %% [markdown]
 # ## The idea
@@ -90,13 +89,8 @@ pd.DataFrame({"completion": texts, "reward": rewards, "advantage": advantages}).
 # Accuracy on the pool's test split after each stage.
 
 # %%
-chosen = [(name, seed) for name, seed in settings.experiment_runs() if settings.experiments[name].sweep == "two_stage"]
-records = [phases.experiment(settings, name, seed) for name, seed in chosen]
-base = [
-    phases.experiment(settings, name, seed)
-    for name, seed in settings.experiment_runs()
-    if not settings.experiments[name].stages
-]
+records = notebook.experiment_records(settings, lambda spec: spec.sweep == "two_stage")
+base = notebook.experiment_records(settings, lambda spec: not spec.stages)
 notebook.linked(tables.stage_table([*base, *records]), [*base, *records], settings)
 
 # %% [markdown]

@@ -20,17 +20,16 @@
 # - **Paper.** Tables 4, 5 and 6. Our pool is not GSM8K and our model is not a 7B model: columns stand side by side, they are not the same measurement.
 # - **Inputs.** All experiments; published records of the longer profile, and of the one that scores GSM8K, MMLU and HumanEval.
 # - **Outputs.** The tables and figures below.
-# - **Cost.** None if the experiments are there.
+# - **Cost.** None: nothing is trained here.
 
 # %% tags=["parameters"]
 profile = "cpu"  # a file of profiles/, or a path
 
 # %% tags=["hide-input"]
 from lorapar_utils import notebook, plots, tables
+from lorapar_utils.records import evidence, published_records
 
 settings = notebook.start(profile=profile)
-from lorapar_utils import phases
-from lorapar_utils.records import evidence, published_records
 
 # %% [markdown]
 # ## The idea
@@ -42,13 +41,8 @@ from lorapar_utils.records import evidence, published_records
 figure = plots.pipeline("system1", "system2", "importance", "theta", "stage1", "stage2")
 
 # %%
-wanted = [
-    (name, seed)
-    for name, seed in settings.experiment_runs()
-    if settings.experiments[name].sweep in ("baseline", "two_stage")
-]
-records = [phases.experiment(settings, name, seed) for name, seed in wanted]
-longer = list((evidence(settings) | {record.name: record for record in records}).values())
+records = notebook.experiment_records(settings, lambda spec: spec.sweep in ("baseline", "two_stage"))
+longer = list(evidence(settings).values())
 
 # %% [markdown]
 # ## Table 6: every method on the pool
@@ -61,7 +55,7 @@ longer = list((evidence(settings) | {record.name: record for record in records})
 notebook.linked(tables.benchmark_table(longer), longer, settings)
 
 # %% mystnb={"image": {"alt": "Dot plot with error bars of System 1 and System 2 accuracy for every method and stage."}, "figure": {"caption": "Overlapping intervals are not a ranking.", "name": "fig-stage-accuracy"}}
-figure = plots.stage_accuracy(records)
+figure = plots.stage_accuracy(records) if records else None
 
 # %% [markdown]
 # ## What accuracy costs

@@ -103,3 +103,13 @@ def papermill(tmp_path, notebook, *parameters):
 def test_bad_papermill_parameters_stop_with_one_message(tmp_path, notebook, parameters, message):
     done = papermill(tmp_path, notebook, *parameters)
     assert done.returncode != 0 and message in done.stderr
+
+
+@pytest.mark.parametrize("page", ["03_theta_ablation", "04_two_stage", "05_benchmarks", "06_claims"])
+def test_pages_of_tables_train_nothing(page):
+    """Their imports, run alone, load no trainer; so they cannot call one."""
+    cells = [cell.source for cell in jupytext.read(ROOT / "notebooks" / f"{page}.py").cells if cell.cell_type == "code"]
+    imports = [line for source in cells for line in source.splitlines() if re.match(r"(from|import) ", line)]
+    code = "\n".join([*imports, "import sys", "print({'trl', 'lm_eval', 'transformers'} & set(sys.modules))"])
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr

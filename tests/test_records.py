@@ -392,3 +392,12 @@ def test_readme_shows_what_the_published_records_say():
 
     readme = (ROOT / "README.md").read_text()
     assert readme_with_results(readme, read_records(ROOT / "results" / "cpu")) == readme
+
+
+def test_a_page_reads_the_records_that_are_there_and_names_the_command_for_the_first_that_is_not(project, capsys):
+    settings = load_profile("smoke")
+    (first, seed), *_, (last, _) = settings.experiment_runs()
+    write_record(new_record(f"{last}-seed0", settings, metrics={}), settings.runs / f"records/{last}-seed0.json")
+    assert [record.name for record in notebook.experiment_records(settings, lambda spec: True)] == [f"{last}-seed0"]
+    line = f"papermill notebooks/experiment.ipynb out.ipynb -p name {first} -p seed {seed} -p profile smoke\n"
+    assert line in capsys.readouterr().out
