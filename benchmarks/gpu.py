@@ -3,9 +3,8 @@
     python benchmarks/gpu.py OUT.json [ARCHITECTURE]
 
 Speed needs no trained weights. Needs a GPU and what `requirements.lock` installs. Pairs are timed in turns, median of
-`REPEATS`; of a stage, TRL's trainer's median step after the first. Utilisation counts the traced arithmetic of a
-step over the peak that `machines.yaml` lists for the card; `planned` is what `make plan` says there. OUT.json grows as
-parts are done.
+`REPEATS`; of a stage, TRL's trainer's median step after the first. `planned` is what `make plan` says there. OUT.json
+grows as parts are done.
 """
 
 import json
@@ -15,7 +14,6 @@ from statistics import median
 from unittest import mock
 
 import torch
-import yaml
 from costs import SHARED, alternating, examples, make_tokenizer, words
 from measure import timed
 from training import StepTimes
@@ -25,11 +23,12 @@ from lorapar_utils import importance, models, training
 from lorapar_utils.generation import complete, uniform
 from lorapar_utils.optim import ActiveAdamW
 from lorapar_utils.partition import build_partition
-from lorapar_utils.plans import Passes, machine_named
+from lorapar_utils.plans import Model, Need, machine_named
 from lorapar_utils.settings import load_profile, project_root
 
 REPEATS, STEPS = 5, 4
 BATCH, PROMPT, ANSWER, SAMPLES, TOKENS = 8, 98, 123, 8, 64
+LENGTHS = (PROMPT, ANSWER, SHARED)
 STEP = 8  # examples a step of SFT, and prompts a step of GRPO
 # Rows of a pass, and whether activations are computed again.
 VARIANTS = {"sft": [(1, True), (1, False), (8, False)], "grpo": [(8, True), (8, False), (16, False)]}
@@ -38,19 +37,19 @@ VARIANTS = {"sft": [(1, True), (1, False), (8, False)], "grpo": [(8, True), (8, 
 def main(out: str, architecture: str = "Llama-2-7b-hf") -> None:
     if not torch.cuda.is_available():
         sys.exit("benchmarks/gpu.py: this machine has no GPU that torch can use; nothing was measured")
-    machine()  # a card that the plan does not know is refused before anything is measured
+    machine_named("here")  # a card that the plan does not know is refused before anything is measured
     settings = load_profile(
         "llama2-7b",
         model={"source": f"random/{architecture}", "system_prompt": words(0, SHARED)},
         sft={"accumulation": STEP},
-        grpo={"prompts_per_step": STEP, "completions": SAMPLES, "max_completion_length": TOKENS},
+        grpo={"prompts_per_step": STEP, "completions": SAMPLES, "max_completion_length": TOKENS, "rollout_batch": None},
     )
     kept = json.loads((project_root() / "profiles" / "architectures" / f"{architecture}.json").read_text())
     with torch.device("cuda"):
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**kept), dtype=torch.bfloat16)
     model = models.attach_adapter(base.requires_grad_(False).eval(), settings)
     some = random_examples(BATCH * 2, kept["vocab_size"])
-    passes = Passes(settings, bundles=False, lengths=(PROMPT, ANSWER, SHARED))
+    plan = Model(settings, LENGTHS)
     found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "architecture": architecture}
 
     def note(**parts) -> None:
@@ -58,12 +57,12 @@ def main(out: str, architecture: str = "Llama-2-7b-hf") -> None:
         Path(out).write_text(json.dumps(found, indent=1))
         print(json.dumps(parts), flush=True)
 
-    scored, scores = scoring(model, some, passes)
+    scored, scores = scoring(model, some, plan)
     taken = [timed(lambda: build_partition(scores, scores, theta=0.9)) for _ in range(REPEATS)]
     note(scoring=scored, partition_seconds=median(taken))
     partition = build_partition(scores, scores, theta=0.9)
     note(training=one_step(model, some[:BATCH], partition, settings))
-    note(rollout=rollout(model, kept["vocab_size"], passes))
+    note(rollout=rollout(model, kept["vocab_size"], plan))
     for stage, variants in VARIANTS.items():
         note(**{stage: [whole_stage(stage, model, partition, settings, *variant) for variant in variants]})
 
@@ -74,7 +73,7 @@ def random_examples(count: int, vocabulary: int) -> list[dict]:
     return [{"input_ids": row, "labels": [-100] * PROMPT + row[PROMPT:]} for row in ids]
 
 
-def scoring(model, examples, passes) -> tuple[dict, dict]:
+def scoring(model, examples, plan: Model) -> tuple[dict, dict]:
     """Scores in batches, against one plain forward and backward of the same, and against one example at a time."""
 
     def plain():
@@ -91,8 +90,8 @@ def scoring(model, examples, passes) -> tuple[dict, dict]:
     torch.cuda.reset_peak_memory_stats()
     scores = ways["batched"]()
     about = {"examples": len(examples), "seconds": taken, "peak_bytes": torch.cuda.max_memory_allocated()}
-    work = passes.work("score", BATCH)
-    about |= planned(passes, work, len(examples) / BATCH * work.seconds(machine()), 8 * passes.elements)
+    need = plan.passes(machine_named("here"), "score", BATCH, PROMPT + ANSWER, ANSWER, times=len(examples) // BATCH)
+    about |= planned(plan, [need], 8 * plan.elements)
     about["batched_over_plain"] = taken["batched"] / taken["plain_pass"]
     about["one_by_one_over_batched"] = taken["one_by_one"] / taken["batched"]
     return about, scores
@@ -116,25 +115,19 @@ def one_step(model, batch, partition, settings) -> dict:
     torch.cuda.reset_peak_memory_stats()
     step(active)
     whole = settings.changed(sft={"batch_size": len(batch), "gradient_checkpointing": False})
-    passes = Passes(whole, bundles=False, lengths=(PROMPT, ANSWER, SHARED))
-    cards = yaml.safe_load((project_root() / "profiles" / "architectures" / "machines.yaml").read_text())
-    card = next(of for name, of in cards.items() if name in torch.cuda.get_device_name())
-    work = passes.work("train_sft")
-    flops, update = work.flops, passes.update(partition_size(partition))
-    seconds = work.seconds(machine()) + update.seconds(machine())
+    plan, size = Model(whole, LENGTHS), partition_size(partition)
+    need = plan.passes(machine_named("here"), "sft", len(batch), PROMPT + ANSWER, ANSWER)
     return {
         "tokens": len(batch) * (PROMPT + ANSWER),
         "seconds": taken,
         "lora_par_over_lora": taken["lora_par"] / taken["lora"],
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "optimizer_bytes": active.state_bytes(),
-        **planned(passes, work, seconds, 5 * passes.elements + 16 * partition_size(partition)),
-        "flops": flops,
-        "utilisation": flops / taken["lora_par"] / card["flops"],
+        **planned(plan, [need], 5 * plan.elements + 16 * size),
     }
 
 
-def rollout(model, vocabulary: int, passes) -> dict:
+def rollout(model, vocabulary: int, plan: Model) -> dict:
     """Completions of `BATCH` prompts, `SAMPLES` each, none of which ends early, against `model.generate`."""
     prompts = torch.randint(3, vocabulary, (BATCH, PROMPT), generator=torch.Generator().manual_seed(1))
     draws = uniform(BATCH * SAMPLES, TOKENS, 0)
@@ -150,7 +143,6 @@ def rollout(model, vocabulary: int, passes) -> dict:
     taken = in_turns({"complete": ours, "generate": theirs})
     torch.cuda.reset_peak_memory_stats()
     ours()
-    work = passes.work("complete", BATCH, TOKENS, SAMPLES)
     return {
         "completions": BATCH * SAMPLES,
         "tokens_each": TOKENS,
@@ -158,27 +150,21 @@ def rollout(model, vocabulary: int, passes) -> dict:
         "completions_a_second": BATCH * SAMPLES / taken["complete"],
         "generate_over_complete": taken["generate"] / taken["complete"],
         "peak_bytes": torch.cuda.max_memory_allocated(),
-        **planned(passes, work, work.seconds(machine()), 0),
+        **planned(plan, plan.batches(machine_named("here"))["grpo"][1:], 0),
     }
 
 
 def whole_stage(stage: str, model, partition, settings, rows: int, checkpointing: bool) -> dict:
     """A step of the stage as the book runs it, by TRL's trainer."""
     # A random model earns nothing, and what has no advantage is not differentiated: as the plan, count with all of it.
-    training.correct = alternating
+    training.REWARDS["answer"] = [alternating]
     chosen = {"gradient_checkpointing": checkpointing}
     if stage == "sft":
         chosen = settings.changed(sft=chosen | {"batch_size": rows, "accumulation": STEP // rows})
     else:
         chosen = settings.changed(grpo=chosen | {"micro_batch": rows, "steps": STEPS})
-    passes = Passes(chosen, bundles=False, lengths=(PROMPT, ANSWER, SHARED))
-    active, works = partition_size(partition), [passes.work(f"train_{stage}")]
-    seconds = passes.update(active).seconds(machine())
-    if stage == "sft":
-        seconds += STEP / rows * works[0].seconds(machine())
-    else:
-        works.append(passes.work("complete", STEP, TOKENS, SAMPLES))
-        seconds += STEP * SAMPLES / rows * works[0].seconds(machine()) + works[1].seconds(machine())
+    plan, size = Model(chosen, LENGTHS), partition_size(partition)
+    needs = plan.batches(machine_named("here"))[stage]
     times, train = StepTimes(), training._train
 
     def timed_train(trainer, optimizer):
@@ -197,21 +183,18 @@ def whole_stage(stage: str, model, partition, settings, rows: int, checkpointing
         "seconds_a_step": times.seconds,
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "device_bytes": total - free,
-        **planned(passes, max(works, key=lambda work: work.peak), seconds, 5 * passes.elements + 16 * active),
+        **planned(plan, needs, 5 * plan.elements + 16 * size),
     }
-
-
-def machine():
-    return machine_named("here", None)
 
 
 def partition_size(partition) -> int:
     return sum(int(mask.sum()) for mask in partition.stage_mask(1).values())
 
 
-def planned(passes, work, seconds: float, optimizer: float) -> dict:
+def planned(plan: Model, needs: list[Need], optimizer: float) -> dict:
     """What `make plan` says: seconds, and the bytes of tensors (libraries apart)."""
-    memory = passes.memory(machine(), work, optimizer)
+    memory = plan.memory(machine_named("here"), needs, optimizer)
+    seconds = sum(need.seconds for need in needs)
     return {"planned_seconds": seconds, "planned_bytes": sum(memory.values()) - memory["libraries"]}
 
 

@@ -50,7 +50,7 @@ def ran(count: int) -> dict:
         "rewards": [
             round(entry["reward"], 4) for entry in record.result["tables"]["history_stage2"] if "reward" in entry
         ],
-        "seconds": {stage: record.metric(f"{stage}/train_seconds")["value"] for stage in STAGES},
+        "seconds": {stage: record.metric(f"{stage}/train_seconds").value for stage in STAGES},
         "completions": {
             stage: [item["completion"] for item in record.items if item["stage"] == stage] for stage in STAGES
         },

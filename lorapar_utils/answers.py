@@ -1,12 +1,13 @@
-"""When two answers are equal, which the paper does not say: here, when their values are.
+"""Equality of answers by value. The paper does not define it.
 
-- Numbers are compared as exact fractions, however they are written (`_number` lists the ways); `50%` is 0.5, not 50.
+- Numbers are compared as exact fractions; `_number` lists the notations. `50%` is 0.5, not 50.
 - Roots and multiples of pi are compared exactly (`constants`).
-- A unit counts only where both have one: `18 dollars` is 18 and $18, but neither €18 nor 18 apples.
+- Units are compared only if both answers have one: `18 dollars` equals 18 and $18, but neither €18 nor 18 apples.
 - Lists in the same brackets are compared element by element, in order.
-- Anything else is words, equal up to white space, the marks around them, and case but for symbols: mF is not MF.
+- Other answers are compared as words, without white space, surrounding marks and case, except the case of symbols: mF
+  is not MF.
 
-What could be read in two ways (`5-3`, `1,2`, `3:30`, `5!`, `2 or 3`) is no number and is compared as text.
+An ambiguous text (`5-3`, `1,2`, `3:30`, `5!`, `2 or 3`) is no number and is compared as words.
 """
 
 import functools
@@ -18,13 +19,13 @@ from typing import NamedTuple
 from lorapar_utils.constants import Constant, leading_constant
 from lorapar_utils.units import UNIT_NAMES, is_spelled_out, is_unit, same_unit, unit_name
 
-LONGEST = 300  # characters of an answer that is looked into; a longer one is compared as it stands
+LONGEST = 300  # characters; a longer answer is compared as text
 
 
 def answers_match(candidate: str, reference: str) -> bool:
-    """Equal as values: as numbers or constants with units, as lists of them, or else as words; symmetric.
+    """Whether two answers are equal as numbers or constants with units, as lists, or else as words; symmetric.
 
-    Deviation: the paper names no rule; GSM8K's own compares the digits after `####`, and would hold 1/2 and 12 equal.
+    Deviation: the paper names no rule. GSM8K's own rule compares the digits after `####`, so 1/2 would equal 12.
 
     Examples
     --------
@@ -47,11 +48,11 @@ def answers_match(candidate: str, reference: str) -> bool:
 
 
 def mentions(completion: str, reference: str) -> bool:
-    """Whether the reference stands anywhere in the completion, as a whole number or as whole words.
+    """Whether the completion contains the reference, as a whole number or as whole words.
 
-    A number is compared by its value, and never with a part of another: neither 12,500 nor 12/5, -12, 12% or 12:30
-    mentions 12, but 10-12 mentions both its ends, and `$12.00` does. A name of one or two letters, which may be a
-    word as well (the symbols In, He, I), counts with its capital, and not where a sentence has one anyway.
+    Numbers are compared by value, never with a part of another number. 12,500, 12/5, -12, 12% and 12:30 do not mention
+    12; `$12.00` does, and 10-12 mentions both ends. A name of one or two letters may also be a word, such as the
+    symbols In, He and I. It counts only with a capital, and not at a place where a sentence has a capital anyway.
     """
     text, number = _plain(completion), _number(reference)
     if number:
@@ -71,7 +72,7 @@ def mentions(completion: str, reference: str) -> bool:
     return bool(words) and re.search(rf"(?<![\w-])(?<!\w\.){words_apart}{NO_MORE}", searched) is not None
 
 
-NO_MORE = r"(?![\w+#]|[:.]\d)"  # what would make another word of it
+NO_MORE = r"(?![\w+#]|[:.]\d)"  # continuations that make another word or number
 AS_NAME = r"\b(?:is|are|was)\s+|[:=#]\s*|\{|(?<!\w)[\"'“‘«*_`(\[$]"
 WITHIN_SENTENCE = r"|[\w,)\"'*`’”][^\S\n]+"
 
@@ -101,18 +102,18 @@ MARKED = re.compile(  # alone, or before a unit: `**18** dollars`
     (?![\w$*`])""",
     re.VERBOSE,
 )
-# Only around the whole: elsewhere it may be a product, a call, a name. A word in small letters between underscores is a
-# name, as `__init__` is, and a list in brackets is another thing than one without.
+# Only around the whole text, because inside it may be a product, a call or a name. A lower-case word between
+# underscores is a name, such as `__init__`. A list in brackets differs from a list without.
 AROUND = re.compile(
     r"""\*([^*]+)\*|(?!__?[a-z]\w*_)__?([^_]+)__?|"([^"]+)"|'([^']+)'|“([^“”]+)”|‘([^‘’]+)’|«([^«»]+)»|„([^„“”]+)[“”]"""
     r"""|\(([^(),;]+)\)|\[([^\W\d_](?:[\w .'-]*[^\W_])?)\]"""
 )
-STOP = re.compile(r"(?<=[^\s.,;:!?])[.,;]$")  # one: what ends in `...` is not finished
+STOP = re.compile(r"(?<=[^\s.,;:!?])[.,;]$")  # only one mark, because a text that ends in `...` is not finished
 
 
 @functools.lru_cache(maxsize=1 << 12)
 def _plain(text: str) -> str:
-    """Signs that mean the same as one: dashes, digits, wide letters, raised digits as a power, `½` as 1/2."""
+    """`text` with one spelling of equal signs: dashes, digits, wide letters, raised digits as a power, `½` as 1/2."""
     if text.isascii():
         return text
     text = re.sub(r"(?<=\w)[\u2019\u02bc](?=\w)", "'", text)
@@ -122,7 +123,7 @@ def _plain(text: str) -> str:
 
 @functools.lru_cache(maxsize=1 << 12)
 def _plain_sign(sign: str) -> str:
-    # NFKC of the whole would make 102 of 10², 25 of 2⁵, 101 of 10①.
+    # NFKC of the whole text would turn 10² into 102, 2⁵ into 25 and 10① into 101.
     digit = unicodedata.decimal(sign, None)
     if digit is not None:
         return str(digit)
@@ -137,7 +138,7 @@ def _plain_sign(sign: str) -> str:
 
 @functools.lru_cache(maxsize=1 << 12)
 def _unmarked(text: str) -> str:
-    """Without what only surrounds or sets it: Markdown, quotes, LaTeX's boxes and spacing, a full stop."""
+    """`text` without Markdown, surrounding quotes, LaTeX's boxes and spacing, and a full stop."""
     text, before = _plain(text).strip(), None
     while text != before:
         before = text
@@ -158,17 +159,17 @@ def _latex_spacing(text: str) -> str:
 
 def _unboxed(box: re.Match) -> str:
     before, after = box.string[: box.start()], box.string[box.end() :]
-    inside = box[1].replace("~", " ")  # which is `about` only outside of LaTeX
+    inside = box[1].replace("~", " ")  # in LaTeX `~` is a space, elsewhere "about"
     if re.match(r"\s*[\^_]", after) and not inside.strip().isalpha():
-        return box[0]  # a power of what is in it
+        return box[0]  # the box is the base of a power
     # 1\text{2} is not 12.
-    apart = bool(re.search(r"[\w}]$", before)), bool(re.match(r"[\w\\]", after))
-    return " " * apart[0] + inside + " " * apart[1]
+    left, right = bool(re.search(r"[\w}]$", before)), bool(re.match(r"[\w\\]", after))
+    return " " * left + inside + " " * right
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _words(text: str) -> str:
-    """Up to case, white space, and the punctuation around words; punctuation alone is as it is."""
+    """The words of `text` without case, extra white space and punctuation around them; punctuation alone stays."""
     if len(text) > LONGEST:
         return _caseless(" ".join(text.split()), False)
     words = " ".join(_unmarked(text).split())
@@ -177,14 +178,14 @@ def _words(text: str) -> str:
     if "\\" in words:  # \Delta is not \delta
         return words
     words = re.sub(r"^[,;:¡¿]+\s*(?=[^\W\d_])", "", words)
-    # Not of a single letter: n! is not n.
+    # Not after a single letter, because n! is not n.
     words = re.sub(r"(?<=[^\W\d_]{2})[.,;:!?]+$", "", words)
     return _caseless(words, _is_formula(words))
 
 
 WORD = re.compile(r"[^\W\d_]+")
 OPERATION = re.compile(r"[=+*/^<>|_]\s*[\w(]|\w\(|\s-\s|\b(?:sin|cos|tan|log|exp)\b")
-# A word of three letters; or alone: a letter, as of a choice, C++, and a short word in small letters.
+# A word of three letters, or a text that is one letter (as of a choice), C++ or a short lower-case word.
 WORDY = re.compile(
     r"[^\W\d_]{3}|^[^\W\d_](?:\+\+|#)?$|^[^\W\d_][^\W\d_A-Z]$|^(?i:no|ok)$|\d\s?(?i:am|pm|ad|bc)\b",
 )
@@ -195,7 +196,7 @@ def _is_formula(text: str) -> bool:
 
 
 def _caseless(text: str, is_formula: bool) -> str:
-    """Without case, but for symbols: what has a capital within (mF, NaCl), and one or two letters of a formula."""
+    """`text` without case, except symbols: words with an inner capital (mF, NaCl), short words of a formula."""
 
     def caseless(match: re.Match) -> str:
         word = match[0]
@@ -207,11 +208,11 @@ def _caseless(text: str, is_formula: bool) -> str:
 
 @functools.lru_cache(maxsize=1 << 12)
 def _elements(text: str) -> list[str]:
-    """The brackets of a list and its elements; [] of what is no list, or may be one of 1,200 as well as of 1."""
+    """The brackets of a list, then the elements; [] for other texts, and if a comma may also group digits."""
     text = re.sub(r"\\([{}])", r"\1", _unmarked(text))
     if not re.fullmatch(r"[(\[{].*[)\]}]", text, re.DOTALL):
         return []
-    # Deeper than one more level a list is cut into pieces that are no values, and compared as text.
+    # A list nested more than one level deep is cut into pieces that are no values, so it is compared as text.
     elements = re.split(r",(?![^(\[{]*[)\]}])", text[1:-1])
     spaced = any(element[:1].isspace() for element in elements[1:])
     grouped = any(re.match(r"\d{3}(?!\d)", element) for element in elements[1:])
@@ -223,7 +224,7 @@ def _elements(text: str) -> list[str]:
 def _same_list(left: list[str], right: list[str]) -> bool:
     if not left or len(left) != len(right) or left[0] != right[0]:
         return False
-    # A letter of a list is a symbol: (a, b) is not (A, b).
+    # A single letter in a list is a symbol, so (a, b) is not (A, b).
     symbols = [{one, other} for one, other in zip(left, right, strict=True) if 1 in (len(one), len(other))]
     same_symbols = all(len(pair) == 1 for pair in symbols if any(map(str.isalpha, pair)))
     return same_symbols and all(map(answers_match, left[1:], right[1:]))
@@ -277,14 +278,14 @@ UNIT = re.compile(
 
 
 class Quantity(NamedTuple):
-    """An exact number or constant, with its unit (`$` is a dollar, `/` is per) and name (`x = 3`), if any."""
+    """An exact number or constant, with unit (`$` is dollar, `/` is per) and name (`x = 3`), if any."""
 
     value: Fraction | Constant
     unit: tuple[str, ...] = ()
     name: str = ""
 
     def agrees_with(self, other: "Quantity") -> bool:
-        """Whether units and names are the same, each where both have one."""
+        """Whether units are the same and names are the same; a missing one agrees with any."""
         return _same_name(self.name, other.name) and (
             not self.unit
             or not other.unit
@@ -294,10 +295,10 @@ class Quantity(NamedTuple):
 
 @functools.lru_cache(maxsize=1 << 14)
 def _number(text: str) -> Quantity | None:
-    """The number that a text is, with nothing left over.
+    """The number of a text that contains nothing else; None otherwise.
 
-    Integers, decimals, `1,200`, thin spaces, `1/2`, `2 1/2`, `1.2e3`, `3 × 10^4`, `10^2`, `50%`, `18 million`, each
-    with a sign, a currency, a unit, a name (`x = 3`), and within Markdown or LaTeX.
+    Notations: integers, decimals, `1,200`, thin spaces, `1/2`, `2 1/2`, `1.2e3`, `3 × 10^4`, `10^2`, `50%`,
+    `18 million`; each may have a sign, a currency, a unit, a name (`x = 3`), and be within Markdown or LaTeX.
     """
     if SIMPLE_NUMBER.fullmatch(text):
         return Quantity(Fraction(text))
@@ -320,17 +321,17 @@ def _number(text: str) -> Quantity | None:
     if currency and not (unit and same_unit(unit[0], currency)):
         unit = (currency, *unit)
     if currency and unit[1:] == ("meter",):
-        return None  # $18m: millions
+        return None  # $18m is in millions
     sign = -1 if "-" in (match["sign"], match["inner"]) else 1
     return Quantity(sign * value, unit, (named and named["name"]) or "")
 
 
 def _constant(text: str) -> Quantity | None:
-    """The constant that a text is, with a name and a unit as a number."""
+    """The constant of a text that contains nothing else but a name and a unit; None otherwise."""
     text = _unmarked(text)
     named = NAME.match(text)
     value, rest = leading_constant(text[named.end() if named else 0 :]) or (None, "")
-    # After a constant a letter is more often a variable, as in 2πh, and a plural a word, as `radius`.
+    # A letter after a constant is usually a variable, as in 2πh, and a plural a word, as `radius`.
     unit = None if re.match(r"\s*[^\W\d_m](?![^\W\d_])", rest) else _unit(rest.rstrip())
     if value is None or unit is None or not all(map(is_spelled_out, unit)):
         return None
@@ -338,7 +339,7 @@ def _constant(text: str) -> Quantity | None:
 
 
 def _magnitude(match: re.Match) -> Fraction | None:
-    """The value without its sign; None where there is none, as of 1/0."""
+    """The value without sign; None if undefined, as for 1/0."""
     try:
         if match["top"]:
             part = _decimal(match["top"]) / _decimal(match["bottom"])
@@ -354,7 +355,7 @@ def _magnitude(match: re.Match) -> Fraction | None:
             return _decimal(match["base"]) ** int(match["power"])
     except ZeroDivisionError:
         return None
-    return _decimal(match["decimal"] or "1")  # a million
+    return _decimal(match["decimal"] or "1")  # "a million" has no digits
 
 
 def _decimal(digits: str) -> Fraction:
@@ -364,12 +365,12 @@ def _decimal(digits: str) -> Fraction:
 def _in_line(text: str) -> str:
     r"""`\frac{1}{2}` as 1/2, `10^{2}` and `10**2` as 10^2."""
     text = IN_LINE_FRACTION.sub(r"\1\3/\2\4 ", re.sub(r"(?<=\w)(?=\\[dtc]?frac)", " ", text))
-    # The space keeps 2^{3}4 from being 2^34.
+    # The space keeps 2^{3}4 from becoming 2^34.
     return IN_LINE_POWER.sub(lambda power: f"^{power[1] or power[2]} " if power[1] or power[2] else "^", text)
 
 
 def _unit(text: str) -> tuple[str, ...] | None:
-    """The words of a unit, () where there is nothing; None where the text is something else."""
+    """The words of a unit, () for an empty text, None for any other text."""
     words, place, attached = [], 0, text[:1].isalpha()
     while place < len(text):
         match = UNIT.match(text, place)
@@ -405,7 +406,7 @@ RANGE = re.compile(rf"({_DECIMAL})-({_DECIMAL})")
 
 
 def _numbers_of(match: re.Match) -> list[Quantity]:
-    """What a stretch of digits in a text says: one number, both ends of a range, or none, as a time or a date."""
+    """The numbers in a stretch of digits: one number, both ends of a range, or none, as for a time or a date."""
     number, after = match["number"], match["after"] or ""
     if match["more"]:
         return []  # a power, or a part of a name
@@ -413,5 +414,5 @@ def _numbers_of(match: re.Match) -> list[Quantity]:
     if ends := RANGE.fullmatch(number):
         texts = [ends[1], ends[2]]
     elif _number(number + after) is None and after[:1].isspace():
-        texts = [number]  # what follows is no unit: 12 and
+        texts = [number]  # the next word is no unit, as in "12 and"
     return [value for value in map(_number, texts) if value]

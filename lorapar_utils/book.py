@@ -31,14 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("profile")
     parser.add_argument("--experiment", type=Path, required=True, help="the executed experiment notebook to show")
-    chosen = parser.parse_args(arguments)
-    settings = load_profile(chosen.profile)
-    source = stage(settings, chosen.experiment)
+    options = parser.parse_args(arguments)
+    settings = load_profile(options.profile)
+    source = stage(settings, options.experiment)
     return build(settings, source)
 
 
 def stage(settings: Settings, experiment: Path) -> Path:
-    """The book's source folder: executed notebooks, rendered pages, figures, scripts; made anew each time."""
+    """The book's source folder, written anew: executed notebooks, rendered pages, figures, scripts."""
     book = project_root() / "book"
     source = settings.runs / "book"
     shutil.rmtree(source, ignore_errors=True)
@@ -59,7 +59,7 @@ def stage(settings: Settings, experiment: Path) -> Path:
 
 
 def _stage_records(settings: Settings, target: Path) -> None:
-    """What numbers and verdicts link to, a folder a profile: this run's records, published longer and varied ones."""
+    """Copy the records that pages link to, one folder per profile: this run's, and the published profiles'."""
     published = project_root() / "results"
     shutil.copytree(settings.runs / "records", target / settings.profile)
     for path in published.glob(f"{settings.profile}-*"):
@@ -67,7 +67,7 @@ def _stage_records(settings: Settings, target: Path) -> None:
 
 
 def address(record: Record) -> str:
-    """Where the book keeps `record`, from its root."""
+    """Path of `record` from the book's root."""
     return f"_static/records/{record.run['profile']}/{record.name}.json"
 
 
@@ -76,9 +76,9 @@ def build(settings: Settings, source: Path) -> int:
     out = settings.runs / "book_build"
     shutil.rmtree(out, ignore_errors=True)
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", "-W", "-n", "--keep-going"]
-    done = subprocess.run([*command, "--path-output", str(out), str(source)])
-    if done.returncode:
-        return done.returncode
+    process = subprocess.run([*command, "--path-output", str(out), str(source)])
+    if process.returncode:
+        return process.returncode
     _drop_icon_script(out / "_build" / "html")
     target = project_root() / "book" / "_build"
     target.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def build(settings: Settings, source: Path) -> int:
 
 
 def _drop_icon_script(html_folder: Path) -> None:
-    """The theme brings its icons as a font and again as a script, which is more than half of a page's bytes."""
+    """Remove the theme's icon script: it is over half of a page's bytes, and the theme also has the icons as a font."""
     for page in html_folder.rglob("*.html"):
         page.write_text(ICON_SCRIPT.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
     for script in (html_folder / "_static" / "scripts").glob("fontawesome.js*"):
@@ -99,24 +99,24 @@ def _drop_icon_script(html_folder: Path) -> None:
 
 
 def render(text: str, context: dict, name: str) -> str:
-    """Fill the `{{ … }}` of a page; a name that does not exist is an error, a missing record reads so."""
+    """Fill the `{{ … }}` of a page. An unknown name is an error; a missing record reads "not measured"."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.comment_start_string, environment.comment_end_string = "{##", "##}"
     return environment.from_string(text).render(page=name, **context)
 
 
 def page_context(settings: Settings, records: dict[str, Record]) -> dict:
-    """What pages may use: `percent(record, metric)`, `share`, `points`, `table(name)`, `verdicts`, and records."""
+    """The names that pages can use: `percent(record, metric)`, `share`, `points`, `table(name)`, `verdicts`, …"""
 
     def shown(record: str, metric: str, style: Callable[[Metric], str]) -> str:
-        """A number as a link to its record, which hovering tells about; what is missing reads so."""
-        measured = records[record].metrics.get(metric) if record in records else None
-        if measured is None:
+        """A number as a link to the record, with metric, commit and date as tooltip; or "not measured"."""
+        value = records[record].metrics.get(metric) if record in records else None
+        if value is None:
             return "not measured"
         run = records[record].run
-        about = f"{metric} of {record}: {measured.percent()}; commit {(run['commit'] or 'none')[:10]}, {run['created']}"
-        text = style(measured)
-        return f'<a class="result" href="{address(records[record])}" title="{html.escape(about)}">{text}</a>'
+        title = f"{metric} of {record}: {value.percent()}; commit {(run['commit'] or 'none')[:10]}, {run['created']}"
+        text = style(value)
+        return f'<a class="result" href="{address(records[record])}" title="{html.escape(title)}">{text}</a>'
 
     def percent(record: str, metric: str) -> str:
         return shown(record, metric, Metric.percent)
@@ -127,12 +127,12 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
     def points(record: str, metric: str) -> str:
         return shown(record, metric, lambda gain: f"{gain.points()}, n = {gain.n:,}")
 
-    judged = claims.scoreboard(evidence(settings) | companions(settings.profile), link=address)
-    measured = project_root() / "book" / "_static" / "gpu-h100.json"
+    scoreboard = claims.scoreboard(evidence(settings) | companions(settings.profile), link=address)
+    gpu_file = project_root() / "book" / "_static" / "gpu-h100.json"
     makers = {
-        "claims": lambda: judged[["claim", "verdict", "effect"]],
+        "claims": lambda: scoreboard[["claim", "verdict", "effect"]],
         "status": lambda: status_table(records),
-        "gpu": lambda: gpu_table(json.loads(measured.read_text(encoding="utf-8"))),
+        "gpu": lambda: gpu_table(json.loads(gpu_file.read_text(encoding="utf-8"))),
     }
     return {
         "settings": settings,
@@ -140,14 +140,14 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
         "percent": percent,
         "share": share,
         "points": points,
-        "verdicts": list(judged["verdict"].value_counts().items()),
+        "verdicts": list(scoreboard["verdict"].value_counts().items()),
         "table": lambda name: to_markdown(makers[name]()),
         "environment": next(iter(records.values())).environment if records else {},
     }
 
 
 def status_table(records: dict[str, Record]) -> pd.DataFrame:
-    """When each record was made, from which commit, and how long it took; each links to its file."""
+    """Date, seconds and commit of each record, with a link to the file."""
     return pd.DataFrame(
         [
             {
@@ -162,7 +162,7 @@ def status_table(records: dict[str, Record]) -> pd.DataFrame:
 
 
 def gpu_table(found: dict) -> pd.DataFrame:
-    """What `benchmarks/gpu.py` measured: seconds and peak memory of each part, and of what it was held against."""
+    """Measurements of `benchmarks/gpu.py`: seconds and peak memory of each part, beside a plain implementation's."""
     scoring, step, rollout = found["scoring"], found["training"], found["rollout"]
     rows = [
         (
@@ -188,13 +188,13 @@ def gpu_table(found: dict) -> pd.DataFrame:
     for stage in ("sft", "grpo"):
         rows += [
             (
-                f"a step of {stage.upper()} by its trainer, {measured['rows']} rows a pass"
-                + (", activations computed again" if measured["checkpointing"] else ""),
-                measured,
-                measured["seconds_a_step"],
+                f"a step of {stage.upper()} by its trainer, {part['rows']} rows a pass"
+                + (", activations computed again" if part["checkpointing"] else ""),
+                part,
+                part["seconds_a_step"],
                 "",
             )
-            for measured in found[stage]
+            for part in found[stage]
         ]
     return pd.DataFrame(
         [
@@ -211,9 +211,9 @@ def to_markdown(frame: pd.DataFrame) -> str:
 
 
 def _stage_notebook(path: Path, target: Path) -> None:
-    """Hide the injected cell, drop widget state and progress bars (they need scripts from the network).
+    """Hide the injected cell; drop widget state and progress bars, because they need scripts from the network.
 
-    Links to records, which are relative to `notebooks/`, lead to the book's copies.
+    Links to records are relative to `notebooks/`; the copy links to the book's records.
     """
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)

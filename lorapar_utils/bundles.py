@@ -1,8 +1,8 @@
-"""Forward passes that read a prefix shared by several sequences once.
+"""Forward passes that read a shared prefix once.
 
-The completions of one prompt share it, and all prompts share the system prompt. A bundle lays such sequences out in
-one row, prefix first, and lets each attend to the prefix and itself only: the same hidden states from a half or a
-third of the tokens, without padding.
+Completions of one prompt share this prompt, and all prompts share the system prompt. A bundle puts such sequences into
+one row, prefix first. Each sequence attends only to the prefix and to itself. The hidden states stay the same, from a
+half or a third of the tokens and without padding.
 """
 
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 import torch
 
-# Attention compares all tokens of a bundle: past this length that costs more than sharing saves.
+# Attention compares all tokens of a bundle. In a longer bundle this costs more than sharing saves.
 LONGEST = 512
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Sequences laid out as one row: `prefix` tokens that all share, then what is each one's own.
+    """Sequences in one row: the shared prefix, then the rest of each sequence.
 
     Attributes
     ----------
     rows
-        Which sequences these are.
+        Indices of the sequences.
     prefix
         Number of shared tokens.
     """
@@ -31,55 +31,58 @@ class Bundle:
 
 
 def bundled(sequences: Sequence[Sequence[int]], longest: int = LONGEST) -> list[Bundle]:
-    """Bundles that cover `sequences`, each at most `longest` tokens long unless it holds one sequence.
+    """Bundles that cover `sequences`. A bundle of several sequences has at most `longest` tokens.
 
-    Sequences are taken in the order of their tokens, so shared prefixes meet; one joins the bundle before it if
-    that saves tokens: what it shares is read once less, what the others no longer share is read once each.
+    Sequences are sorted, so neighbours share the longest prefixes. We add the next sequence to the current bundle when
+    the tokens it saves (the prefix it shares) exceed the tokens it costs (the part of the old prefix that the others
+    must now read themselves).
+
+    >>> bundled([[1, 2, 3, 4], [1, 2, 3, 5, 6], [7, 8]])
+    [Bundle(rows=(0, 1), prefix=3), Bundle(rows=(2,), prefix=2)]
     """
-    order = sorted(range(len(sequences)), key=lambda row: sequences[row])
-    found: list[Bundle] = []
+    bundles: list[Bundle] = []
     length = 0
-    for row in order:
+    for row in sorted(range(len(sequences)), key=lambda row: sequences[row]):
         tokens = len(sequences[row])
-        if found:
-            last = found[-1]
-            shared = min(last.prefix, _common(sequences[last.rows[0]], sequences[row]))
-            split = (len(last.rows) - 1) * (last.prefix - shared)
-            joined = length + split + tokens - shared
-            if split < shared and joined <= longest:
-                found[-1], length = Bundle((*last.rows, row), shared), joined
+        if bundles:
+            last = bundles[-1]
+            saved = min(last.prefix, _common(sequences[last.rows[0]], sequences[row]))
+            cost = (len(last.rows) - 1) * (last.prefix - saved)
+            new_length = length + cost + tokens - saved
+            if cost < saved and new_length <= longest:
+                bundles[-1], length = Bundle((*last.rows, row), saved), new_length
                 continue
-        found.append(Bundle((row,), tokens))
+        bundles.append(Bundle((row,), tokens))
         length = tokens
-    return found
+    return bundles
 
 
 def layout(
     bundle: Bundle, sequences: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]:
-    """The row that a bundle becomes.
+    """Tokens, positions and attention mask of a bundle.
 
     Returns
     -------
     tokens, positions : LongTensor, shape (1, L)
     allowed : BoolTensor, shape (L, L)
-        Whether the token of a row may attend to that of a column.
+        `allowed[i, j]`: token i may attend to token j.
     places : dict of int to LongTensor
-        For each sequence, where in the row its tokens stand.
+        Index of a sequence -> indices of the sequence's tokens, prefix included, in the row.
     """
     tokens = list(sequences[bundle.rows[0]][: bundle.prefix])
     positions = list(range(bundle.prefix))
     owners = [-1] * bundle.prefix
     places = {}
     for row in bundle.rows:
-        own = sequences[row][bundle.prefix :]
-        places[row] = torch.tensor([*range(bundle.prefix), *range(len(tokens), len(tokens) + len(own))])
-        tokens += own
-        positions += range(bundle.prefix, bundle.prefix + len(own))
-        owners += [row] * len(own)
+        rest = sequences[row][bundle.prefix :]
+        places[row] = torch.tensor([*range(bundle.prefix), *range(len(tokens), len(tokens) + len(rest))])
+        tokens += rest
+        positions += range(bundle.prefix, bundle.prefix + len(rest))
+        owners += [row] * len(rest)
     owner, order = torch.tensor(owners), torch.arange(len(tokens))
-    mine = (owner[None, :] == -1) | (owner[None, :] == owner[:, None])
-    allowed = mine & (order[None, :] <= order[:, None])
+    same_sequence = (owner[None, :] == -1) | (owner[None, :] == owner[:, None])
+    allowed = same_sequence & (order[None, :] <= order[:, None])
     return torch.tensor([tokens]), torch.tensor([positions]), allowed, places
 
 
@@ -92,29 +95,28 @@ def hidden_before(
     ----------
     backbone
         A decoder that takes a 4-dimensional additive mask (transformers' `sdpa` or `eager` attention).
-    input_ids, attention_mask : shape (B, T)
-        Sequences padded on either side.
+    input_ids, attention_mask : LongTensor, shape (B, T)
+        Sequences, padded on either side.
     scored : BoolTensor, shape (B, T - 1)
-        Which of tokens 1 … T - 1 are predicted; never a sequence's first.
+        Marks the scored tokens among tokens 1 … T - 1. The first token of a sequence cannot be scored.
 
     Returns
     -------
-    Tensor, shape (scored tokens, hidden size)
+    Tensor, shape (scored tokens, hidden size), dtype of the backbone
         In row-major order of `scored`.
     """
     device = input_ids.device
-    kept = attention_mask.bool()
-    index = kept.cumsum(1) - 1
-    sequences = [ids[keep].tolist() for ids, keep in zip(input_ids, kept, strict=True)]
-    found: dict[int, torch.Tensor] = {}
+    is_token = attention_mask.bool()
+    index = is_token.cumsum(1) - 1
+    sequences = [ids[row_mask].tolist() for ids, row_mask in zip(input_ids, is_token, strict=True)]
+    hidden: dict[int, torch.Tensor] = {}
     for bundle in bundled(sequences):
         tokens, positions, allowed, places = layout(bundle, sequences)
-        mask = None  # a longer sequence stands alone, and is read as the model itself reads it, windows and all
+        mask = None  # a longer sequence is alone in its bundle; the model makes the mask, with its window if any
         if tokens.shape[1] <= LONGEST:
             lowest = torch.finfo(backbone.dtype).min
-            mask = (
-                torch.zeros(allowed.shape, dtype=backbone.dtype).masked_fill_(~allowed, lowest)[None, None].to(device)
-            )
+            bias = torch.zeros(allowed.shape, dtype=backbone.dtype).masked_fill_(~allowed, lowest)
+            mask = bias[None, None].to(device)
         states = backbone(
             input_ids=tokens.to(device),
             position_ids=positions.to(device),
@@ -123,12 +125,12 @@ def hidden_before(
             **options,
         ).last_hidden_state[0]
         for row in bundle.rows:
-            found[row] = states[places[row].to(device)[index[row, 1:][scored[row]] - 1]]
-    return torch.cat([found[row] for row in range(len(sequences))])
+            hidden[row] = states[places[row].to(device)[index[row, 1:][scored[row]] - 1]]
+    return torch.cat([hidden[row] for row in range(len(sequences))])
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences share from their start."""
+    """Length of the common prefix of two sequences."""
     count = 0
     for a, b in zip(first, second, strict=False):
         if a != b:

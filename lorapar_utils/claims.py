@@ -1,4 +1,4 @@
-"""The paper's claims, judged from records by criteria that were written down before the run."""
+"""The paper's claims, judged from records by criteria that were fixed before the run."""
 
 import re
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from lorapar_utils.errors import InputError
 from lorapar_utils.records import Record, cite, common_seeds, mean_outcomes
 from lorapar_utils.settings import project_root
 
-# What a test compares, and with what weight each side enters its effect.
+# Kind of test -> the sides that it compares, with their weights in the effect.
 SIDES = {
     "greater": {"first": 1, "second": -1},
     "concave": {"low": -1, "middle": 2, "high": -1},
@@ -20,23 +20,23 @@ SIDES = {
 
 
 def load_claims(path: Path | None = None) -> list[dict]:
-    """The declared claims, in order; see the header of `book/claims.yaml` for the fields."""
+    """The claims of `book/claims.yaml`, in order; the file's header describes the fields."""
     return yaml.safe_load((path or project_root() / "book" / "claims.yaml").read_text(encoding="utf-8"))
 
 
 def scoreboard(
     records: dict[str, Record], claims: list[dict] | None = None, link: Callable[[Record], str] | None = None
 ) -> pd.DataFrame:
-    """One row a claim: verdict, effect with interval, n, and the records that it rests on.
+    """One row per claim: verdict, effect with interval, n, and the records as evidence.
 
     Parameters
     ----------
     records
         By name, as `records.evidence` and `records.companions` give them.
     claims
-        Those of `load_claims`, or some of them.
+        Claims from `load_claims`; None judges all.
     link
-        A record's address; with it, column `evidence` is HTML that links each record.
+        Gives a record's address; column `evidence` is then HTML with a link to each record.
     """
     rows = []
     for claim in load_claims() if claims is None else claims:
@@ -50,7 +50,7 @@ def scoreboard(
                 "verdict": verdict,
                 "effect": effect,
                 "n": "–" if n is None else f"{n:,}",
-                "evidence": "; ".join(cite(name, found, link) for name, found in named.items()) or "–",
+                "evidence": "; ".join(cite(name, runs, link) for name, runs in named.items()) or "–",
             }
         )
     return pd.DataFrame(rows)
@@ -59,9 +59,9 @@ def scoreboard(
 def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None]:
     """Verdict, effect in words and n of one claim.
 
-    `greater` and `concave` are judged over test items, each item's outcome its mean over the seeds that all sides have:
-    reproduced if the 95 % interval of `first - second`, or of `2 middle - low - high`, lies above `margin`, not
-    reproduced if below. `within`: reproduced if the metric lies in [low, high].
+    `greater` and `concave` are judged over test items, whose outcomes are means over the seeds that all sides have. The
+    claim is reproduced if the 95 % interval of `first - second`, or of `2 middle - low - high`, is above `margin`, and
+    not reproduced if below. `within` is reproduced if the metric is in [low, high].
     """
     test = claim["test"]
     if test["kind"] == "none":
@@ -72,10 +72,10 @@ def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None
             f"use within, {', '.join(SIDES)} or none"
         )
     if test["kind"] == "within":
-        found = _named(records, test["first"]["record"])
-        if not found:
+        runs = _named(records, test["first"]["record"])
+        if not runs:
             return "not run", "no record", None
-        metric = found[0].metric(test["first"]["metric"])
+        metric = runs[0].metric(test["first"]["metric"])
         inside = test["low"] <= metric.value <= test["high"]
         return "reproduced" if inside else "not reproduced", f"{metric.value:.3f}", metric.n
     weights = SIDES[test["kind"]].values()
@@ -88,7 +88,7 @@ def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None
     common = sorted(set.intersection(*map(set, outcomes)))
     if not common:
         return "not run", "no seed or no item in common", None
-    gap = statistics.mean([sum(w * its[i] for w, its in zip(weights, outcomes, strict=True)) for i in common])
+    gap = statistics.mean([sum(w * side[i] for w, side in zip(weights, outcomes, strict=True)) for i in common])
     seeds = len({record.run["seed"] for record in paired[0]})
     effect = f"{gap.points()}, {seeds} seed{'s' if seeds > 1 else ''}"
     if gap.n < claim["min_n"] or gap.low <= test["margin"] <= gap.high:
@@ -97,5 +97,5 @@ def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None
 
 
 def _named(records: dict[str, Record], name: str) -> list[Record]:
-    """The record of that name, or an experiment's records at every seed."""
+    """The record `name`, or the records of experiment `name` at every seed."""
     return [record for key, record in records.items() if re.fullmatch(rf"{re.escape(name)}(-seed\d+)?", key)]

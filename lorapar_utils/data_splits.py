@@ -1,6 +1,6 @@
-"""Which rows of a public data set train, validate and test: none does two of these, and each system has its share.
+"""Split the rows of a public data set into train, validation and test, without overlap and by system.
 
-An example here is a dict with `prompt` and `system` (1 or 2 by construction, 0 where its source does not tell).
+An example here is a dict with `prompt` and `system` (1 or 2 by construction, 0 if the source does not say).
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from lorapar_utils.errors import InputError
 from lorapar_utils.settings import PoolSection
 
 SPLITS = ("train", "validation", "test")
-# Dashes that editors put for the keyboard's, quotes, slashes, the marks of sentences in other scripts, and controls.
+# Typographic dashes, quotes and slashes, punctuation of other scripts, and control characters.
 PLAIN_MARKS = str.maketrans(
     dict.fromkeys("‐‑‒–—−", "-")
     | dict.fromkeys('"`´″“”„«»‹›¿¡', None)
@@ -22,8 +22,8 @@ PLAIN_MARKS = str.maketrans(
     | dict.fromkeys([*range(0x09), *range(0x0E, 0x1C), 0x7F], None)
     | dict(zip("。।۔、،؛؟", "...,,;?", strict=True))
 )
-AROUND = "*_()[]' \t\r\n"  # around the whole; inside they may be a product, a power, a point
-# Not the point of .5, the points of 1..5, the sign of 1:2 nor the factorial of n!
+AROUND = "*_()[]' \t\r\n"  # stripped at the ends only; inside they may be a product, a power, a point
+# Punctuation, except the point of .5, the points of 1..5, the colon of 1:2 and the factorial of n!
 SENTENCE_MARKS = re.compile(
     r"(?<![\d.,;:?])[.,;:?]{2,}|[.,;:?]{2,}(?![\d.,;:?])"
     r"|(?<=[^\W\d_]{2})[.,;:!?]+(?!\d)|(?<=[^\W\d_])[.,;:?]+(?!\d)|[.,;:?](?=\s|$)|(?<=\s)[.,;:?](?!\d)"
@@ -33,9 +33,9 @@ LINE_BREAK = re.compile(r"<br\s*/?>|\\n")
 
 
 def without_repeats(examples: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """Every question once: in the test split before validation, in validation before training.
+    """Keep each question once: in test before validation, in validation before training.
 
-    What is left out is counted in a printed line.
+    The number of dropped examples is printed.
     """
     first_split: dict[str, str] = {}
     repeats: Counter[tuple[str, str]] = Counter()
@@ -56,9 +56,9 @@ def without_repeats(examples: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 
 def normalised(prompt: str) -> str:
-    """The question without case, layout, accents, quotes, and the marks of a sentence: what two copies of it share.
+    """The question without case, layout, accents, quotes and sentence punctuation, equal for copies of one question.
 
-    Signs between numbers stay, and points and spaces: they tell 3 - 4 from 3 + 4, 1.5 from 15, and 1 5 from both.
+    Signs, points and spaces between numbers stay, because 3 - 4 is not 3 + 4, and 1.5 is neither 15 nor 1 5.
     """
     plain = LINE_BREAK.sub(" ", prompt).casefold()
     if not plain.isascii():
@@ -73,9 +73,9 @@ def normalised(prompt: str) -> str:
 
 
 def _plain_signs(text: str) -> str:
-    """Wide letters, ligatures and accented letters as plain ones, without what takes no room.
+    """Replace wide letters, ligatures and accented letters by plain ones; drop characters of no width.
 
-    A raised or lowered sign stays, since 10² is not 102, and so does a mark over a digit or a sign, since ≠ is not =.
+    A raised or lowered sign stays, because 10² is not 102. A mark over a digit or sign stays, because ≠ is not =.
     """
     signs: list[str] = []
     for sign in unicodedata.normalize("NFC", text):
@@ -98,23 +98,23 @@ def _plain_signs(text: str) -> str:
 
 
 def _is_accent(sign: str) -> bool:
-    """Whether it is an accent or a Hebrew or Arabic point; marks that spell a vowel or a voiced sound are none."""
+    """Whether `sign` is an accent or a Hebrew or Arabic point; marks that spell a vowel or voiced sound are not."""
     place = unicodedata.combining(sign)
     return 10 <= place <= 35 or place >= 200
 
 
 def assign_splits(examples: dict[str, list[dict]], pool: PoolSection, field: str) -> list[dict]:
-    """The sizes of `pool.system1` and `pool.system2`, system by system, as far as there are examples.
+    """Assign a split to the examples, in the sizes of `pool.system1` and `pool.system2`.
 
-    The source's own test and validation rows stay what they are; what it has none of is drawn from its training rows.
-    What is drawn goes by each row's prompt, not by its place: with a row more or less the others keep their split, all
-    but the few that fill its place.
-    With fewer rows than asked for, all that is drawn from them shrinks in proportion. The sizes are printed.
+    Test and validation rows of the source keep their split. A split that the source lacks is drawn from the training
+    rows. The draw depends on a hash of each row's prompt, not on its position, so adding or removing a row changes the
+    split of only a few others. If rows are too few, all splits drawn from them shrink in proportion. The sizes are
+    printed.
 
     Parameters
     ----------
     examples
-        By the split of the source, each question once.
+        By the split of the source, without repeated questions.
     field
         The setting that named the source, for messages.
 
@@ -139,13 +139,13 @@ def assign_splits(examples: dict[str, list[dict]], pool: PoolSection, field: str
         sizes = {split: {0: sum(size.values())} for split, size in sizes.items()}
     parts = {}
     for source in SPLITS:
-        # Held-out rows are drawn first, so that they stay the same when more are asked for to train on.
+        # Held-out rows are drawn first, so that they stay the same when the training split grows.
         drawn = [split for split in reversed(SPLITS) if split == source or (source == "train" and not examples[split])]
-        wanted = {split: sizes[split] for split in drawn}
+        asked = {split: sizes[split] for split in drawn}
         rows = examples[source]
         if rows:
-            parts |= _draw(sorted(rows, key=partial(_lot, pool.seed)), wanted)
-        total = sum(sum(size.values()) for size in wanted.values())
+            parts |= _draw(sorted(rows, key=partial(_lot, pool.seed)), asked)
+        total = sum(sum(size.values()) for size in asked.values())
         if len(rows) < total and len(drawn) > 1:
             print(f"pool: {len(rows)} rows for {_listed(drawn)}, {total} asked for: shared in proportion")
     _say_sizes(parts, sizes, pool, field)
@@ -157,9 +157,9 @@ def _lot(seed: int, example: dict) -> str:
 
 
 def _draw(rows: list[dict], sizes: dict[str, dict[int, int]]) -> dict[str, list[dict]]:
-    """As many rows of each system as each split asks for, from the front.
+    """The rows of each split: as many of each system as `sizes` says, from the front.
 
-    A system with too few shares them among the splits in proportion; the other fills the splits up as far as it can.
+    If a system has too few rows, the splits get them in proportion, and rows of the other system fill the gap.
     """
     strata = {system: [] for size in sizes.values() for system in size}
     for number, row in enumerate(rows):
@@ -167,8 +167,8 @@ def _draw(rows: list[dict], sizes: dict[str, dict[int, int]]) -> dict[str, list[
     taken = {split: [] for split in sizes}
     lacking = {split: sum(size.values()) for split, size in sizes.items()}
 
-    def take(system: int, wanted: dict[str, int]) -> None:
-        for split, share in _shares(len(strata[system]), wanted).items():
+    def take(system: int, counts: dict[str, int]) -> None:
+        for split, share in _shares(len(strata[system]), counts).items():
             taken[split] += strata[system][:share]
             del strata[system][:share]
             lacking[split] -= share
@@ -180,28 +180,28 @@ def _draw(rows: list[dict], sizes: dict[str, dict[int, int]]) -> dict[str, list[
     return {split: [rows[number] for number in sorted(numbers)] for split, numbers in taken.items()}
 
 
-def _shares(available: int, wanted: dict[str, int]) -> dict[str, int]:
-    """What is wanted, or parts of what is available in proportion to it, by the largest remainder."""
-    total = sum(wanted.values())
+def _shares(available: int, sizes: dict[str, int]) -> dict[str, int]:
+    """`sizes`, or `available` rows in proportion to `sizes` by the largest remainder if they exceed it."""
+    total = sum(sizes.values())
     if total <= available:
-        return dict(wanted)
-    shares = {split: available * size // total for split, size in wanted.items()}
-    by_remainder = sorted(wanted, key=lambda split: available * wanted[split] % total, reverse=True)
+        return dict(sizes)
+    shares = {split: available * size // total for split, size in sizes.items()}
+    by_remainder = sorted(sizes, key=lambda split: available * sizes[split] % total, reverse=True)
     for split in by_remainder[: available - sum(shares.values())]:
         shares[split] += 1
     return shares
 
 
 def _say_sizes(parts: dict[str, list[dict]], sizes: dict[str, dict[int, int]], pool: PoolSection, field: str) -> None:
-    """One line of what each split has; one for each thing that is not as asked for."""
+    """Print the size of each split, and a line for each system with too few rows."""
     counts = {split: Counter(example["system"] for example in examples) for split, examples in parts.items()}
-    told = []
+    texts = []
     for split in SPLITS:
-        total, wanted = len(parts[split]), sum(sizes[split].values())
+        total, size = len(parts[split]), sum(sizes[split].values())
         systems = ", ".join(f"System {system}: {counts[split][system]}" for system in sizes[split] if system)
-        short = f" of {wanted} asked for" if total < wanted else ""
-        told.append(f"{split} {total}{short}" + (f" ({systems})" if systems else ""))
-    summary = f"{pool.source}: {'; '.join(told)}"
+        short = f" of {size} asked for" if total < size else ""
+        texts.append(f"{split} {total}{short}" + (f" ({systems})" if systems else ""))
+    summary = f"{pool.source}: {'; '.join(texts)}"
     if empty := [split for split in SPLITS if not parts[split]]:
         raise InputError(
             f"{field}: too few rows, none is left for {_listed(empty)}: {summary}; lower pool.system1 and "

@@ -1,8 +1,8 @@
-"""The one way from a question to tokens: teachers, importance, SFT, GRPO and every evaluation read the same ids.
+"""Questions to token ids. Teachers, importance, SFT, GRPO and every evaluation use the same functions.
 
-A model with a chat template reads the question as a user's turn; where the template knows no system turn, the system
-prompt opens the user's. A model without one reads `model.plain_template`. BOS stands in front once, where the tokenizer
-adds it, and a template that writes the date is told a fixed day: prompts do not change overnight.
+With a chat template, the question is a user turn. If the template has no system turn, the system prompt goes before the
+question. Without a chat template, the question fills `model.plain_template`. There is one BOS token if the tokenizer
+adds one. A template that writes the date gets a fixed day, so that prompts do not change overnight.
 """
 
 import functools
@@ -16,15 +16,15 @@ from lorapar_utils.settings import Settings
 
 IGNORED = -100
 PLAIN_TEMPLATE = "{% if system %}{{ system }}\n\n{% endif %}Question: {{ prompt }}\nAnswer:\n"
-# In front of a chat template that asks for the date: the day that Llama's own templates write without a clock.
+# Goes before a chat template. Llama's templates write this day if they get no date.
 FIXED_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro %}"
 
-# What a model's own template may raise; it is a program that somebody else wrote.
+# A chat template is a program by the model's authors and may raise any of these.
 TEMPLATE_FAULTS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def prompt_ids(question: str, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[int]:
-    """Token ids of a question to the profile's model, ready for the answer (`settings.system_prompt` in front)."""
+    """Token ids of the profile's system prompt and a question, up to where the answer begins."""
     return question_ids(
         question, tokenizer, system=settings.system_prompt, plain_template=settings.model.plain_template
     )
@@ -33,76 +33,76 @@ def prompt_ids(question: str, tokenizer: PreTrainedTokenizerBase, settings: Sett
 def question_ids(
     question: str, tokenizer: PreTrainedTokenizerBase, *, system: str = "", plain_template: str = PLAIN_TEMPLATE
 ) -> list[int]:
-    """Token ids of a question to any model, ready for the answer.
+    """Token ids of a question for any model, up to where the answer begins.
 
     Parameters
     ----------
     system
         The system prompt; "" for none.
     plain_template
-        What a model without a chat template reads: Jinja over `system` and `prompt`.
+        Jinja template over `system` and `prompt`, for a model without a chat template.
 
     Raises
     ------
     InputError
-        A template, the model's or this one, that cannot be filled in.
+        The chat template or `plain_template` cannot be filled in.
     """
     if not tokenizer.chat_template:
-        # A question that quotes `</s>`, as HTML does, reads it as text; a template may write control tokens.
-        own = any(token in plain_template for token in tokenizer.all_special_tokens)
-        return continuation_ids(_plain_text(plain_template, system, question), tokenizer, as_text=not own)
+        # A question may quote `</s>` (HTML), which must stay text, unless the template itself uses control tokens.
+        has_control = any(token in plain_template for token in tokenizer.all_special_tokens)
+        return continuation_ids(_plain_text(plain_template, system, question), tokenizer, as_text=not has_control)
     ids, front = _chat_ids(question, system, tokenizer), _front(tokenizer)
     return ids if ids[: len(front)] == front else front + ids
 
 
 def continuation_ids(text: str, tokenizer: PreTrainedTokenizerBase, *, as_text: bool = False) -> list[int]:
-    """Token ids of text that is to be continued: what the tokenizer puts in front of it (BOS), nothing behind it.
+    """Token ids of a text that the model is to continue: BOS if the tokenizer adds it, and no end token.
 
-    Some fine-tunes leave a tokenizer that ends every text with its end token; a model would take that for the end.
+    Tokenizers of some fine-tunes add an end token to every text, after which a model would write nothing.
 
     Parameters
     ----------
     as_text
-        Whether control tokens that stand in the text are read as text like any other.
+        Whether control tokens in the text are read as ordinary text.
     """
     options = {"split_special_tokens": True} if as_text else {}
-    own = tokenizer(text, add_special_tokens=False, **options).input_ids
+    ids = tokenizer(text, add_special_tokens=False, **options).input_ids
     front = _front(tokenizer)
-    return own if own[: len(front)] == front else front + own
+    return ids if ids[: len(front)] == front else front + ids
 
 
 def _front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts in front of a text by itself: BOS, or nothing."""
-    own = tokenizer("1", add_special_tokens=False).input_ids
-    whole = tokenizer("1").input_ids
-    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(own)] == own), [])
+    """Token ids that the tokenizer adds before a text: BOS, or none."""
+    plain = tokenizer("1", add_special_tokens=False).input_ids
+    full = tokenizer("1").input_ids
+    return next((full[:i] for i in range(len(full)) if full[i : i + len(plain)] == plain), [])
 
 
 def answer_ids(solution: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of an answer and the end of its turn; `</s>` within it, as HTML has it, is text like any other."""
+    """Token ids of an answer and the end token. A `</s>` inside the answer (HTML) is read as ordinary text."""
     return [*tokenizer(solution, add_special_tokens=False, split_special_tokens=True).input_ids, tokenizer.eos_token_id]
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: the tokenizer's, and all that the model's generation config declares."""
+    """Every token that ends a completion: the tokenizer's end token, then those of the model's generation config."""
     declared = model.generation_config.eos_token_id
     declared = declared if isinstance(declared, list) else [declared]
     return [token for token in dict.fromkeys([tokenizer.eos_token_id, *declared]) if token is not None]
 
 
 def check_prompts(tokenizer: PreTrainedTokenizerBase, plain_template: str) -> None:
-    """Whether a question comes back out of the prompt that it is put into; some templates lose it without a word.
+    """Check that a prompt contains the question, because some templates silently drop the question.
 
     Raises
     ------
     InputError
-        It does not, as where a chat template wants content as a list of parts.
+        The question is missing, for instance because the chat template expects content as a list of parts.
     """
     question = "1 + 1"
     ids = question_ids(question, tokenizer, plain_template=plain_template)
-    # As the tokenizer itself gives it back: a small vocabulary may not know these words.
-    known = tokenizer.decode(tokenizer(question, add_special_tokens=False).input_ids)
-    if "".join(known.split()) not in "".join(tokenizer.decode(ids).split()):
+    # Decoded from tokens, because a small vocabulary may lack some of these characters.
+    decoded = tokenizer.decode(tokenizer(question, add_special_tokens=False).input_ids)
+    if "".join(decoded.split()) not in "".join(tokenizer.decode(ids).split()):
         kind = "its chat template" if tokenizer.chat_template else "model.plain_template"
         raise InputError(
             f"model: a question is lost in {kind}: the prompt reads {tokenizer.decode(ids)[:200]!r}; mend it"
@@ -110,7 +110,7 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, plain_template: str) -> No
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token by which the chat template ends an assistant's turn; None where it writes none."""
+    """The special token with which the chat template ends an assistant turn; None if there is none."""
     if not tokenizer.chat_template:
         return None
     answer = "0"
@@ -119,7 +119,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
         text = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=_dated(tokenizer))
     except TEMPLATE_FAULTS:
         return None
-    # Some fine-tunes added theirs as an ordinary token. Phi-1.5's runs of spaces are added ones too.
+    # Some fine-tunes added the end token as an ordinary token. Phi-1.5 also has added tokens made of spaces only.
     special = set(tokenizer.all_special_ids) | {
         i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()
     }
@@ -130,24 +130,25 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def encode_examples(
     examples: Iterable[dict], tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> list[dict[str, list[int]]]:
-    """Prompt, solution and end of turn as token ids, with labels on the answer tokens only.
+    """Token ids of prompt, solution and end token, with labels on the answer tokens only.
 
     Parameters
     ----------
     examples
         Rows of the pool: `id`, `prompt`, `solution`.
     settings
-        `sft.max_length`, and `sft.long_rows`, which says what becomes of a longer row.
+        `sft.max_length`, and `sft.long_rows`, which says how longer rows are treated.
 
     Returns
     -------
     list of {"input_ids", "labels"}
-        Equal lengths, at most `sft.max_length`; labels are -100 on the prompt. How many rows were left out is printed.
+        Two lists of int of equal length, at most `sft.max_length`. Labels are -100 on the prompt. The number of dropped
+        rows is printed.
 
     Raises
     ------
     InputError
-        No example at all, a long row where `sft.long_rows` refuses it, or nothing but long rows.
+        No examples, only long rows, or a long row with `sft.long_rows: refuse`.
     """
     sft = settings.sft
     encoded, long_rows = [], []
@@ -158,12 +159,8 @@ def encode_examples(
         if len(answer) > room and (sft.long_rows != "truncate" or room <= 0):
             long_rows.append(f"{example['id']} ({len(prompt)} + {len(answer)} tokens)")
             continue
-        encoded.append(
-            {
-                "input_ids": (prompt + answer)[: sft.max_length],
-                "labels": ([IGNORED] * len(prompt) + answer)[: sft.max_length],
-            }
-        )
+        labels = [IGNORED] * len(prompt) + answer
+        encoded.append({"input_ids": (prompt + answer)[: sft.max_length], "labels": labels[: sft.max_length]})
     if long_rows and (sft.long_rows == "refuse" or not encoded):
         raise InputError(
             f"examples: {len(long_rows)} of {len(encoded) + len(long_rows)} are longer than sft.max_length = "
@@ -183,12 +180,12 @@ def _chat_ids(question: str, system: str, tokenizer: PreTrainedTokenizerBase) ->
     user = {"role": "user", "content": question}
     if system:
         turns = [{"role": "system", "content": system}, user]
-        # A template may refuse a system turn (Gemma-2, Mistral), or pass over it in silence (Phi-3).
+        # A template may refuse a system turn (Gemma-2, Mistral), or silently drop the turn (Phi-3).
         if not _writes_system_turn(tokenizer):
             turns = [{"role": "user", "content": f"{system}\n\n{question}"}]
     else:
         turns = [user]
-    # A question that quotes a control token reads it as text.
+    # Control tokens that a question quotes are read as text.
     return _rendered(tokenizer, turns, tokenize=True, sanitize_control_tokens=True, return_dict=True)["input_ids"]
 
 
@@ -202,7 +199,7 @@ def _writes_system_turn(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _dated(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template, with a day that is always the same."""
+    """The chat template with a fixed day."""
     return FIXED_DAY + tokenizer.get_chat_template()
 
 

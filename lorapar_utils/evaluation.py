@@ -37,17 +37,16 @@ def evaluate(
     Parameters
     ----------
     benchmark
-        `pool` (System 1 and System 2 apart, by construction, in the layout that training teaches; free text by its
-        overlap with the reference; the loss of the reference in both), or what `lm-eval`
-        defines as `gsm8k` (few-shot, generative) and `mmlu` (few-shot, the likeliest of four letters), or `humaneval`
-        (pass@1 of its 164 problems; needs `evaluation.run_model_code`).
+        `pool` (by system, in the layout that training teaches; free text by overlap with the reference; always with
+        the loss of the reference), `gsm8k` (few-shot, generative) or `mmlu` (few-shot, likeliest of four letters) as
+        `lm-eval` defines them, or `humaneval` (pass@1 of 164 problems; needs `evaluation.run_model_code`).
     split
-        `test`, once, at the end; `validation`, which only the pool has, to choose anything.
+        `test`, once, at the end. `validation`, which only the pool has, serves to choose settings.
 
     Returns
     -------
     Record
-        Metrics of `benchmark_metrics`; items: one outcome an example.
+        `metrics` of `benchmark_metrics`; `items`, one outcome per example.
     """
     started = time.time()
     items = benchmark_items(model, tokenizer, benchmark, settings, split=split)
@@ -63,7 +62,7 @@ def benchmark_items(
     *,
     split: str = "test",
 ) -> list[dict]:
-    """One outcome an example of `evaluate`: `id`, `task`, `completion`, `correct`, `truncated`, …"""
+    """One outcome per example, as in `evaluate`: `id`, `task`, `completion`, `correct`, `truncated`, …"""
     if benchmark not in BENCHMARKS:
         raise InputError(f"benchmark: {benchmark!r} is not one of {', '.join(BENCHMARKS)}")
     if benchmark == "pool":
@@ -83,12 +82,12 @@ def benchmark_items(
 
 
 def check_benchmarks(settings: Settings) -> None:
-    """Whether `evaluation.benchmarks` can be scored here: their data is there, and what runs code may run it.
+    """Check that the data of `evaluation.benchmarks` is present, and that HumanEval may run code.
 
     Raises
     ------
     InputError
-        As `evaluate` would, but before anything is trained.
+        The error that `evaluate` would raise, but before training.
     """
     for name in settings.evaluation.benchmarks:
         if name == "humaneval":
@@ -100,16 +99,16 @@ def check_benchmarks(settings: Settings) -> None:
 def benchmark_metrics(benchmark: str, items: Sequence[dict]) -> dict[str, Metric]:
     """Metrics of a benchmark's outcomes, each with n and a 95 % interval.
 
-    `accuracy`, and `truncated` (completions that never ended) where it was noted; `accuracy_metrics` for the pool;
-    `flexible` (the last number, whatever the layout) for GSM8K; `macro` (the mean over subjects) for MMLU; with several
-    samples of each HumanEval problem the unbiased `pass@1` and `pass@k`, k the number of samples, over problems.
+    The pool has those of `accuracy_metrics`. Others have `accuracy`, and `truncated` (completions without an end) if
+    known. GSM8K adds `flexible` (the last number, in any layout), MMLU adds `macro` (mean over subjects). HumanEval
+    with k samples per problem adds the unbiased `pass@1` and `pass@k` over problems.
     """
     if benchmark == "pool":
         return accuracy_metrics(items)
     metrics = {"accuracy": statistics.proportion([item["correct"] for item in items])}
     for field in ("truncated", "flexible"):
-        if noted := [item[field] for item in items if item.get(field) is not None]:
-            metrics[field] = statistics.proportion(noted)
+        if values := [item[field] for item in items if item.get(field) is not None]:
+            metrics[field] = statistics.proportion(values)
     if benchmark == "mmlu":
         metrics["macro"] = statistics.macro_average([(item["task"], item["correct"]) for item in items])
     hits: dict[str, list[bool]] = {}
@@ -121,11 +120,11 @@ def benchmark_metrics(benchmark: str, items: Sequence[dict]) -> dict[str, Metric
 
 
 def accuracy_metrics(items: Sequence[dict]) -> dict[str, Metric]:
-    """Metrics of the pool's outcomes, each with n and interval, over all items and by system where it is known.
+    """Metrics of the pool's outcomes, each with n and interval, over all items and by system if the system is known.
 
-    `accuracy` (by system `system1`, `system2`) and `mentioned` (`mentioned1`, `mentioned2`), the completions that
-    contain the answer anywhere: what a model knows but does not put in the `####` layout. Of free text `overlap` in
-    their place. `truncated`, and the `loss` of the reference solutions where it was measured.
+    `accuracy` (by system: `system1`, `system2`); `mentioned` (`mentioned1`, `mentioned2`): the share of completions
+    that contain the answer anywhere, even outside the `####` layout; `truncated`; and the `loss` of the reference
+    solutions, if measured. Free text has `overlap` in place of `accuracy` and `mentioned`.
     """
     metrics = {"truncated": statistics.proportion([item["truncated"] for item in items])}
     if losses := [item["loss"] for item in items if "loss" in item]:
@@ -133,10 +132,9 @@ def accuracy_metrics(items: Sequence[dict]) -> dict[str, Metric]:
     if overlaps := [item["overlap"] for item in items if "overlap" in item]:
         return metrics | {"overlap": statistics.mean(overlaps)}
     for system, accuracy in ((None, "accuracy"), (1, "system1"), (2, "system2")):
-        own = [item for item in items if system in (None, item["system"])]
-        if own:
-            metrics[accuracy] = statistics.proportion([item["correct"] for item in own])
-            metrics[f"mentioned{system or ''}"] = statistics.proportion([item["mentioned"] for item in own])
+        if of_system := [item for item in items if system in (None, item["system"])]:
+            metrics[accuracy] = statistics.proportion([item["correct"] for item in of_system])
+            metrics[f"mentioned{system or ''}"] = statistics.proportion([item["mentioned"] for item in of_system])
     return metrics
 
 
@@ -146,7 +144,7 @@ def score_pool(
     examples: Sequence[dict],
     settings: Settings,
 ) -> list[dict]:
-    """`score_greedy`, and each example's `loss`: how unexpected its reference solution is to the model."""
+    """Outcomes of `score_greedy`, each with the `loss` of the example's reference solution."""
     items = score_greedy(model, tokenizer, examples, settings)
     losses = solution_losses(model, tokenizer, examples, settings)
     return [item | {"loss": loss} for item, loss in zip(items, losses, strict=True)]
@@ -158,9 +156,9 @@ def score_greedy(
     examples: Sequence[dict],
     settings: Settings,
 ) -> list[dict]:
-    """One greedy completion an example, scored: `{"id", "system", "task", "completion", "correct", "truncated"}`.
+    """One scored greedy completion per example: `{"id", "system", "task", "completion", "correct", "truncated"}`.
 
-    Also `mentioned`, whether the answer stands anywhere in the completion; of free text `overlap` instead.
+    Also `mentioned`: whether the answer appears anywhere in the completion. Free text has `overlap` instead.
     """
     completions = generate(model, tokenizer, [e["prompt"] for e in examples], settings)
     items = []
@@ -187,15 +185,15 @@ def solution_losses(
     examples: Sequence[dict],
     settings: Settings,
 ) -> list[float]:
-    """The loss of each example's solution and its end, in nats a token, as stage 1 trains on it; nothing is cut off."""
+    """The loss of each example's solution and end token, in nats per token, as in stage 1 but never truncated."""
     pairs = [
         (prompt_ids(example["prompt"], tokenizer, settings), answer_ids(example["solution"], tokenizer))
         for example in examples
     ]
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     size = settings.evaluation.batch_size
-    own = processes.state()
-    starts = range(0, len(order), size)[own.process_index :: own.num_processes]
+    state = processes.state()
+    starts = range(0, len(order), size)[state.process_index :: state.num_processes]
     losses: list[tuple[int, float]] = []
     with whole_base(model):
         for start in tqdm(starts, desc="loss of the references", leave=False):
@@ -230,8 +228,8 @@ def is_correct(completion: str, reference: str, *, marked: bool = False) -> bool
     Parameters
     ----------
     marked
-        Only what stands after `####` is an answer, as in pools that teach this layout; else a completion without `####`
-        is its own answer, as free text is.
+        Only the text after `####` counts as an answer, as in pools that teach this layout. Otherwise a completion
+        without `####` counts as an answer as a whole.
     """
     answer = extract_answer(completion)
     if answer is None and not marked:
@@ -247,40 +245,40 @@ def generate(
     *,
     samples: int = 0,
 ) -> list[list[tuple[str, bool]]]:
-    """Completions of each prompt, in order: one greedy, or `samples` drawn at temperature 1.
+    """Completions of each prompt, in order: one greedy completion, or `samples` sampled at temperature 1.
 
-    Under `accelerate launch` each process completes its share of the prompts, and all return everybody's.
+    Under `accelerate launch` each process completes a share of the prompts, and every process returns all completions.
 
     Returns
     -------
     list of list of (text, truncated)
-        `truncated` where the completion reached `evaluation.max_new_tokens` without ending.
+        `truncated` if the completion reached `evaluation.max_new_tokens` without an end token.
     """
     model.eval()
     encoded = [prompt_ids(prompt, tokenizer, settings) for prompt in prompts]
     ends = end_tokens(model, tokenizer)
-    # By length, so little is padded.
+    # Sorted by length, so that there is little padding.
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     size = max(1, settings.evaluation.batch_size // max(1, samples))
     limit = settings.evaluation.max_new_tokens
     draws = uniform(len(encoded) * samples, limit, settings.seed).view(len(encoded), samples, limit)
-    own = processes.state()
-    starts = range(0, len(order), size)[own.process_index :: own.num_processes]
-    found: list[tuple[int, list[tuple[str, bool]]]] = []
+    state = processes.state()
+    starts = range(0, len(order), size)[state.process_index :: state.num_processes]
+    results: list[tuple[int, list[tuple[str, bool]]]] = []
     with whole_base(model):
         for start in tqdm(starts, desc="generating", leave=False):
-            chosen = order[start : start + size]
+            rows = order[start : start + size]
             completions = complete(
                 model,
-                [encoded[i] for i in chosen],
+                [encoded[i] for i in rows],
                 ends=ends,
                 max_new_tokens=limit,
                 samples=max(1, samples),
                 temperature=1.0 if samples else None,
-                draws=draws[chosen].flatten(0, 1) if samples else None,
+                draws=draws[rows].flatten(0, 1) if samples else None,
             )
-            written = tokenizer.batch_decode(completions, skip_special_tokens=True)
-            cut = [tokens[-1] not in ends for tokens in completions]
-            each = list(zip(written, cut, strict=True))
-            found += [(i, each[row * max(1, samples) :][: max(1, samples)]) for row, i in enumerate(chosen)]
-    return [completions for _, completions in sorted(gather_object(found))]
+            texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+            truncated = [tokens[-1] not in ends for tokens in completions]
+            pairs = list(zip(texts, truncated, strict=True))
+            results += [(i, pairs[k * max(1, samples) :][: max(1, samples)]) for k, i in enumerate(rows)]
+    return [completions for _, completions in sorted(gather_object(results))]

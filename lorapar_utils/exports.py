@@ -1,4 +1,4 @@
-"""Every table of the book as HTML, CSV and LaTeX (booktabs), from records alone: no training, no torch."""
+"""Every table of the book as HTML, CSV and LaTeX (booktabs), from records, without training and torch."""
 
 import argparse
 import sys
@@ -23,8 +23,8 @@ def _all(records: dict[str, Record]) -> dict[str, Record]:
     return records
 
 
-# Table name -> which records it takes, how it is made from them. Those of varied profiles, whose pool is another, are
-# only for the last five.
+# Table name -> (selection of records, function from records to the table). The tables in `VARIED` also take records of
+# varied profiles, which have other pools.
 TABLES: dict[str, tuple[Callable, Callable]] = {
     "stages": (plots.two_stage_records, tables.stage_table),
     "table1_voting": (_swept("voting"), tables.voting_table),
@@ -42,24 +42,23 @@ VARIED: dict[str, tuple[Callable, Callable]] = {
 
 
 def save_all(records: dict[str, Record], varied: dict[str, Record], folder: Path) -> list[Path]:
-    """Write each table whose records are there as .html, .csv and .tex; the same records give the same bytes.
+    """Write each table as .html, .csv and .tex, if the table's records exist; the same records give the same bytes.
 
-    `records` are a profile's with those of its longer one (`records.with_longer`), `varied` those of
-    `records.companions`.
+    `records` come from `records.with_longer`, `varied` from `records.companions`.
     """
-    written = []
+    paths = []
     for name, (choose, make) in (TABLES | VARIED).items():
-        chosen = choose(records if name in TABLES else records | varied)
-        if not chosen:
+        inputs = choose(records if name in TABLES else records | varied)
+        if not inputs:
             print(f"{name}: skipped, there is no record of it")
             continue
-        frame = make(chosen)
-        shown = frame.drop(columns="records", errors="ignore")  # the .csv alone says where each row comes from
+        frame = make(inputs)
+        shown = frame.drop(columns="records", errors="ignore")  # only the .csv names the records of each row
         texts = {"html": shown.to_html(index=False, border=0), "csv": frame.to_csv(index=False), "tex": _latex(shown)}
         for suffix, text in texts.items():
             write_atomically(folder / f"{name}.{suffix}", text)
-            written.append(folder / f"{name}.{suffix}")
-    return written
+            paths.append(folder / f"{name}.{suffix}")
+    return paths
 
 
 def _latex(frame: pd.DataFrame) -> str:
@@ -74,13 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("records", type=Path)
     parser.add_argument("tables", type=Path)
-    chosen = parser.parse_args(arguments)
-    records = read_records(chosen.records)
+    options = parser.parse_args(arguments)
+    records = read_records(options.records)
     if not records:
-        print(f"{chosen.records}: no records; run `make book` and `make publish` first", file=sys.stderr)
+        print(f"{options.records}: no records; run `make book` and `make publish` first", file=sys.stderr)
         return 2
-    profile = chosen.records.name
-    for path in save_all(with_longer(records, profile), companions(profile), chosen.tables):
+    profile = options.records.name
+    for path in save_all(with_longer(records, profile), companions(profile), options.tables):
         print(path)
     return 0
 

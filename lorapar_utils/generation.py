@@ -1,10 +1,9 @@
-"""Completions in batches: what prompts share is read once, and a finished row leaves the batch.
+"""Completions in batches: a prefix that all prompts share is read once, and a finished row leaves the batch.
 
-Deviation: not `model.generate`, which reads every sample of a prompt, and a beginning that all prompts share, once for
-each row, and decodes a finished row to the end of the longest. Equal to it token by token where nothing is drawn
-(tested); draws are the same distribution. Where a model's state cannot be shared so (see `shortcuts`), it is
-`model.generate`. What is drawn depends on numbers given for each row, not on how rows are batched, nor on which process
-has them.
+Deviation from `model.generate`, which reads the prompt once per sample and keeps finished rows until the longest row
+ends. Greedy completions are equal token by token (tested); sampled ones have the same distribution. For a model whose
+state cannot be shared (see `shortcuts`) we call `model.generate`. Sampling depends on the random numbers given for each
+row, not on the batch or process that a row is in.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ from transformers import (
 
 from lorapar_utils.shortcuts import attention_window, rotation_limit, shortcuts_of
 
-# Next tokens from (logits, rows' numbers, step).
+# Maps (logits, row indices, step) to the next tokens.
 Choose = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
@@ -43,7 +42,7 @@ def complete(
     draws: torch.Tensor | None = None,
     stopped: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """Completions of each prompt, greedy or drawn.
+    """Greedy or sampled completions of each prompt.
 
     Parameters
     ----------
@@ -52,19 +51,20 @@ def complete(
     ends
         Tokens that end a completion.
     samples
-        Completions of each prompt.
+        Completions per prompt.
     temperature
-        Logits are divided by it and a token is drawn; None takes the likeliest token.
+        Sampling temperature; None for greedy.
     draws
-        What decides each drawn token: numbers in [0, 1), shape (prompts x samples, max_new_tokens); see `uniform`.
+        Random numbers in [0, 1) that decide the sampled tokens: float32, shape (prompts x samples, max_new_tokens).
+        See `uniform`.
     stopped
-        Whether a completion so far has ended, beside `ends`; asked after each of its tokens.
+        Called with a completion's tokens after each new token; True ends the completion, as a token of `ends` does.
 
     Returns
     -------
     list of list of int
-        `samples` completions of the first prompt, then of the second, …; the end token included, so one without it
-        was cut at `max_new_tokens`.
+        `samples` completions of the first prompt, then of the second, … The end token is included. A completion
+        without an end token was cut at `max_new_tokens`.
     """
     limits = {"ends": ends, "max_new_tokens": max_new_tokens, "samples": samples, "stopped": stopped}
 
@@ -88,17 +88,17 @@ def decode(
     samples: int = 1,
     stopped: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """`complete`'s own loop: prompts share what they begin with, and a row that has ended leaves the batch.
+    """The decoding loop of `complete`: a shared prefix is read once, and a finished row leaves the batch.
 
     Parameters
     ----------
     choose
-        Next tokens, shape (rows,), from their logits, shape (rows, vocabulary), the rows' numbers and the step.
+        Maps logits, shape (rows, vocabulary), row indices, shape (rows,), and the step to next tokens, shape (rows,).
     """
     ends = torch.tensor(ends, device=model.device)
     completions: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
     rows = torch.arange(len(completions), device=model.device)
-    # As in training: adapters are kept in fp32 and multiplied in the dtype of the base.
+    # As in training, adapters are stored in fp32 and multiplied in the dtype of the base.
     with answering(model), whole_base(model):
         logits, mask, cache = _read(model, prompts, max_new_tokens)
         if samples > 1:
@@ -108,21 +108,21 @@ def decode(
             tokens = choose(logits, rows, step)
             for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
                 completions[row].append(token)
-            going = ~torch.isin(tokens, ends)
+            running = ~torch.isin(tokens, ends)
             if stopped is not None:
-                going &= torch.tensor([not stopped(completions[row]) for row in rows.tolist()], device=model.device)
-            if step + 1 == max_new_tokens or not going.any():
+                running &= torch.tensor([not stopped(completions[row]) for row in rows.tolist()], device=model.device)
+            if step + 1 == max_new_tokens or not running.any():
                 break
-            if not going.all():
-                cache.batch_select_indices(going.nonzero().squeeze(1))
-                rows, mask, tokens = rows[going], mask[going], tokens[going]
+            if not running.all():
+                cache.batch_select_indices(running.nonzero().squeeze(1))
+                rows, mask, tokens = rows[running], mask[running], tokens[running]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             logits = _next(model, tokens[:, None], mask, cache)
     return completions
 
 
 def uniform(rows: int, tokens: int, *seed: int) -> torch.Tensor:
-    """Numbers in [0, 1) for `complete`, shape (rows, tokens), fixed by the integers of `seed`."""
+    """Random numbers in [0, 1) for `complete`: float32, shape (rows, tokens), fixed by the integers of `seed`."""
     return torch.from_numpy(np.random.default_rng(seed).random((rows, tokens), dtype=np.float32))
 
 
@@ -132,41 +132,41 @@ def next_token_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) 
     with answering(model):
         if shortcuts_of(model).completions and max(map(len, prompts)) <= rotation_limit(model):
             return _read(model, prompts)[0]
-        alone = [model(input_ids=torch.tensor([prompt], device=model.device)).logits[0, -1] for prompt in prompts]
-        return torch.stack(alone)
+        logits = [model(input_ids=torch.tensor([prompt], device=model.device)).logits[0, -1] for prompt in prompts]
+        return torch.stack(logits)
 
 
 def has_virtual_tokens(model: PreTrainedModel) -> bool:
-    """Whether an adapter puts trained tokens before each prompt, which only PEFT's own methods know how to do."""
+    """Whether the adapter puts trained virtual tokens before each prompt. Only PEFT's own methods can do so."""
     return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
 
 
 @contextlib.contextmanager
 def whole_base(model: PreTrainedModel):
-    """A context in which a base that is shared out over processes (FSDP) is whole in each.
+    """A context in which every process holds the whole base, even if FSDP has sharded the base.
 
-    Processes complete different prompts in different numbers of steps: they cannot collect it layer by layer together.
+    FSDP needs all processes to run the same number of steps. In generation each process runs as many as its rows need.
     """
     layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    apart = [layer for layer in layers if not getattr(layer, "_kept_whole", False)]
-    for layer in apart:
+    sharded = [layer for layer in layers if not getattr(layer, "_kept_whole", False)]
+    for layer in sharded:
         layer._kept_whole = True
         layer.set_reshard_after_forward(False)
         layer.unshard()
     try:
         yield
     finally:
-        for layer in apart:
+        for layer in sharded:
             layer._kept_whole = False
             layer.set_reshard_after_forward(True)
             layer.reshard()
 
 
 def answering(model: PreTrainedModel):
-    """A context in which a model answers and learns nothing.
+    """A context for inference.
 
-    Adapters kept in fp32 are multiplied in the base's dtype, and PEFT casts no input to fp32. A mixture of experts adds
-    up no loss of its router, which trainers ask it for and which knows no cache.
+    Adapters stored in fp32 are multiplied in the base's dtype, and PEFT does not cast inputs to fp32. A mixture of
+    experts computes no router loss, because the router loss does not work with a cache.
     """
     low = model.dtype in (torch.bfloat16, torch.float16)
     stack = contextlib.ExitStack()
@@ -180,28 +180,28 @@ def answering(model: PreTrainedModel):
 
 
 def without_input_casts(model: PreTrainedModel, active: bool):
-    """A context in which PEFT casts no adapter's input to fp32 and back. IA3 and SHiRA know no such casts."""
+    """A context in which PEFT does not cast adapter inputs to fp32 and back. IA3 and SHiRA have no such casts."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    known = all(hasattr(layer, "cast_input_dtype_enabled") for layer in layers)
-    return disable_input_dtype_casting(model, active=active and known)
+    has_casts = all(hasattr(layer, "cast_input_dtype_enabled") for layer in layers)
+    return disable_input_dtype_casting(model, active=active and has_casts)
 
 
 def _read(model: PreTrainedModel, prompts, room: int = 0) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-    """Logits after each prompt, the attention mask of what was read, and the cache; a common beginning is read once.
+    """Logits after each prompt (prompts, vocabulary), attention mask and cache. A shared prefix is read once.
 
-    `room` tokens are to follow.
+    The caller will generate `room` more tokens.
     """
     cache = DynamicCache(config=model.config)
-    # Every prompt keeps a token of its own to be read.
+    # Leave at least one token out of the shared prefix, so that each prompt gives logits.
     shortest = min(map(len, prompts)) - 1
     shared = next((i for i in range(shortest) if len({prompt[i] for prompt in prompts}) > 1), shortest)
-    # Padding then stands behind the beginning, where it would push it out of a window.
+    # Padding comes after the shared prefix and would push this prefix out of an attention window.
     windowed = max(map(len, prompts)) + room > attention_window(model)
     shared = 0 if windowed or len(prompts) == 1 else shared
     ids, mask = _left_padded([prompt[shared:] for prompt in prompts], 0, model.device)
     if shared:
-        beginning = torch.tensor([prompts[0][:shared]], device=model.device)
-        _next(model, beginning, torch.ones_like(beginning), cache)
+        prefix = torch.tensor([prompts[0][:shared]], device=model.device)
+        _next(model, prefix, torch.ones_like(prefix), cache)
         cache.batch_repeat_interleave(len(prompts))
         mask = torch.cat([mask.new_ones(len(prompts), shared), mask], 1)
     return _next(model, ids, mask, cache), mask, cache
@@ -215,9 +215,9 @@ def _left_padded(prompts, filler: int, device) -> tuple[torch.Tensor, torch.Tens
 
 
 def _generate(model, prompts, choose: Choose, *, ends, max_new_tokens, samples, stopped) -> list[list[int]]:
-    """`complete` by `model.generate`, which knows virtual tokens and every kind of state.
+    """`complete` by `model.generate`, which supports virtual tokens and every kind of state.
 
-    Padding may leak into a state that is not attention, so only equally long prompts are completed together there.
+    Padding may leak into a recurrent or convolution state, so every batch holds prompts of one length.
     """
     groups: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
@@ -227,7 +227,7 @@ def _generate(model, prompts, choose: Choose, *, ends, max_new_tokens, samples, 
         for numbers in groups.values():
             ids, mask = _left_padded([prompts[i] for i in numbers for _ in range(samples)], ends[0], model.device)
             rows = torch.tensor([i * samples + k for i in numbers for k in range(samples)])
-            written = model.generate(
+            sequences = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 do_sample=False,
@@ -237,13 +237,13 @@ def _generate(model, prompts, choose: Choose, *, ends, max_new_tokens, samples, 
                 logits_processor=LogitsProcessorList([_Choice(choose, rows)]),
                 stopping_criteria=StoppingCriteriaList([_Stopped(stopped, ids.shape[1])] if stopped else []),
             )
-            tokens = [_until_end(row, ends, stopped) for row in written[:, ids.shape[1] :].tolist()]
-            completions |= {i: tokens[place * samples :][:samples] for place, i in enumerate(numbers)}
+            tokens = [_until_end(row, ends, stopped) for row in sequences[:, ids.shape[1] :].tolist()]
+            completions |= {i: tokens[row * samples :][:samples] for row, i in enumerate(numbers)}
     return [tokens for number in range(len(prompts)) for tokens in completions[number]]
 
 
 class _Choice(LogitsProcessor):
-    """Leaves the token that `choose` takes as the only possible one, so that `generate` draws by the given numbers."""
+    """Gives every token except the choice of `choose` a logit of -inf, so that `generate` must take this choice."""
 
     def __init__(self, choose: Choose, rows: torch.Tensor):
         self.choose, self.rows, self.step = choose, rows, 0
@@ -255,7 +255,7 @@ class _Choice(LogitsProcessor):
 
 
 class _Stopped(StoppingCriteria):
-    """`stopped`, asked about each row's own tokens."""
+    """Calls `stopped` with the completion tokens of each row."""
 
     def __init__(self, stopped: Callable[[list[int]], bool], prompt: int):
         self.stopped, self.prompt = stopped, prompt
@@ -273,20 +273,14 @@ def _until_end(tokens: list[int], ends: Sequence[int], stopped: Callable[[list[i
 
 
 def _next(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-    """Logits of the token after `ids`, shape (batch, vocabulary); the cache takes `ids` in."""
+    """Logits of the token after `ids`, shape (batch, vocabulary). Adds `ids` to the cache."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options).logits[:, -1]
 
 
 def _draw(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> torch.Tensor:
-    """One token a row by inverting the cumulative distribution: one random number a row, not one a vocabulary entry."""
+    """Sample one token per row by inverting the cumulative distribution, which needs one random number per row."""
     cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
-    places = uniform.to(logits.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, places, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    thresholds = uniform.to(logits.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, thresholds, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)

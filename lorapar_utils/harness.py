@@ -1,7 +1,7 @@
-"""GSM8K and MMLU by `lm-eval`: its prompts, filters and metrics, with the model asked in less time (paper, section 4).
+"""GSM8K and MMLU with the prompts, filters and metrics of `lm-eval`, and a faster model class (paper, section 4).
 
-Deviation: the worked examples of a GSM8K prompt are the first of the training split for every question, where `lm-eval`
-draws others for each, so that what all prompts begin with is read once.
+Deviation: every GSM8K prompt shows the first worked examples of the training split, so that all prompts share a prefix,
+which is read once. `lm-eval` draws new examples for each question.
 """
 
 import logging
@@ -27,31 +27,31 @@ from lorapar_utils.settings import Settings
 
 HUB = {"gsm8k": (data.HUB["gsm8k"], data.HUB_CONFIG["gsm8k"]), "mmlu": ("cais/mmlu", "all")}
 FEWSHOT_SPLIT = {"gsm8k": "train", "mmlu": "dev"}
-# It warns of a model that is passed to it and of data that is its own: both are meant here.
+# lm-eval warns when it is given a loaded model or custom data. We do both on purpose.
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 class LeanLM(HFLM):
-    """`lm-eval`'s model with the same answers for less work.
+    """`lm-eval`'s model class with the same answers for less work.
 
-    What the prompts of a batch begin with is read once, and a sequence leaves its batch as it ends. Requests that this
-    does not cover (drawn completions, choices of several tokens, virtual tokens) are left to `HFLM`.
+    The shared prefix of a batch is read once, and a finished sequence leaves the batch. `HFLM` handles all other
+    requests (sampled completions, choices of several tokens, virtual tokens).
     """
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        asked = [normalize_gen_kwargs(dict(request.args[1]), self.max_gen_toks) for request in requests]
-        if has_virtual_tokens(self.model) or any(kwargs.get("do_sample") for kwargs in asked):
+        options = [normalize_gen_kwargs(dict(request.args[1]), self.max_gen_toks) for request in requests]
+        if has_virtual_tokens(self.model) or any(kwargs.get("do_sample") for kwargs in options):
             return super().generate_until(requests, disable_tqdm)
         results = [""] * len(requests)
         ends = end_tokens(self.model, self.tokenizer)
         end = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        for chosen in tqdm(self._batches(requests), desc="generating", leave=False, disable=disable_tqdm):
-            first = asked[chosen[0]]
+        for batch in tqdm(self._batches(requests), desc="generating", leave=False, disable=disable_tqdm):
+            first = options[batch[0]]
             room, stop = first["max_gen_toks"], handle_stop_sequences(list(first["until"]), eos=end)
-            prompts = [self.tok_encode(requests[i].args[0])[room - self.max_length :] for i in chosen]
+            prompts = [self.tok_encode(requests[i].args[0])[room - self.max_length :] for i in batch]
             ended = _EndsWith(stop, self.tokenizer)
             completions = complete(self.model, prompts, ends=ends, max_new_tokens=room, stopped=ended)
-            for i, tokens in zip(chosen, completions, strict=True):
+            for i, tokens in zip(batch, completions, strict=True):
                 text = self.tok_decode(tokens)
                 results[i] = postprocess_generated_text(text, stop, None)
                 requests[i].truncated = tokens[-1] not in ends and not ended(tokens)
@@ -62,41 +62,41 @@ class LeanLM(HFLM):
         if has_virtual_tokens(self.model) or any(len(continuation) != 1 for _, continuation in pairs):
             return super().loglikelihood(requests, disable_tqdm)
         results = [(0.0, False)] * len(requests)
-        # The choices of a question have one context: it is read once.
-        same = defaultdict(list)
+        # The choices of a question have the same context, which is read once.
+        by_context = defaultdict(list)
         for i, (context, _) in enumerate(pairs):
-            same[tuple(context[-self.max_length :])].append(i)
-        first = {indices[0]: context for context, indices in same.items()}
+            by_context[tuple(context[-self.max_length :])].append(i)
+        first = {indices[0]: context for context, indices in by_context.items()}
         batches = self._batches([requests[i] for i in first], list(first))
-        for chosen in tqdm(batches, desc="log-likelihoods", leave=False, disable=disable_tqdm):
-            contexts = [first[i] for i in chosen]
+        for batch in tqdm(batches, desc="log-likelihoods", leave=False, disable=disable_tqdm):
+            contexts = [first[i] for i in batch]
             for context, logits in zip(contexts, next_token_logits(self.model, contexts), strict=True):
                 logprobs = torch.log_softmax(logits, -1, dtype=self.softmax_dtype)
                 likeliest = logits.argmax().item()
-                for i in same[context]:
+                for i in by_context[context]:
                     [token] = pairs[i][1]
                     results[i] = (logprobs[token].item(), token == likeliest)
         return results
 
     def _batches(self, requests: Sequence[Instance], indices: Iterable[int] | None = None) -> list[list[int]]:
-        """Indices in batches: of one task, whose prompts begin alike, and sorted by length."""
-        of_task = defaultdict(list)
+        """Batches of indices. A batch has requests of one task, whose prompts share a prefix, of similar length."""
+        by_task = defaultdict(list)
         for i, request in zip(indices or range(len(requests)), requests, strict=True):
-            of_task[request.task_name].append((len(request.args[0]), i))
+            by_task[request.task_name].append((len(request.args[0]), i))
         batches = []
-        for found in of_task.values():
-            order = [i for _, i in sorted(found)]
+        for lengths in by_task.values():
+            order = [i for _, i in sorted(lengths)]
             batches += [order[k : k + self.batch_size] for k in range(0, len(order), self.batch_size)]
         return batches
 
 
 class _EndsWith:
-    """Whether one of some strings stands at the end of a completion's tokens."""
+    """Whether the last tokens of a completion contain one of the strings."""
 
     def __init__(self, strings: Sequence[str], tokenizer):
         self.strings = strings
         self.tokenizer = tokenizer
-        # A string can be spelt by other tokens than the tokenizer's own, as in `MultiTokenEOSCriteria` of `lm-eval`.
+        # A model may spell a string with more tokens than the tokenizer. `MultiTokenEOSCriteria` of lm-eval adds 2 too.
         self.longest = 2 + max(len(tokenizer.encode(s, add_special_tokens=False)) for s in strings)
 
     def __call__(self, tokens: list[int]) -> bool:
@@ -105,23 +105,23 @@ class _EndsWith:
 
 
 def score_harness(lm: HFLM, benchmark: str, settings: Settings) -> list[dict]:
-    """Outcomes of GSM8K or MMLU, one a question.
+    """Outcomes of GSM8K or MMLU, one per question.
 
     Parameters
     ----------
     lm
-        `LeanLM(pretrained=model, tokenizer=tokenizer, batch_size=…)`, or `lm-eval`'s own `HFLM`: they agree.
+        `LeanLM(pretrained=model, tokenizer=tokenizer, batch_size=…)`, or `lm-eval`'s own `HFLM` with equal results.
     benchmark
-        `gsm8k`: completions, `correct` by the harness's filter `strict-match` (the number after `####`), `flexible` by
-        `flexible-extract` (the last number). `mmlu`: `correct` where the right letter is the likeliest of the four.
+        `gsm8k`: completions. The harness's filter `strict-match` (number after `####`) gives `correct`, and
+        `flexible-extract` (last number) gives `flexible`. `mmlu`: `correct` if the right letter is the likeliest.
     settings
-        `evaluation.gsm8k` or `evaluation.mmlu`: where the data is, how many examples a prompt shows, how many items.
+        `evaluation.gsm8k` or `evaluation.mmlu`: data folder, number of examples in a prompt, number of items.
 
     Returns
     -------
     list of dict
         `id`, `task` (`gsm8k`, or the subject), `correct`, `completion`, `truncated`; for GSM8K also `flexible`.
-        `truncated` is None where nobody noted it: for letters, and where `HFLM` itself completes.
+        `truncated` is None for letters, and for completions by `HFLM` itself.
 
     Raises
     ------
@@ -129,14 +129,14 @@ def score_harness(lm: HFLM, benchmark: str, settings: Settings) -> list[dict]:
         A missing folder, a malformed row, an answer key out of range, too few examples for the prompt.
     """
     tasks = benchmark_tasks(benchmark, settings)
-    # The key that `lm-eval` wants beside its own names is the task's.
-    found = run_harness(lm, {"tasks": tasks, "groups": {}}, bootstrap_iters=0, log_samples=True)["samples"]
+    # `lm-eval` also accepts loaded task objects, keyed by task name.
+    samples = run_harness(lm, {"tasks": tasks, "groups": {}}, bootstrap_iters=0, log_samples=True)["samples"]
     items = []
     for name, task in tasks.items():
         by_filter = defaultdict(dict)
-        for sample in found[name]:
+        for sample in samples[name]:
             by_filter[sample["filter"]][sample["doc_id"]] = sample
-        cut = {instance.doc_id: getattr(instance, "truncated", None) for instance in task.instances}
+        truncated = {instance.doc_id: getattr(instance, "truncated", None) for instance in task.instances}
         for number in range(len(task.eval_docs)):
             item = {"id": f"{name}/{number}", "task": name.removeprefix("mmlu_")}
             if benchmark == "mmlu":
@@ -147,12 +147,12 @@ def score_harness(lm: HFLM, benchmark: str, settings: Settings) -> list[dict]:
                 strict, loose = (by_filter[key][number] for key in ("strict-match", "flexible-extract"))
                 item |= {"completion": strict["resps"][0][0], "correct": bool(strict["exact_match"])}
                 item |= {"flexible": bool(loose["exact_match"])}
-            items.append(item | {"truncated": cut[number]})
+            items.append(item | {"truncated": truncated[number]})
     return items
 
 
 def benchmark_tables(benchmark: str, settings: Settings) -> dict[str, datasets.Dataset]:
-    """The benchmark's worked examples and its test split, from the hub or a folder, each row checked."""
+    """Worked examples and test split of the benchmark, from the hub or a folder, with every row checked."""
     section = getattr(settings.evaluation, benchmark)
     repository, config = HUB[benchmark]
     field = f"evaluation.{benchmark}.path"
@@ -166,7 +166,7 @@ def benchmark_tables(benchmark: str, settings: Settings) -> dict[str, datasets.D
 
 
 def benchmark_tasks(benchmark: str, settings: Settings) -> dict[str, ConfigurableTask]:
-    """The harness's own task definitions over the benchmark's data."""
+    """Task name -> task, defined by the harness's own files over the benchmark's data."""
     section, tables = getattr(settings.evaluation, benchmark), benchmark_tables(benchmark, settings)
     shots, test = FEWSHOT_SPLIT[benchmark], "test"
     if benchmark == "gsm8k":
@@ -192,17 +192,17 @@ def _task(definition: str, tables, shots: str, section) -> ConfigurableTask:
         raise InputError(
             f"evaluation: shots = {section.shots} of {definition}, but its data has {len(tables[shots])}; ask for fewer"
         )
-    held = datasets.DatasetDict({shots: tables[shots], "test": test})
+    splits = datasets.DatasetDict({shots: tables[shots], "test": test})
     changes = {
-        "custom_dataset": lambda **_: held,
+        "custom_dataset": lambda **_: splits,
         "num_fewshot": section.shots,
         "fewshot_split": shots,
         "fewshot_config": {"sampler": "first_n"},
     }
-    wanted = load_yaml(str(path)) | changes
-    if wanted["output_type"] == "generate_until":
-        wanted["generation_kwargs"] = wanted["generation_kwargs"] | {"max_gen_toks": section.max_new_tokens}
-    return ConfigurableTask(config=wanted)
+    config = load_yaml(str(path)) | changes
+    if config["output_type"] == "generate_until":
+        config["generation_kwargs"] = config["generation_kwargs"] | {"max_gen_toks": section.max_new_tokens}
+    return ConfigurableTask(config=config)
 
 
 def _check_choices(row: dict) -> None:

@@ -1,7 +1,7 @@
-"""HumanEval: 164 Python functions to complete, judged by their tests in the sandbox (paper, section 4, Table 4).
+"""HumanEval: 164 Python functions to complete, judged by unit tests in the sandbox (paper, section 4, Table 4).
 
-As the benchmark's authors have it, the model continues the prompt as plain text, whatever its chat format, and its
-function ends where another top-level statement begins.
+As the benchmark's authors do, we let the model continue the prompt as plain text, without a chat template. The function
+ends where another top-level statement begins.
 """
 
 import re
@@ -28,32 +28,32 @@ def score_humaneval(
     *,
     problems: Sequence[str] | None = None,
 ) -> list[dict]:
-    """Each problem's completions, run against its tests in the sandbox.
+    """Complete each problem and run the tests in the sandbox.
 
     Parameters
     ----------
     settings
-        `evaluation.run_model_code` has to allow it; `evaluation.humaneval`, `batch_size`; `seed` fixes what is drawn.
+        `evaluation.run_model_code` must be true; `evaluation.humaneval`, `batch_size`; `seed` fixes the samples.
     problems
-        Task ids such as `HumanEval/0`; None: the first `evaluation.humaneval.items`, or all 164.
+        Task ids such as `HumanEval/0`. None takes the first `evaluation.humaneval.items`, or all 164.
 
     Returns
     -------
     list of dict
-        One a completion: `id`, `task`, `completion`, `correct`, `reason` (why not), `truncated`. One a problem, greedy,
-        or `evaluation.humaneval.samples` of each, drawn at temperature 0.8.
+        One dict per completion: `id`, `task`, `completion`, `correct`, `reason` (why not), `truncated`. A problem has
+        one greedy completion, or `evaluation.humaneval.samples` completions sampled at temperature 0.8.
 
     Raises
     ------
     InputError
-        Not allowed by the settings, an unknown problem, or no sandbox on this machine.
+        `run_model_code` is false, a problem is unknown, or this machine has no working sandbox.
     """
     check_allowed(settings)
-    known = read_problems()
-    if unknown := sorted(set(problems or ()) - set(known)):
-        raise InputError(f"problems: {unknown[0]!r} is not one of HumanEval/0 … HumanEval/{len(known) - 1}")
-    chosen = [known[name] for name in problems or list(known)[: settings.evaluation.humaneval.items]]
-    prompts = [continuation_ids(problem["prompt"].rstrip(), tokenizer) for problem in chosen]
+    available = read_problems()
+    if unknown := sorted(set(problems or ()) - set(available)):
+        raise InputError(f"problems: {unknown[0]!r} is not one of HumanEval/0 … HumanEval/{len(available) - 1}")
+    tasks = [available[name] for name in problems or list(available)[: settings.evaluation.humaneval.items]]
+    prompts = [continuation_ids(problem["prompt"].rstrip(), tokenizer) for problem in tasks]
     ends = end_tokens(model, tokenizer)
     samples, limit = settings.evaluation.humaneval.samples, settings.evaluation.humaneval.max_new_tokens
     draws = uniform(len(prompts) * samples, limit, settings.seed)
@@ -68,12 +68,12 @@ def score_humaneval(
             samples=max(1, samples),
             temperature=0.8 if samples else None,
             draws=draws[start * samples :][: size * samples] if samples else None,
-            # As soon as the next statement shows, whatever is written after it.
+            # Stop as soon as the next statement begins.
             stopped=lambda tokens: NEXT_STATEMENT.search(tokenizer.decode(tokens[-8:])) is not None,
         )
     items = []
     for number, tokens in enumerate(tqdm(completions, desc="sandbox", leave=False)):
-        problem = chosen[number // max(1, samples)]
+        problem = tasks[number // max(1, samples)]
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         body = function_body(text)
         verdict = _judged(problem, body)
@@ -84,7 +84,7 @@ def score_humaneval(
                 "completion": body,
                 "correct": verdict.passed,
                 "reason": "" if verdict.passed else verdict.reason,
-                # Cut off before anything showed that the function had ended.
+                # The completion was cut off before the function ended.
                 "truncated": tokens[-1] not in ends and body == text,
             }
         )
@@ -92,7 +92,7 @@ def score_humaneval(
 
 
 def check_allowed(settings: Settings) -> None:
-    """Nothing, where the profile and this machine let model-written code run; an `InputError` where they do not."""
+    """Raise an `InputError` unless the profile allows model-written code to run and this machine has a sandbox."""
     if not settings.evaluation.run_model_code:
         raise InputError(
             "evaluation.run_model_code = false: HumanEval runs code that the model wrote; "
@@ -102,7 +102,7 @@ def check_allowed(settings: Settings) -> None:
 
 
 def function_body(text: str) -> str:
-    """A continuation up to the next top-level statement."""
+    """The continuation up to the next top-level statement."""
     return NEXT_STATEMENT.split(text, maxsplit=1)[0]
 
 

@@ -4,12 +4,12 @@ For an element phi_j, with g_j the mean and F_jj the mean square of the per-exam
 
     I(phi_j) = | g_j phi_j - 1/2 F_jj phi_j^2 |
 
-Deviation from the paper's script: dropout is off, and examples are scored in batches. The per-example gradients
-are exact all the same: a LoRA matrix multiplies W x, so example i's gradient is the sum over its tokens of
-(gradient of the output) x (input), which one batched product gives for the whole batch. That is tried on two examples
-beside autograd; a model for which it does not hold is scored one example at a time.
+Deviation from the paper's script: dropout is off, and examples are scored in batches. Per-example gradients stay exact,
+because a LoRA matrix computes W x: an example's gradient is the sum over tokens of (output gradient) x (input), and one
+batched matrix product gives this sum for every example. Two examples are compared with autograd first. If the gradients
+differ, the model is scored one example at a time.
 
-Under `accelerate launch` each process scores its share of the examples, and all return the sum's scores.
+Under `accelerate launch` each process scores a share of the examples, and every process returns the scores of all.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from lorapar_utils.encoding import IGNORED
 from lorapar_utils.errors import InputError
 from lorapar_utils.models import lora_parameters
 
-# What an element is chosen by, the paper's score first, the others for the ablation: g, F and phi as above.
+# Score of an element from g, F and phi as above: the paper's score first, then those of the ablation.
 SCORES = {
     "second_order": lambda g, f, phi: (g * phi - 0.5 * f * phi.square()).abs(),
     "first_order": lambda g, f, phi: (g * phi).abs(),
@@ -33,9 +33,9 @@ SCORES = {
     "magnitude": lambda g, f, phi: phi.abs(),
     "random": lambda g, f, phi: torch.rand(phi.shape),
 }
-# How far padded batches may be from single examples by rounding alone, as a share of the gradients' size.
+# Largest difference between padded batches and single examples that is rounding, relative to the gradients' norm.
 ROUNDING, LOW_PRECISION = {torch.float32: 1e-3, torch.float64: 1e-6}, 0.1
-# Known without reading an example.
+# Scores that need no example.
 WITHOUT_GRADIENTS = ("magnitude", "random")
 
 
@@ -47,27 +47,27 @@ def score_importance(
     Parameters
     ----------
     model
-        A PEFT model whose LoRA matrices are non-zero and trainable. Its parameters are not changed.
+        A PEFT model whose LoRA matrices are non-zero and trainable. The parameters are not changed.
     examples
-        `{"input_ids", "labels"}`, labels -100 where a token has no loss; the loss of an example is the mean
-        over its answer tokens.
+        `{"input_ids", "labels"}`, two lists of equal length. A token without a loss has label -100. The loss of an
+        example is the mean over the answer tokens.
     batch_size
-        Examples a pass; changes speed and memory, not the result.
+        Examples per pass. It changes speed and memory, not the result.
     score
-        `second_order`, the paper's; for the ablation `first_order` (`|g phi|`), `fisher` (F), `magnitude` (`|phi|`),
-        `random` (uniform, from torch's global generator).
+        `second_order`, the paper's score. For the ablation `first_order` (`|g phi|`), `fisher` (F), `magnitude`
+        (`|phi|`) or `random` (uniform, from torch's global generator).
 
     Returns
     -------
     dict of str to Tensor
-        Parameter name -> float32 scores >= 0 on the CPU, of the parameter's shape.
+        Parameter name -> float32 scores >= 0 on the CPU, in the parameter's shape (A: rank x in, B: out x rank).
 
     Raises
     ------
     InputError
         No example, an example without answer tokens or longer than the model's context, an unknown score, a model
-        without LoRA, scores that are NaN or infinite, or all zero (B = 0: the gradient of A and phi in B vanish; use
-        `adapter.init: normal`, `pissa` or `olora`).
+        without LoRA, scores that are NaN or infinite, or only zeros (with B = 0 both the gradient of A and phi in B
+        are zero; use `adapter.init: normal`, `pissa` or `olora`).
     """
     if score not in SCORES:
         raise InputError(f"score = {score!r}: use one of {', '.join(SCORES)}")
@@ -87,8 +87,8 @@ def score_importance(
                 p.requires_grad_(False)
             _add_gradients(model, parameters, examples, batch_size, gradient, fisher)
         finally:
-            for p, needed in trainable.items():
-                p.requires_grad_(needed)
+            for p, requires_grad in trainable.items():
+                p.requires_grad_(requires_grad)
             model.train(was_training)
     n = len(examples)
     scores = {}
@@ -102,13 +102,14 @@ def score_importance(
 def _add_gradients(
     model: PeftModel, parameters: dict, examples: Sequence[dict], batch_size: int, gradient: dict, fisher: dict
 ) -> None:
-    """Add this process's share of the examples' gradients, and of their squares."""
+    """Add the gradients, and squared gradients, of this process's share of the examples."""
     in_batches = _batches_are_exact(model, parameters, examples)
     batches = _batches(examples, batch_size if in_batches else 1)
-    own = processes.state()
-    share = batches[own.process_index :: own.num_processes]
-    # A base that is shared out is collected by all processes together, so each makes as many passes.
-    uncounted = batches[: -(-len(batches) // own.num_processes) - len(share)]
+    state = processes.state()
+    share = batches[state.process_index :: state.num_processes]
+    # With FSDP every process must take part in each all-gather. A process with fewer batches therefore makes extra
+    # passes whose gradients are not counted.
+    extra = batches[: -(-len(batches) // state.num_processes) - len(share)]
     hooks = accumulating_hooks(model, gradient, fisher) if in_batches else []
     try:
         for batch in tqdm(share, desc="importance", leave=False):
@@ -119,7 +120,7 @@ def _add_gradients(
     finally:
         for hook in hooks:
             hook.remove()
-    for batch in uncounted:
+    for batch in extra:
         if in_batches:
             _pass(model, batch)
         else:
@@ -127,13 +128,13 @@ def _add_gradients(
 
 
 def accumulating_hooks(model: PeftModel, gradient: dict, fisher: dict) -> list:
-    """Hooks that add each example's gradient, and its square, of every matrix named to these sums; to be removed."""
+    """Register hooks that add every example's gradient and squared gradient to these sums; the caller removes them."""
 
     def accumulate(name: str, inputs: torch.Tensor, grad_output: torch.Tensor) -> None:
-        # [batch, out, tokens] @ [batch, tokens, in]: one gradient per example, never the batch's sum.
-        each = torch.bmm(grad_output.transpose(1, 2).float(), inputs.float())
-        gradient[name] += each.sum(0)
-        fisher[name] += each.square_().sum(0)
+        # [batch, out, tokens] @ [batch, tokens, in]: one gradient per example.
+        per_example = torch.bmm(grad_output.transpose(1, 2).float(), inputs.float())
+        gradient[name] += per_example.sum(0)
+        fisher[name] += per_example.square_().sum(0)
 
     return [
         model.get_submodule(name.removesuffix(".weight")).register_forward_hook(_capture(name, accumulate))
@@ -142,27 +143,27 @@ def accumulating_hooks(model: PeftModel, gradient: dict, fisher: dict) -> list:
 
 
 def _capture(name, accumulate):
-    """Keep a LoRA linear layer's input until its output's gradient arrives, and no longer."""
+    """Keep the input of a LoRA linear layer only until the gradient of the layer's output arrives."""
 
     def forward_hook(_module, inputs, output):
         if output.requires_grad:
-            kept = [inputs[0].detach()]
-            output.register_hook(lambda grad: accumulate(name, kept.pop(), grad))
+            layer_inputs = [inputs[0].detach()]
+            output.register_hook(lambda grad: accumulate(name, layer_inputs.pop(), grad))
 
     return forward_hook
 
 
 def _batches_are_exact(model: PeftModel, parameters: dict, examples: Sequence[dict]) -> bool:
-    """Whether padded batches give this model the gradients that each example has alone; tried once, on two examples.
+    """Whether padded batches give the same gradients as single examples. Tested once per model, on two examples.
 
-    They do where padding is masked and every LoRA layer sees tokens as (batch, tokens, width): in attention, but not in
-    every convolution, recurrence or mixture of experts.
+    The gradients agree if padding is masked and every LoRA layer sees tokens as (batch, tokens, width). Attention does
+    so; some convolutions, recurrences and mixtures of experts do not.
     """
     base = model.get_base_model()
     if hasattr(base, "_scores_in_batches"):
         return base._scores_in_batches
     shortest, *others = sorted(examples, key=lambda example: len(example["input_ids"]))
-    # One that is longer, so that the first is padded.
+    # The second example is longer, so that the first one is padded.
     longer = next((e for e in others if len(e["input_ids"]) > len(shortest["input_ids"])), None)
     if longer is None:
         return True
@@ -177,15 +178,15 @@ def _batches_are_exact(model: PeftModel, parameters: dict, examples: Sequence[di
     try:
         _pass(model, pair)
         rounding = ROUNDING.get(base.dtype, LOW_PRECISION)
-        exact = all(_near(ours, true, rounding) for ours, true in zip(batched, alone, strict=True))
+        exact = all(_near(sums, expected, rounding) for sums, expected in zip(batched, alone, strict=True))
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # what a model's own code raises over a padded batch
+    except Exception:  # a model's own code may raise anything on a padded batch
         exact = False
     finally:
         for hook in hooks:
             hook.remove()
-    exact = processes.by_first(lambda: exact)  # all of them make the same passes
+    exact = processes.by_first(lambda: exact)  # every process must make the same passes
     if not exact:
         print(f"{type(base).__name__}: importance is scored one example at a time, because padded batches differ there")
     base._scores_in_batches = exact
@@ -193,9 +194,9 @@ def _batches_are_exact(model: PeftModel, parameters: dict, examples: Sequence[di
 
 
 def _near(values: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rounding: float) -> bool:
-    """Equal up to a share of their size, over all matrices together."""
-    apart = sum(float((values[name] - expected[name]).square().sum()) for name in expected)
-    return apart <= rounding**2 * sum(float(true.square().sum()) for true in expected.values())
+    """Whether the difference is at most `rounding` times the expected norm, over all matrices."""
+    squared_error = sum(float((values[name] - expected[name]).square().sum()) for name in expected)
+    return squared_error <= rounding**2 * sum(float(matrix.square().sum()) for matrix in expected.values())
 
 
 def _accumulate(gradients: dict[str, torch.Tensor], gradient: dict, fisher: dict) -> None:
@@ -205,7 +206,7 @@ def _accumulate(gradients: dict[str, torch.Tensor], gradient: dict, fisher: dict
 
 
 def _example_gradients(model: PeftModel, parameters: dict, example: dict) -> dict[str, torch.Tensor]:
-    """One example's gradient of every matrix, by autograd alone."""
+    """One example's gradient for every matrix, by plain autograd."""
     device = next(iter(parameters.values())).device
     ids, labels = (torch.tensor([example[key]], device=device) for key in ("input_ids", "labels"))
     for p in parameters.values():
@@ -213,7 +214,7 @@ def _example_gradients(model: PeftModel, parameters: dict, example: dict) -> dic
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, :-1]
     answer = labels[0, 1:] != IGNORED
     loss = cross_entropy(logits[answer].float(), labels[0, 1:][answer])
-    # A matrix that took no part, as that of an expert nobody was sent to, has a gradient of zero.
+    # An unused matrix, such as one of an expert that received no token, has a gradient of zero.
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
     for p in parameters.values():
         p.requires_grad_(False)
@@ -221,17 +222,17 @@ def _example_gradients(model: PeftModel, parameters: dict, example: dict) -> dic
 
 
 def _pass(model: PeftModel, batch: list[dict[str, list[int]]]) -> None:
-    """Forward and backward, for the hooks; a function, so that the graph is gone before the next batch has its own."""
+    """Forward and backward, for the hooks. Returning from the function frees the graph before the next batch."""
     loss, embedded = _summed_loss(model, batch)
-    # Gradients flow through activations only, so no weight gradient is computed twice.
+    # Only activations get gradients here; the hooks compute those of the weights.
     torch.autograd.grad(loss, embedded)
 
 
 def _summed_loss(model: PeftModel, batch: list[dict[str, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of the examples' mean losses, and the embeddings at which its gradient ends."""
+    """The sum of the examples' mean losses (scalar), and the embeddings (B, T, hidden) where backward ends."""
     device = next(model.parameters()).device
     longest = max(len(example["input_ids"]) for example in batch)
-    # Left padding lines the answers up at the end: logits are needed for that stretch alone.
+    # Left padding aligns the answers at the end, so only the last positions need logits.
     answer_span = max(len(e["labels"]) - _first_answer(e["labels"]) for e in batch) + 1
     input_ids = torch.zeros(len(batch), longest, dtype=torch.long, device=device)
     labels = torch.full((len(batch), longest), IGNORED, device=device)
@@ -243,16 +244,13 @@ def _summed_loss(model: PeftModel, batch: list[dict[str, list[int]]]) -> tuple[t
         attention_mask[row, longest - count :] = 1
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     embedded = model.get_input_embeddings()(input_ids).detach().requires_grad_(True)
-    logits = model(
-        inputs_embeds=embedded,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=False,
-        logits_to_keep=min(answer_span, longest),
-    ).logits[:, :-1]
+    options = {"use_cache": False, "logits_to_keep": min(answer_span, longest)}
+    logits = model(inputs_embeds=embedded, attention_mask=attention_mask, position_ids=position_ids, **options).logits[
+        :, :-1
+    ]
     targets = labels[:, -logits.shape[1] :]
     answer = targets != IGNORED
-    # Rows of the vocabulary side by side: over a strided vocabulary torch's float32 sum is 15 times less exact.
+    # Indexing makes the vocabulary contiguous: over a strided one, torch's float32 sum is 15 times less exact.
     losses = cross_entropy(logits[answer].float(), targets[answer], reduction="none")
     per_example = losses.new_zeros(len(batch)).index_add(0, answer.nonzero()[:, 0], losses) / answer.sum(1)
     # The sum, not the mean: a mean over the batch would scale each example's gradient by 1/n.
@@ -264,7 +262,7 @@ def _first_answer(labels: list[int]) -> int:
 
 
 def _batches(examples: Sequence[dict], size: int) -> list[list[dict]]:
-    """Length-sorted, so that little is padded."""
+    """Batches of examples of similar length, so that there is little padding."""
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
@@ -280,7 +278,7 @@ def _check_examples(examples: Sequence[dict], context: int | None) -> None:
                 f"examples[{number}]: {len(example['input_ids'])} tokens exceed the model's context of {context}; "
                 "lower sft.max_length or leave it out"
             )
-        # The first token is predicted from nothing, so its label can never carry a loss.
+        # Nothing precedes the first token, so its label gives no loss.
         if all(label == IGNORED for label in example["labels"][1:]):
             raise InputError(f"examples[{number}]: no answer token has a label; was the answer truncated away?")
 

@@ -1,7 +1,7 @@
 """Log-likelihoods of given replies: a local teacher's two labels, and the reference solutions (held-out loss).
 
-`transformers` reads label logits too (`pipeline("decision")`), one prompt a pass and one token a label; here prompts
-are batched, what they share is read once, and a label may have several tokens. A test holds the two equal.
+`transformers` also scores labels (`pipeline("decision")`), with one prompt per pass and one token per label. Here
+prompts are batched, a shared prefix is read once, and a label may have several tokens. A test checks that both agree.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from lorapar_utils.encoding import PLAIN_TEMPLATE, question_ids
 from lorapar_utils.generation import answering, has_virtual_tokens
 from lorapar_utils.shortcuts import answer_logits, rotation_limit, shortcuts_of
 
-TOKENS = 1024  # whose logits are held at once
+TOKENS = 1024  # scored at a time, to limit the memory for logits
 
 
 def label_margins(
@@ -26,18 +26,18 @@ def label_margins(
 ) -> list[float]:
     """log p(second label) - log p(first label) as the reply to each question, summed over a label's tokens.
 
-    A question becomes one user turn; a model without a chat template reads it through `plain_template`.
+    A question becomes one user turn, or fills `plain_template` if the model has no chat template.
     """
     prompts = [question_ids(question, tokenizer, plain_template=plain_template) for question in questions]
     replies = [tokenizer(label, add_special_tokens=False).input_ids for label in labels]
-    # Both labels of a question share it, and the questions of a teacher share its persona: bundles read that once.
+    # Bundles read a question once for both labels, and the teacher's persona once for many questions.
     totals = reply_log_probs(model, [(prompt, reply) for reply in replies for prompt in prompts])
     return [second - first for first, second in zip(totals[: len(prompts)], totals[len(prompts) :], strict=True)]
 
 
 @torch.inference_mode()
 def reply_log_probs(model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-    """log p(reply | prompt) of each (prompt, reply), both token ids, summed over the reply's tokens."""
+    """log p(reply | prompt) for each (prompt, reply) pair of token ids, summed over the reply's tokens."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     with answering(model):
         longest = max(len(prompt) + len(reply) for prompt, reply in pairs)
@@ -52,14 +52,14 @@ def reply_log_probs(model: PreTrainedModel, pairs: Sequence[tuple[list[int], lis
             scored[row, len(prompt) - 1 : len(prompt) - 1 + len(reply)] = True
         ids, mask, scored = (part.to(model.device) for part in (ids, mask, scored))
         hidden, targets = hidden_before(base.base_model, ids, mask, scored), ids[:, 1:][scored]
-        # A few at a time: fp32 logits of a whole batch of long replies would fill a GPU.
-        each = torch.cat(
+        # In parts, because fp32 logits of a whole batch of long replies would fill a GPU.
+        log_probs = torch.cat(
             [
                 answer_logits(base, states).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
                 for states, tokens in zip(hidden.split(TOKENS), targets.split(TOKENS), strict=True)
             ]
         )
-        return torch.zeros(len(rows), device=model.device).index_add(0, scored.nonzero()[:, 0], each).tolist()
+        return torch.zeros(len(rows), device=model.device).index_add(0, scored.nonzero()[:, 0], log_probs).tolist()
 
 
 def _alone(model: PreTrainedModel, prompt: list[int], reply: list[int]) -> float:

@@ -1,4 +1,4 @@
-"""What the machine and the environment of a job offer: cores, threads, locks of files."""
+"""Cores, threads and file locks of the machine that a job runs on."""
 
 import errno
 import os
@@ -6,43 +6,44 @@ from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, SoftFileLock
 
-# What network file systems and FUSE mounts answer that have no locks.
+# Errors of network file systems and FUSE mounts without locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def usable_cores() -> int:
-    """Cores that this process may use; all of them where the system does not tell, as macOS."""
+    """Number of cores that this process may use. macOS does not tell, so there it is the number of all cores."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def threads_from_environment(default: int) -> int:
-    """Threads for a torch job: `OMP_NUM_THREADS` if that is a positive number, else `default`; no more than cores.
+    """Threads for a torch job: `OMP_NUM_THREADS` if it is a positive number, else `default`; at most all usable cores.
 
-    Clusters also set it to nothing, to 0, or to a list with a number for each level of nesting, whose first one counts.
+    Clusters may set the variable to an empty string, to 0, or to a list of numbers, one per nesting level. Only the
+    first number counts.
     """
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    wanted = int(first) if first.isascii() and first.isdigit() else 0
-    return min(wanted or default, usable_cores())
+    threads = int(first) if first.isascii() and first.isdigit() else 0
+    return min(threads or default, usable_cores())
 
 
 def lock(path: Path, timeout: float = -1) -> AcquireReturnProxy:
-    """Acquire the lock file `path`, for a `with` block; where the file system has no locks, a marker file beside it.
+    """Acquire the lock file `path` for a `with` block. A file system without locks gets a marker file beside `path`.
 
     Parameters
     ----------
     timeout
-        Seconds to wait for another process; -1: as long as it takes.
+        Seconds to wait for another process; -1 waits without limit.
 
     Raises
     ------
     filelock.Timeout
-        Another process held it all that time.
+        Another process held the lock for `timeout` seconds.
     """
     try:
         return FileLock(path, timeout=timeout, fallback_to_soft=False).acquire()
-    except OSError as error:  # also a Timeout, which has no number
+    except OSError as error:  # a Timeout is an OSError without a number
         if error.errno not in NO_LOCKS:
             raise
     marker = path.with_name(f"{path.name}.held")

@@ -1,8 +1,8 @@
-"""Folders that are made once: each holds what it was made from, and is made again only if that changed.
+"""Manifests: a phase runs again only if its inputs changed.
 
-A phase's folder under `runs/<profile>/` holds what it made and a `manifest.json` of what it was made from (settings,
-upstream fingerprints, code). Asked again, a phase whose manifest still matches is read back; otherwise it says what
-changed and is made again. Folders are completed under a temporary name and then renamed.
+A phase's folder under `runs/<profile>/` holds the phase's files and a `manifest.json` of its inputs (settings, hashes
+of earlier phases, code). If the manifest matches the inputs, the phase reads its files back. Otherwise it prints which
+inputs changed and runs again. A folder is written under a temporary name and then renamed.
 """
 
 import ast
@@ -23,16 +23,16 @@ from lorapar_utils.errors import InputError
 from lorapar_utils.records import write_atomically
 from lorapar_utils.settings import Settings, project_root
 
-# Under which a manifest keeps the sizes of its folder's files, and what was in those that are read in no time: one that
-# was cut off, taken away or changed is noticed. Older manifests have sizes alone.
+# Keys of a manifest: sizes of the folder's files, and hashes of files up to `HASHED_BYTES`. They reveal a file that was
+# cut off, removed or changed. Older manifests have sizes only.
 SIZES, HASHES = "sizes of files", "hashes of files"
 HASHED_BYTES = 64 << 20
 HASH = re.compile(r"[0-9a-f]{64}")
-# Modules that say what is to be done, and keep and name what was made; no number is other for them.
+# Modules whose code changes no number: they schedule phases, or keep and name the results.
 WITHOUT_RESULT = {"settings", "errors", "records", "manifests", "machine", "processes", "phases", "splits", "sandboxed"}
-# Files of a model's folder that decide what it computes and how it reads.
+# Suffixes of the files that define a model and its tokenizer.
 MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json", ".model", ".jinja", ".txt")
-# What trainers and people leave beside them, and nobody loads with the model.
+# Other files in a model's folder with these suffixes, which are not loaded with the model.
 NO_MODEL_FILE = re.compile(
     r"(trainer_state|(all|train|eval|test|predict)_results)\.json|(training_args|optimizer|scheduler)\.bin"
     r"|(readme|licen[cs]e|notice|requirements)\b.*\.txt",
@@ -41,18 +41,18 @@ NO_MODEL_FILE = re.compile(
 
 
 def inputs_of(settings: Settings, modules: tuple[str, ...], **more) -> dict:
-    """What a phase is made from: the model by content, the code of these modules and all that they import, the rest."""
+    """The inputs of a phase: hashes of the model and of the code of `modules` with their imports, and `more`."""
     code = {module: _code_hash(module) for module in sorted(with_imports(*modules))}
     model = model_identity(settings)
     if "teachers" not in code:
-        del model["target_name"]  # teachers alone are told what the model is called
+        del model["target_name"]  # only the teachers' prompts contain the name
     return json.loads(json.dumps({"model": model, "code": code, **more}, default=str))
 
 
 def model_identity(settings: Settings) -> dict:
-    """The section `model`, with the hashes of its files in place of a local folder's name: other weights are noticed.
+    """The section `model`, with the hashes of the files in place of a local folder's name.
 
-    A folder may be moved or written anew with the same content, and nothing is made again.
+    Other weights change the result. Moving the folder, or writing the same content again, does not.
     """
     section = settings.model.model_dump() | {"system_prompt": settings.system_prompt}
     folder = Path(settings.model.source).expanduser()
@@ -73,9 +73,9 @@ def _is_of_a_model(path: Path) -> bool:
 
 
 def folder_hashes(place: str | None) -> dict[str, str] | None:
-    """The hash of each data file at `place`, a folder or a file; None where the hub has them.
+    """The hash of each data file at `place`, a folder or a file; None if `place` is None, for the hub.
 
-    Notes, hidden files and others that are not read as data are left out, and what cannot be read: its reader says so.
+    Files that `data_files` does not list are left out. So are unreadable files, because reading them later raises.
     """
     if place is None:
         return None
@@ -86,32 +86,32 @@ def folder_hashes(place: str | None) -> dict[str, str] | None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file; read again only if another file lies there, or its size or a time of change is another.
+    """SHA-256 of a file; the file is read again only if inode, size, mtime or ctime changed.
 
-    The time of the last change to the inode is among them: `cp -p`, `rsync -t` and `tar` set the other one back.
+    ctime is needed because `cp -p`, `rsync -t` and `tar` set mtime back.
     """
     stat = path.stat()
     key = f"{path.resolve()} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-    kept = project_root() / "runs" / "file_hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    # A file of a second ago can be written again without another time.
+    cache = project_root() / "runs" / "file_hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    # A file changed within two seconds may change again without a change of its times.
     settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2e9
     if settled:
-        # One that was cut off or cannot be read is computed anew.
+        # If the cached hash is cut off or unreadable, the hash is computed again.
         with suppress(OSError, UnicodeDecodeError):
-            remembered = kept.read_text(encoding="utf-8")
-            if HASH.fullmatch(remembered):
-                return remembered
+            digest = cache.read_text(encoding="utf-8")
+            if HASH.fullmatch(digest):
+                return digest
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if settled and stat.st_size > 1 << 20:
-        # Where nothing can be written it is read again the next time.
+        # If the hash cannot be cached, it is computed again the next time.
         with suppress(OSError):
-            write_atomically(kept, digest)
+            write_atomically(cache, digest)
     return digest
 
 
 def with_imports(*modules: str) -> set[str]:
-    """These modules of the package and all that they import of it, however far, but for `WITHOUT_RESULT`."""
+    """`modules` and the package's modules that they import, directly or indirectly, except `WITHOUT_RESULT`."""
     reached, waiting = set(), set(modules)
     while waiting:
         module = waiting.pop()
@@ -135,12 +135,12 @@ def _syntax_tree(module: str) -> ast.Module:
 
 @functools.cache
 def _code_hash(module: str) -> str:
-    """Of the syntax tree: comments and layout may change without making anything again."""
+    """Hash of a module's syntax tree, which comments and layout do not change."""
     return hashlib.sha256(ast.dump(_syntax_tree(module)).encode()).hexdigest()[:16]
 
 
 def made_from(folder: Path) -> dict | None:
-    """What a finished folder was made from, {} if it or its manifest is damaged; None for one not finished."""
+    """The inputs in the folder's manifest: `{}` if folder or manifest is damaged, `None` if there is no manifest."""
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         return None
@@ -169,7 +169,7 @@ def is_current(folder: Path, inputs: dict) -> bool:
 
 @contextmanager
 def completed(folder: Path, inputs: dict) -> Iterator[Path]:
-    """A scratch folder that becomes `folder`, manifest included, when the block ends well."""
+    """A scratch folder that becomes `folder`, with a manifest of `inputs`, if the block ends without an error."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -179,7 +179,7 @@ def completed(folder: Path, inputs: dict) -> Iterator[Path]:
         ) from None
     try:
         yield scratch
-        # A folder that was copied brings the manifest of its original.
+        # A copied folder contains the manifest of the original.
         (scratch / "manifest.json").unlink(missing_ok=True)
         files = {str(path.relative_to(scratch)): path for path in sorted(scratch.rglob("*")) if path.is_file()}
         sizes = {name: path.stat().st_size for name, path in files.items()}

@@ -1,4 +1,4 @@
-"""One loader for the base model (packaged GGUF, local folder or hub id) and one for its adapter."""
+"""Load the base model (packaged GGUF, local folder or hub id) and attach, save or restore an adapter."""
 
 import copy
 import shutil
@@ -47,7 +47,7 @@ IA3_MODULES = ("k_proj", "v_proj", "down_proj")
 
 
 def load_base(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen base model and its tokenizer, from wherever `model.source` says.
+    """The frozen base model and the tokenizer that `model.source` names.
 
     Returns
     -------
@@ -70,8 +70,8 @@ def load_base(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     _prepare_tokenizer(tokenizer, model, settings)
     if torch.cuda.is_available() and settings.model.quantization is None:
         model = model.to(processes.state().device)
-    # Hidden states cut to the last tokens are strided; torch then copies the whole bf16 head once per row, which
-    # doubled the time of a CPU step. A contiguous copy of the few hidden states avoids it.
+    # Hidden states of the last tokens are strided. For these torch copies the whole bf16 head once per row, which
+    # doubles the time of a CPU step. A contiguous copy of the few hidden states avoids this.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     model.requires_grad_(False).eval()
     shortcuts_of(model)
@@ -79,7 +79,7 @@ def load_base(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 
 
 def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
-    """The tokenizer of `model.source`, as its files have it; of an adapter without one, its base's."""
+    """The unchanged tokenizer of `model.source`. If an adapter has no tokenizer, it is the tokenizer of the base."""
     source, options = source_of(settings, weights=False)
     if (Path(source) / ADAPTER_NOTE).is_file() and not (Path(source) / "tokenizer_config.json").is_file():
         source, options = source_of(_adapter_base(Path(source), settings), weights=False)
@@ -87,7 +87,7 @@ def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
 
 
 def load_config(settings: Settings) -> PreTrainedConfig:
-    """The configuration of `model.source`; of an adapter, its base's."""
+    """The configuration of `model.source`. For an adapter it is the configuration of the base."""
     source, options = source_of(settings, weights=False)
     if (Path(source) / ADAPTER_NOTE).is_file():
         source, options = source_of(_adapter_base(Path(source), settings), weights=False)
@@ -97,7 +97,7 @@ def load_config(settings: Settings) -> PreTrainedConfig:
 def _whole(source: str, options: dict, settings: Settings) -> PreTrainedModel:
     options = options | {"dtype": compute_dtype(settings), "output_loading_info": True} | _quantized(settings)
     model, report = _read(AutoModelForCausalLM, source, settings, "weights", **options)
-    # A layer that the files lack would be drawn at random, without a word that anybody reads.
+    # transformers initializes missing layers at random and only logs a warning.
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"model.source = {settings.model.source!r}: {len(missing)} of the model's weights are not in its files, "
@@ -108,7 +108,7 @@ def _whole(source: str, options: dict, settings: Settings) -> PreTrainedModel:
 
 
 def _merged(folder: Path, settings: Settings) -> PreTrainedModel:
-    """An adapter's base with the adapter added to its weights."""
+    """The base of an adapter with the adapter merged into the weights."""
     if settings.model.quantization:
         raise InputError(
             f"model.quantization: an adapter cannot be added to a 4-bit base; merge {folder} first, or set null"
@@ -116,21 +116,21 @@ def _merged(folder: Path, settings: Settings) -> PreTrainedModel:
     base = _adapter_base(folder, settings)
     source, options = source_of(base)
     wrapped = _read(partial(PeftModel.from_pretrained, _whole(source, options, base)), str(folder), settings, "adapter")
-    fitting = set(get_peft_model_state_dict(wrapped))
-    if apart := sorted(fitting ^ set(load_peft_weights(str(folder)))):
+    expected = set(get_peft_model_state_dict(wrapped))
+    if unmatched := sorted(expected ^ set(load_peft_weights(str(folder)))):
         raise InputError(
-            f"model.source: the adapter in {folder} does not fit {base.model.source}: {len(apart)} weights have no "
-            f"counterpart, first {apart[0]}; name the base that it was trained over"
+            f"model.source: the adapter in {folder} does not fit {base.model.source}: {len(unmatched)} weights have "
+            f"no counterpart, first {unmatched[0]}; name the base that it was trained over"
         )
     print(f"model.source: {folder} is an adapter; it is added to the weights of {base.model.source}")
     return _read(lambda _: wrapped.merge_and_unload(), str(folder), settings, "adapter")
 
 
 def _adapter_base(folder: Path, settings: Settings) -> Settings:
-    """The settings with the adapter's base as their model."""
+    """The settings with the adapter's base as the model."""
     name = read_note(folder / ADAPTER_NOTE).get("base_model_name_or_path") or ""
-    beside = folder / name
-    base = settings.changed(model={"source": str(beside.resolve()) if name and beside.is_dir() else name or "nowhere"})
+    path = folder / name
+    base = settings.changed(model={"source": str(path.resolve()) if name and path.is_dir() else name or "nowhere"})
     if not name or (Path(base.model.source) / ADAPTER_NOTE).is_file():
         raise InputError(
             f"model.source: {folder} is an adapter over {name!r}, which is no base; merge it into its base"
@@ -139,13 +139,13 @@ def _adapter_base(folder: Path, settings: Settings) -> Settings:
 
 
 def _read(reader, source: str, settings: Settings, what: str, **options):
-    """`reader.from_pretrained`, with one InputError for all that it raises over files damaged, unknown or missing."""
+    """Call `reader.from_pretrained`. Any error about damaged, unknown or missing files becomes an InputError."""
     load = getattr(reader, "from_pretrained", reader)
     try:
         return load(source, **options)
     except (torch.OutOfMemoryError, MemoryError, InputError):
         raise
-    except Exception as error:  # a reader of other people's files; each format fails in its own way
+    except Exception as error:  # each file format raises other errors
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
             f"model.source = {settings.model.source!r}: its {what} could not be loaded: {reason.strip()[:300]} "
@@ -154,9 +154,9 @@ def _read(reader, source: str, settings: Settings, what: str, **options):
 
 
 def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings: Settings) -> None:
-    """Let the tokenizer's end token be the one that ends a turn; of the generation config, the end tokens alone stay.
+    """Make the token that ends a turn the tokenizer's end token, and keep only token ids of the generation config.
 
-    The sampling settings that a model was published with (a repetition penalty, a temperature) change nothing here.
+    Sampling settings in a model's generation config (repetition penalty, temperature) are dropped.
     """
     where = f"model.source = {settings.model.source!r}"
     _check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, settings)
@@ -180,30 +180,28 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMode
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # The template's own turn end too: a base model's generation config often does not list it.
+    # Add the template's turn end, because a base model's generation config often does not list it.
     ends = list(dict.fromkeys([tokenizer.eos_token_id, *declared, *([] if end is None else [end])]))
-    # An end token that was added as an ordinary one would stay in every decoded answer.
+    # Decoding keeps end tokens that were added as ordinary tokens, so make them special.
     ordinary = [token.content for i, token in tokenizer.added_tokens_decoder.items() if i in ends and not token.special]
     tokenizer.add_special_tokens({"extra_special_tokens": ordinary}, replace_extra_special_tokens=False)
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
     )
     _leave_texts_open(tokenizer)
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, settings: Settings) -> None:
-    """Whether every token that a prompt can produce has a row in the embedding.
+    """Check that every token that a prompt can contain has a row in the embedding.
 
-    Control tokens without a row (images, infilling) do no harm: a question that quotes one reads it as text.
+    Control tokens without a row (images, infilling) do no harm, because questions that quote them are read as text.
     """
     where = f"model.source = {settings.model.source!r}"
-    beyond = {token for token in tokenizer.get_vocab().values() if token >= rows}
+    without_row = {token for token in tokenizer.get_vocab().values() if token >= rows}
     control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    own = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    written = own | set(question_ids("1 + 1?", tokenizer, plain_template=settings.model.plain_template))
-    if reachable := (beyond - control) | (beyond & written):
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    used |= set(question_ids("1 + 1?", tokenizer, plain_template=settings.model.plain_template))
+    if reachable := (without_row - control) | (without_row & used):
         raise InputError(
             f"{where}: its tokenizer has tokens up to id {max(reachable)}, its embedding only {rows} rows; save the "
             "tokenizer that the model was trained with, or resize the model's embedding and train the new rows first"
@@ -213,7 +211,7 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, settings: S
 
 
 def _leave_texts_open(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Keep the tokenizer from ending every text with its end token, as some fine-tunes left it (`add_eos_token`)."""
+    """Stop a tokenizer from adding an end token to every text, as those of some fine-tunes do (`add_eos_token`)."""
     if tokenizer("1").input_ids[-1:] != [tokenizer.eos_token_id]:
         return
     if not tokenizer.is_fast:
@@ -229,7 +227,7 @@ def _leave_texts_open(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _quantized(settings: Settings) -> dict:
-    """How the base is read in 4 bits, as QLoRA does; nothing for a base of full width."""
+    """Options to load the base in 4 bits, as QLoRA does. Empty without `model.quantization`."""
     if settings.model.quantization is None:
         return {}
     require("bitsandbytes", f"model.quantization = {settings.model.quantization!r}", "qlora")
@@ -245,7 +243,7 @@ def _quantized(settings: Settings) -> dict:
 
 
 def compute_dtype(settings: Settings) -> torch.dtype:
-    """`model.dtype`, where `auto` is bfloat16 on hardware that multiplies it natively, else float32."""
+    """The dtype of `model.dtype`. `auto` is bfloat16 if the hardware multiplies bfloat16 natively, else float32."""
     if settings.model.dtype != "auto":
         return getattr(torch, settings.model.dtype)
     native = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
@@ -253,15 +251,15 @@ def compute_dtype(settings: Settings) -> torch.dtype:
 
 
 def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
-    """Wrap the base in a fresh adapter, kept in fp32.
+    """Wrap the base in a new fp32 adapter.
 
-    Deviation from PEFT's default: `init: normal` draws A and B from N(0, 0.01^2), as the paper's script does.
-    With B = 0 (`lora`, `gaussian`) every importance score is 0 and no partition exists.
+    Deviation from PEFT's default: `init: normal` draws A and B from N(0, 0.01^2), as the paper's script does. With
+    B = 0 (`lora`, `gaussian`) every importance score is 0, so there is no partition.
 
     Parameters
     ----------
     settings
-        `adapter`: kind, init, r, lora_alpha, dropout, modules, virtual_tokens; `seed` fixes the draw.
+        `adapter`: kind, init, r, lora_alpha, dropout, modules, virtual_tokens; `seed` fixes the initial weights.
 
     Raises
     ------
@@ -272,7 +270,7 @@ def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
     torch.manual_seed(settings.seed)
     try:
         wrapped = get_peft_model(model, _adapter_config(settings), autocast_adapter_dtype=True)
-    except Exception as error:  # PEFT raises many kinds, by the method and the layers it meets
+    except Exception as error:  # PEFT raises many types, depending on method and layers
         reason = str(error).splitlines()[0][:200]
         raise InputError(
             f"adapter.kind = {settings.adapter.kind!r}, init = {settings.adapter.init!r}: PEFT cannot attach that to "
@@ -289,40 +287,40 @@ def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
 
 
 def check_modules(model: PreTrainedModel, settings: Settings) -> None:
-    """Whether `model` has the layers that an adapter of these settings is attached to, each name at least once.
+    """Check that `model` has at least one layer for each module name of the adapter.
 
-    PEFT attaches to those that it meets and is silent about the others.
+    PEFT silently skips names without a layer.
 
     Raises
     ------
     InputError
-        Names that are not there; says which are.
+        A name has no layer. The message lists the linear layers that the model has.
     """
     if settings.adapter.kind in ("prompt_tuning", "p_tuning", "prefix_tuning"):
         return
-    wanted = IA3_MODULES if settings.adapter.kind == "ia3" else settings.target_modules
+    targets = IA3_MODULES if settings.adapter.kind == "ia3" else settings.target_modules
     head = model.get_output_embeddings()
     names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
-    missing = [word for word in wanted if not any(name == word or name.endswith(f".{word}") for name in names)]
+    missing = [word for word in targets if not any(name == word or name.endswith(f".{word}") for name in names)]
     if missing:
-        known = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+        linear = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
         setting, remedy = (
             f"adapter.modules = {settings.adapter.modules!r}",
-            (f"name those to train in adapter.modules, such as [{', '.join(list(known)[:2])}]"),
+            (f"name those to train in adapter.modules, such as [{', '.join(list(linear)[:2])}]"),
         )
         if settings.adapter.kind == "ia3":
             setting, remedy = "method: ia3", "leave this method out for such a model"
         raise InputError(
-            f"{setting}: {type(model).__name__} has no {', '.join(missing)}; its linear layers are {', '.join(known)}: "
-            f"{remedy}"
+            f"{setting}: {type(model).__name__} has no {', '.join(missing)}; its linear layers are "
+            f"{', '.join(linear)}: {remedy}"
         )
 
 
 def share_out(model: PeftModel) -> None:
-    """Leave each process a part of every decoder layer's frozen weights (FSDP2), collected when the layer is passed.
+    """Shard the frozen weights of every decoder layer over the processes (FSDP2).
 
-    Adapters, embeddings and head stay whole: DDP averages the adapters' gradients as without shards, and masks and
-    optimizer state are those of one process.
+    Adapters, embeddings and head are not sharded. DDP averages the adapters' gradients as usual, and masks and
+    optimizer state are the same as in one process.
     """
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     trained = {p for p in model.parameters() if p.requires_grad}
@@ -332,7 +330,7 @@ def share_out(model: PeftModel) -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """The layers of a base model, whatever its architecture calls them."""
+    """The decoder layers of a base model of any architecture."""
     count = model.config.get_text_config().num_hidden_layers
     lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     return next(layers for layers in lists if len(layers) == count)
@@ -366,19 +364,19 @@ def _adapter_config(settings: Settings) -> PeftConfig:
 
 
 def save_adapter(model: PeftModel, folder: Path, initial: Path | None = None) -> None:
-    """Write `folder/adapter`, which `PeftModel.from_pretrained` puts onto the original base.
+    """Write `folder/adapter`, which `PeftModel.from_pretrained` loads over the original base.
 
     Parameters
     ----------
     initial
-        For PiSSA and OLoRA, which change the base: the adapter as it was before training (`save_pretrained`).
-        `adapter` then holds what training added, as a LoRA of twice the rank, and `trainable` the adapter itself.
+        Folder of the adapter before training (`save_pretrained`), for PiSSA and OLoRA, which change the base. `adapter`
+        then holds the change by training, as a LoRA of twice the rank, and `trainable` the adapter itself.
     """
     if initial is None:
         model.save_pretrained(folder / "adapter")
         return
     model.save_pretrained(folder / "trainable")
-    # PEFT keeps its note of the conversion in the initial adapter's folder and in the model's configuration.
+    # The conversion by PEFT changes the initial adapter's folder and the model's configuration, so use copies.
     config = copy.deepcopy(model.peft_config["default"])
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copytree(initial, scratch, dirs_exist_ok=True)
@@ -387,11 +385,11 @@ def save_adapter(model: PeftModel, folder: Path, initial: Path | None = None) ->
 
 
 def restore_adapter(model: PeftModel, folder: Path) -> None:
-    """Put the weights that `save_adapter` wrote into a freshly attached adapter of the same settings."""
+    """Load the weights that `save_adapter` wrote into a new adapter of the same settings."""
     trainable = folder / "trainable"
     set_peft_model_state_dict(model, load_peft_weights(str(trainable if trainable.is_dir() else folder / "adapter")))
 
 
 def lora_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """Every LoRA A and B matrix by parameter name, in model order."""
+    """Parameter name -> LoRA matrix (A: rank x in, B: out x rank), in model order."""
     return {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}

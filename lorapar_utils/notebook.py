@@ -1,4 +1,4 @@
-"""What every notebook of the book does first, and last."""
+"""The start of every notebook of the book, and its tables with links to records."""
 
 import ast
 import html
@@ -20,20 +20,20 @@ from lorapar_utils.settings import ExperimentSection, Settings, load_profile
 
 
 def start(*, profile: str, **parameters) -> Settings:
-    """Check the injected parameters, load the profile with them on top, set the figure style.
+    """Check the injected parameters, load the profile with `parameters` on top, and set the figure style.
 
     Parameters
     ----------
     profile
         Name or path of the profile.
     **parameters
-        Settings that the notebook lets a reader change; None keeps the profile's value.
+        Settings that a reader may change in the notebook; None keeps the profile's value.
 
     Raises
     ------
     InputError
         Papermill injected a name that the notebook's parameters cell does not assign (papermill only warns), the
-        profile is not valid, or the runs of its name come from another file.
+        profile is invalid, or `runs/<profile>/` belongs to another profile file.
     """
     _reject_unknown_parameters()
     _quiet()
@@ -49,9 +49,9 @@ def start(*, profile: str, **parameters) -> Settings:
 
 
 def experiment_records(settings: Settings, wanted: Callable[[ExperimentSection], bool]) -> list[Record]:
-    """This run's records of the profile's experiments that are `wanted`, in the profile's order.
+    """This run's records of the experiments for which `wanted` is true, in the profile's order.
 
-    What was not run yet is left out; the command that makes it is printed. Nothing is trained here.
+    Missing records are left out, and the command for the first one is printed. Nothing is trained here.
     """
     runs = [(name, seed) for name, seed in settings.experiment_runs() if wanted(settings.experiments[name])]
     files = {run: settings.runs / "records" / f"{run[0]}-seed{run[1]}.json" for run in runs}
@@ -64,59 +64,59 @@ def experiment_records(settings: Settings, wanted: Callable[[ExperimentSection],
 
 
 def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -> Styler:
-    """A table of `tables`, its column `records` as links to the files of `records`; hovering tells commit and date."""
+    """A table of `tables` with links to files in column `records`; the links' tooltips have commit and date."""
     if frame.empty:
         return _as_html(pd.DataFrame({"records": ["none yet"]}))
-    known = {tables.label(record): record for record in records}
-    shown = frame.astype(object).map(lambda cell: html.escape(cell) if isinstance(cell, str) else cell)
+    by_label = {tables.label(record): record for record in records}
+    cells = frame.astype(object).map(lambda cell: html.escape(cell) if isinstance(cell, str) else cell)
     for row, names in frame["records"].items():
-        found = [known[name] for name in names.split(", ") if name]
-        shown.loc[row, "records"] = "; ".join(_cited(found, settings)) or "–"
-    return _as_html(shown)
+        cited = _cited([by_label[name] for name in names.split(", ") if name], settings)
+        cells.loc[row, "records"] = "; ".join(cited) or "–"
+    return _as_html(cells)
 
 
 def sources(records: Iterable[Record], settings: Settings) -> Styler:
-    """The records behind a page, a row an experiment, each seed a link to its file."""
+    """The records behind a page: one row per experiment, with a link to the file of each seed."""
     profiles: dict[str, list[Record]] = {}
     for record in records:
         profiles.setdefault(record.run["profile"], []).append(record)
     rows = [
         {"profile": profile, "record": cited}
-        for profile, found in sorted(profiles.items())
-        for cited in _cited(found, settings)
+        for profile, group in sorted(profiles.items())
+        for cited in _cited(group, settings)
     ]
     return _as_html(pd.DataFrame(rows))
 
 
 def _cited(records: Iterable[Record], settings: Settings) -> list[str]:
-    """Each experiment by name, each of its seeds a link."""
+    """Each experiment by name, with a link for each seed."""
     runs: dict[str, dict[int, Record]] = {}
     for record in records:
         runs.setdefault(record.name.rsplit("-seed", 1)[0], {})[record.run["seed"]] = record
     link = partial(beside_notebooks, settings=settings)
-    return [cite(name, [found[seed] for seed in sorted(found)], link) for name, found in sorted(runs.items())]
+    return [cite(name, [seeds[seed] for seed in sorted(seeds)], link) for name, seeds in sorted(runs.items())]
 
 
 def scoreboard(records: dict[str, Record], settings: Settings, judged: list[dict] | None = None) -> Styler:
-    """`claims.scoreboard` (of the claims `judged`, or all) with links to the records' files."""
+    """`claims.scoreboard` of the claims `judged` (None: all), with links to the records' files."""
     return _as_html(claims.scoreboard(records, judged, partial(beside_notebooks, settings=settings)))
 
 
 def _as_html(frame: pd.DataFrame) -> Styler:
-    """A frame whose cells are HTML, in the class that both JupyterLab and the book style; words start at the left."""
+    """A frame of HTML cells, left-aligned, in the CSS class that JupyterLab and the book style."""
     style = frame.style.hide(axis="index").set_table_attributes('class="dataframe"')
     style = style.set_table_styles([{"selector": "th, td", "props": "text-align: left"}])
     return style.format(_shown)
 
 
 def _shown(value: object) -> object:
-    """A cell's text, broken into lines between a value, its interval and its n, not within one."""
+    """A cell's text, with line breaks allowed only between value, interval and n."""
     if isinstance(value, float):
         return f"{value:g}"
     if not isinstance(value, str):
         return value
-    together = re.sub(r"\[[^]]*]", lambda interval: interval[0].replace(" ", "\N{NO-BREAK SPACE}"), value)
-    return re.sub(r"(?<=\d) (?=%)|(?<=\bn) (?==)|(?<=\bn =) ", "\N{NO-BREAK SPACE}", together)
+    text = re.sub(r"\[[^]]*]", lambda interval: interval[0].replace(" ", "\N{NO-BREAK SPACE}"), value)
+    return re.sub(r"(?<=\d) (?=%)|(?<=\bn) (?==)|(?<=\bn =) ", "\N{NO-BREAK SPACE}", text)
 
 
 def _reject_unknown_parameters() -> None:
@@ -143,7 +143,7 @@ def _assigned(source: str) -> set[str]:
 
 
 def _quiet() -> None:
-    """Silence what a reader cannot act on; everything else still shows."""
+    """Silence warnings that a reader cannot act on."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|trl)")
     warnings.filterwarnings("ignore", message=".*IProgress not found.*")
     if "transformers" in sys.modules:

@@ -1,4 +1,4 @@
-"""AdamW that keeps state for, and ever touches, the active elements only."""
+"""AdamW that updates, and keeps moments for, active elements only."""
 
 from collections.abc import Iterable
 
@@ -11,28 +11,28 @@ from lorapar_utils.errors import InputError
 class ActiveAdamW(torch.optim.Optimizer):
     """AdamW over the active elements of each parameter.
 
-    Deviation from the paper's script, which zeroes gradients under a dense AdamW: there decoupled weight decay
-    and old momentum still move "frozen" elements. Here inactive elements are never written.
+    Deviation from the paper's script, which zeroes gradients under a dense AdamW. There decoupled weight decay and old
+    momentum still move "frozen" elements. Here inactive elements are never written.
 
-    Each step gathers the active elements of all parameters into one vector, applies `torch.optim.adamw.adamw` to it and
-    writes them back, so active elements follow `torch.optim.AdamW` exactly, at the cost of a few calls a parameter. A
-    hook zeroes inactive gradients before they are accumulated, or sent to other processes: gradient clipping then
-    measures the norm of active elements alone. A parameter that took no part in the loss has a gradient of zero.
-    A parameter without any active element stops requiring a gradient.
+    Each step gathers the active elements of all parameters into one vector, applies `torch.optim.adamw.adamw` to the
+    vector, and writes the elements back. Active elements therefore follow `torch.optim.AdamW` exactly. Hooks zero
+    inactive gradients before these are accumulated or averaged over processes, so that gradient clipping measures the
+    norm of active elements alone. A parameter that the loss does not use counts as having a zero gradient. A parameter
+    without an active element stops requiring a gradient.
 
     Parameters
     ----------
     named_parameters
         (name, Parameter) pairs.
     masks
-        Parameter name -> BoolTensor of its shape, True = active.
+        Parameter name -> BoolTensor of the parameter's shape, True = active.
     lr, betas, eps, weight_decay
         As in `torch.optim.AdamW`.
 
     Raises
     ------
     InputError
-        A mask that is missing, of another shape or type, or no active element at all.
+        A mask that is missing or has another shape or dtype, or masks without any active element.
     """
 
     def __init__(
@@ -64,19 +64,19 @@ class ActiveAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         [group] = self.param_groups
-        for parameters in self._together():
-            places = [self._active[p] for p in parameters]
-            values = _gathered(parameters, places)
+        for parameters in self._groups():
+            indices = [self._active[p] for p in parameters]
+            values = _gathered(parameters, indices)
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             state = self._state_of(parameters[0], values)
             adamw(
                 [values],
-                [_gathered(gradients, places)],
+                [_gathered(gradients, indices)],
                 [state["exp_avg"]],
                 [state["exp_avg_sq"]],
                 [],
                 [state["step"]],
-                # Not fused: those kernels round by an element's place in its vector, which gathering changes.
+                # Not fused: rounding in fused kernels depends on an element's position, which gathering changes.
                 foreach=False,
                 amsgrad=False,
                 beta1=group["betas"][0],
@@ -86,30 +86,31 @@ class ActiveAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
-            for parameter, place, value in zip(parameters, places, values.split([len(p) for p in places]), strict=True):
-                parameter.view(-1).index_copy_(0, place, value)
+            parts = values.split([len(index) for index in indices])
+            for parameter, index, part in zip(parameters, indices, parts, strict=True):
+                parameter.view(-1).index_copy_(0, index, part)
         return loss
 
     def release(self) -> None:
-        """Remove the gradient hooks: the parameters are free for the next stage's optimizer."""
+        """Remove the gradient hooks, so that the next stage's optimizer can use the parameters."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def state_bytes(self) -> int:
-        """Bytes of the moments kept, for active elements only."""
-        kept = [state[key] for state in self.state.values() for key in ("exp_avg", "exp_avg_sq")]
-        return sum(t.numel() * t.element_size() for t in kept)
+        """Bytes of both moments, which exist for active elements only."""
+        moments = [state[key] for state in self.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        return sum(moment.numel() * moment.element_size() for moment in moments)
 
-    def _together(self) -> list[list[torch.nn.Parameter]]:
-        """Parameters of one device and dtype: those that one vector can hold."""
+    def _groups(self) -> list[list[torch.nn.Parameter]]:
+        """Parameters grouped by device and dtype, because one vector has one device and one dtype."""
         groups: dict[tuple, list[torch.nn.Parameter]] = {}
         for parameter in self._active:
             groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
         return list(groups.values())
 
     def _state_of(self, first: torch.nn.Parameter, values: torch.Tensor) -> dict:
-        """The state of a vector of active elements, kept under the first parameter that it holds."""
+        """Optimizer state of a group's vector, stored under the first parameter of the group."""
         state = self.state[first]
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -117,9 +118,9 @@ class ActiveAdamW(torch.optim.Optimizer):
         return state
 
 
-def _gathered(tensors: list[torch.Tensor], places: list[torch.Tensor]) -> torch.Tensor:
-    # index_select, not indexing: three times faster over hundreds of small matrices.
-    return torch.cat([tensor.view(-1).index_select(0, place) for tensor, place in zip(tensors, places, strict=True)])
+def _gathered(tensors: list[torch.Tensor], indices: list[torch.Tensor]) -> torch.Tensor:
+    # For hundreds of small matrices, index_select is three times faster than indexing.
+    return torch.cat([tensor.view(-1).index_select(0, index) for tensor, index in zip(tensors, indices, strict=True)])
 
 
 def _checked_mask(name: str, parameter: torch.nn.Parameter, masks: dict[str, torch.Tensor]) -> torch.Tensor:

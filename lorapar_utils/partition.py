@@ -1,10 +1,9 @@
 """Which LoRA elements each stage trains (paper, section 3.3): the theta rule, the regions, the control.
 
-Per system, elements are taken by falling importance until their sum reaches theta of the total; the element that
-crosses is taken. Equal scores are taken in model order, and theta = 1 takes every element. No vector is sorted: the
-cut is found by adding up scores in bins of their leading bits, and only the bin it falls into is put in order.
+For each system, elements are taken by falling importance until the sum reaches theta of the total. The element that
+crosses this threshold is taken too. Equal scores are taken in model order, and theta = 1 takes every element.
 
-Deviation: more than two systems are possible (the paper's future work); with two, everything is as in the paper.
+Deviation: more than two systems are possible (the paper's future work). With two, everything is as in the paper.
 """
 
 import functools
@@ -24,15 +23,17 @@ from safetensors.torch import load_file, save_file
 from lorapar_utils.errors import InputError
 
 Shapes = dict[str, tuple[int, ...]]
-CHUNK = 1 << 20  # elements at a time, so that counting needs next to no memory
+CHUNK = 1 << 20  # elements summed at a time, to save memory
+TOP_BITS = 16  # leading bits of a float32 that make a bin; non-negative floats sort as their bits do as integers
+LOW_BITS, N_BINS = 32 - TOP_BITS, 1 << (TOP_BITS - 1)  # the sign bit is always 0
 
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """A selected set for each system over the elements of all LoRA matrices, and the elements each stage trains.
+    """The LoRA elements that each system selects (`selected`) and that each stage trains (`active`).
 
-    All are flat BoolTensors over the elements in the order of `shapes`; `selected[0]` and `active[0]` belong to
-    System 1 and stage 1.
+    Each mask is a flat BoolTensor, shape (elements,), over all matrices in the order of `shapes`. `selected[0]` belongs
+    to System 1, `active[0]` to stage 1.
     """
 
     shapes: Shapes
@@ -41,42 +42,43 @@ class Partition:
     parameters: dict
 
     def stage_mask(self, stage: int) -> dict[str, torch.Tensor]:
-        """Parameter name -> BoolTensor of its shape, True = trained in `stage` (1 = SFT, 2 = GRPO, …)."""
+        """Parameter name -> BoolTensor of the parameter's shape, True = trained in `stage` (1 = SFT, 2 = GRPO, …)."""
         if stage not in range(1, len(self.active) + 1):
             raise InputError(f"stage = {stage!r}: must lie in 1..{len(self.active)}")
         return _split(self.active[stage - 1], self.shapes)
 
     def regions(self) -> dict[str, torch.Tensor]:
-        """Region name -> flat BoolTensor, disjoint and complete.
+        """Region name -> flat BoolTensor, shape (elements,). Every element is in exactly one region.
 
         `system1_only`, `system2_only`, …, `shared` (selected by more than one system), `inactive` (by none).
         """
-        times = self._times()
-        regions = {f"system{k}_only": its & (times == 1) for k, its in enumerate(self.selected, start=1)}
-        return regions | {"shared": times > 1, "inactive": times == 0}
+        counts = self._counts()
+        regions = {f"system{k}_only": mask & (counts == 1) for k, mask in enumerate(self.selected, start=1)}
+        return regions | {"shared": counts > 1, "inactive": counts == 0}
 
     @property
     def jaccard(self) -> float:
-        """Elements that every system selects over elements that any selects."""
-        times = self._times()
-        return int((times == len(self.selected)).sum()) / int((times > 0).sum())
+        """Number of elements that every system selects, divided by the number that any system selects."""
+        counts = self._counts()
+        return int((counts == len(self.selected)).sum()) / int((counts > 0).sum())
 
     @property
     def active_share(self) -> dict[str, float]:
-        """Share of all elements that stage 1, stage 2, … or any of them trains."""
+        """Share of all elements that a stage trains (`stage1`, `stage2`, …), or that any stage trains (`either`)."""
         total = self.active[0].numel()
-        shares = {f"stage{k}": int(its.sum()) / total for k, its in enumerate(self.active, start=1)}
+        shares = {f"stage{k}": int(mask.sum()) / total for k, mask in enumerate(self.active, start=1)}
         return shares | {"either": int(functools.reduce(torch.logical_or, self.active).sum()) / total}
 
-    def _times(self) -> torch.Tensor:
-        times = torch.zeros(self.selected[0].shape, dtype=torch.uint8)
-        for its in self.selected:
-            times += its
-        return times
+    def _counts(self) -> torch.Tensor:
+        """How many systems select each element."""
+        counts = torch.zeros(self.selected[0].shape, dtype=torch.uint8)
+        for mask in self.selected:
+            counts += mask
+        return counts
 
     def summary(self) -> pd.DataFrame:
-        """One row a matrix: layer, module, matrix (A or B), elements, and the share in each region and stage."""
-        parts = self.regions() | {f"stage{k}": its for k, its in enumerate(self.active, start=1)}
+        """One row per matrix: layer, module, matrix (A or B), elements, and the share in each region and stage."""
+        parts = self.regions() | {f"stage{k}": mask for k, mask in enumerate(self.active, start=1)}
         split = {key: _split(value, self.shapes) for key, value in parts.items()}
         rows = [
             {**_locate(name), "elements": int(np.prod(shape))}
@@ -86,8 +88,8 @@ class Partition:
         return pd.DataFrame(rows)
 
     def by_rank(self) -> pd.DataFrame:
-        """One row a rank and matrix kind (A or B): the share in each region and stage, over all layers and modules."""
-        parts = self.regions() | {f"stage{k}": its for k, its in enumerate(self.active, start=1)}
+        """One row per rank and matrix kind (A or B): mean share in each region and stage over layers and modules."""
+        parts = self.regions() | {f"stage{k}": mask for k, mask in enumerate(self.active, start=1)}
         rows = []
         for key, flat in parts.items():
             for name, mask in _split(flat, self.shapes).items():
@@ -102,7 +104,7 @@ class Partition:
         return table[list(parts)].reset_index()
 
     def save(self, folder: str | Path) -> Path:
-        """Write masks (eight to a byte) as safetensors and the rest as JSON; complete or not at all."""
+        """Write masks (eight to a byte) as safetensors and the rest as JSON. The folder appears only when complete."""
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -156,17 +158,21 @@ def build_partition(
     alpha: float = 1.0,
     beta: float = 1.0,
 ) -> Partition:
-    """The theta rule on each system's scores, then each stage's active set.
+    """Apply the theta rule to each system's scores, then build each stage's active set.
+
+    >>> scores = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    >>> build_partition({"A": scores}, {"A": scores.flip(1)}, theta=0.6).stage_mask(1)
+    {'A': tensor([[ True,  True, False, False]])}
 
     Parameters
     ----------
     system1, system2, *more
-        Scores >= 0 by parameter name, as `importance.score_importance` returns; same names and shapes.
+        Parameter name -> scores >= 0, as `importance.score_importance` returns, with the same names and shapes.
     theta
         In (0, 1]: the share of total importance that a system's set must reach.
     alpha, beta
-        In [0, 1]: the share of shared elements that stage 1 (by System 1 score) and stage 2 (by System 2
-        score) train, rounded to the nearest element. Stages of further systems train all that they share.
+        In [0, 1]: the share of the shared elements that stage 1 (by System 1 score) and stage 2 (by System 2 score)
+        train, rounded to the nearest element. Stages of further systems train all their shared elements.
 
     Raises
     ------
@@ -183,22 +189,22 @@ def build_partition(
     if any(shapes != {name: tuple(scores.shape) for name, scores in other.items()} for other in systems[1:]):
         raise InputError("system1, system2: scores must cover the same matrices in the same order and shapes")
     named = [(f"system{k}", scores) for k, scores in enumerate(systems, start=1)]
-    # One flat vector at a time: at 143 million elements every copy counts.
+    # One flat vector at a time, because a vector may hold 143 million scores.
     selected = tuple(_select(_flatten(*system), theta) for system in named)
     parameters = {"theta": theta, "alpha": alpha, "beta": beta, "selection": "importance"}
     partition = Partition(shapes, selected, (), parameters)
-    shared = partition._times() > 1
+    shared = partition._counts() > 1
     active = tuple(
-        its if share == 1.0 else (its & ~shared) | _top_shared(_flatten(*system), shared & its, share)
-        for its, system, share in zip(selected, named, (alpha, beta, *(1.0 for _ in more)), strict=True)
+        mask if share == 1.0 else (mask & ~shared) | _top_shared(_flatten(*system), shared & mask, share)
+        for mask, system, share in zip(selected, named, (alpha, beta, *(1.0 for _ in more)), strict=True)
     )
     return replace(partition, active=active)
 
 
 def random_partition(like: Partition, seed: int) -> Partition:
-    """The control: as many elements for each stage, selected set and overlap as `like`, drawn at random.
+    """The control: random masks with the same number of elements in every selected set, overlap and stage as `like`.
 
-    One random permutation of the elements carries all of `like`'s masks along, so every count stays.
+    One random permutation is applied to all masks of `like`, so every count stays the same.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(like.selected[0].numel(), generator=generator)
@@ -225,51 +231,50 @@ def _flatten(field: str, scores: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _select(scores: torch.Tensor, theta: float) -> torch.Tensor:
-    """Shortest prefix by falling score whose sum reaches theta of the total, crossing element included."""
-    if theta == 1.0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    bins = _bins(scores, by_count=False)
-    return _prefix(scores, bins, theta * float(bins.sum()), by_count=False)
+    """Mask of the elements that the theta rule selects."""
+    return torch.ones_like(scores, dtype=torch.bool) if theta == 1.0 else _value_prefix(scores, theta)
 
 
 def _top_shared(scores: torch.Tensor, shared: torch.Tensor, share: float) -> torch.Tensor:
-    """The `share` of shared elements with the highest scores, rounded to the nearest element."""
+    """Mask of the `share` of shared elements with the highest scores, rounded to the nearest element."""
     positions = shared.nonzero().squeeze(1)
     count = round(share * positions.numel())
-    chosen = torch.zeros_like(shared)
+    mask = torch.zeros_like(shared)
     if count:
-        its = scores[positions]
-        chosen[positions[_prefix(its, _bins(its, by_count=True), count, by_count=True)]] = True
-    return chosen
+        mask[positions[_count_prefix(scores[positions], count)]] = True
+    return mask
 
 
-def _bins(scores: torch.Tensor, *, by_count: bool) -> torch.Tensor:
-    """Sum (or count) of the scores >= 0 with each value of their leading 16 bits, highest scores first, in double.
+def _value_prefix(scores: torch.Tensor, theta: float) -> torch.Tensor:
+    """Mask of the highest scores whose sum reaches `theta` of the total.
 
-    As integers, the bits of non-negative floats are in the order of the floats.
+    The plain rule: `order = argsort(-s); n = searchsorted(cumsum(s[order]), theta * total) + 1`. Because sorting is
+    slow, scores are first summed in bins of equal leading bits. Only the bin in which the sum crosses is sorted.
     """
-    totals = torch.zeros(1 << 15, dtype=torch.float64)
+    sums = torch.zeros(N_BINS, dtype=torch.float64)
     for chunk in scores.split(CHUNK):
-        weights = None if by_count else chunk.double()
-        totals += torch.bincount(chunk.view(torch.int32) >> 16, weights=weights, minlength=1 << 15)
-    return totals.flip(0)
+        sums += torch.bincount(chunk.view(torch.int32) >> LOW_BITS, weights=chunk.double(), minlength=N_BINS)
+    sums = sums.flip(0)  # highest scores first
+    goal, cumulative = theta * float(sums.sum()), sums.cumsum(0)
+    crossing = min(int((cumulative < goal).sum()), int(sums.nonzero().max()))
+    sum_above = float(cumulative[crossing - 1]) if crossing else 0.0
+    edges = torch.tensor([N_BINS - 1 - crossing, N_BINS - crossing], dtype=torch.int32) << LOW_BITS
+    low, high = edges.view(torch.float32)
+    in_bin = ((scores >= low) & (scores < high)).nonzero().squeeze(1)
+    order = in_bin[torch.argsort(scores[in_bin], descending=True, stable=True)]
+    count = int((sum_above + scores[order].double().cumsum(0) < goal).sum()) + 1
+    mask = scores >= high
+    mask[order[:count]] = True
+    return mask
 
 
-def _prefix(scores: torch.Tensor, bins: torch.Tensor, goal: float, *, by_count: bool) -> torch.Tensor:
-    """The shortest prefix by falling score, ties in order, whose sum (or count) reaches `goal`."""
-    reached = bins.cumsum(0)
-    last = min(int((reached < goal).sum()), int(bins.nonzero().max()))
-    above = float(reached[last - 1]) if last else 0.0
-    lead = (1 << 15) - 1 - last
-    # The bin that the cut falls into, put in order.
-    low, high = (torch.tensor(edge << 16, dtype=torch.int32).view(torch.float32) for edge in (lead, lead + 1))
-    inside = ((scores >= low) & (scores < high)).nonzero().squeeze(1)
-    order = inside[torch.argsort(scores[inside], descending=True, stable=True)]
-    steps = torch.ones(order.numel(), dtype=torch.float64) if by_count else scores[order].double()
-    count = int((above + steps.cumsum(0) < goal).sum()) + 1
-    chosen = scores >= high
-    chosen[order[:count]] = True
-    return chosen
+def _count_prefix(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Mask of the `count` highest scores. Of equal scores the first ones are taken."""
+    threshold = float(np.partition(scores.numpy(), -count)[-count])
+    mask = scores > threshold
+    ties = (scores == threshold).nonzero().squeeze(1)
+    mask[ties[: count - int(mask.sum())]] = True
+    return mask
 
 
 def _split(flat: torch.Tensor, shapes: Shapes) -> dict[str, torch.Tensor]:

@@ -1,47 +1,71 @@
 """`make plan`: memory and time of every phase of a profile, before anything starts; refused where it cannot fit.
 
-Deviation from what runs: lengths are a pool's means, completions are taken to reach their limit, System 1 and System 2
-to be as large as they are constructed, and every completion to teach: where a model learns to end, it takes less time.
+Memory follows from the model's configuration, time from a pass's arithmetic and a rate: on this machine's CPU the one
+that a few layers with random weights reach, on a GPU a measured share of its data sheet. Deviation from what runs:
+lengths are a pool's means, completions reach their limit, and every completion teaches.
 """
 
 import copy
 import json
 import math
-import time
+import timeit
 from collections import Counter
-from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import psutil
 import torch
 import yaml
-from torch.optim.adamw import adamw
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
+from peft.tuners.lora import LoraLayer
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from lorapar_utils import models, preflight
-from lorapar_utils.bundles import bundled
-from lorapar_utils.costs import Machine, Work, timed_here, traced
+from lorapar_utils import models
+from lorapar_utils.bundles import LONGEST
 from lorapar_utils.errors import InputError
-from lorapar_utils.importance import accumulating_hooks
+from lorapar_utils.generation import answering
+from lorapar_utils.machine import threads_from_environment
 from lorapar_utils.settings import Settings, project_root
+from lorapar_utils.shortcuts import has_other_states
 
 # Mean tokens of a chat prompt, of a solution, and of what every prompt begins with (SmolLM2's tokenizer; `builtin` and
-# `gsm8k` counted, the others assumed).
-LENGTHS = {"builtin": (47, 9, 33), "gsm8k": (98, 123, 33)}
-ASSUMED_LENGTHS = (150, 200, 33)
-TEACHER_TOKENS = 90  # persona, template and question around the example
+# `gsm8k` counted, the others assumed); of persona, template and question around a teacher's example.
+LENGTHS, ASSUMED_LENGTHS, TEACHER_TOKENS = {"builtin": (47, 9, 33), "gsm8k": (98, 123, 33)}, (150, 200, 33), 90
 # What Python and the libraries take: resident memory on a CPU, the context and kernels on a GPU.
 LIBRARIES = {"cpu": 0.58e9, "cuda": 0.8e9}
-DEPTHS = (3, 6)  # layers of the models that are traced
-# Seconds of a call to a GPU from Python, and how much longer it takes where autograd records it: fitted to one H100's
-# host (`book/_static/gpu-h100.json`).
-GPU_CALL, RECORDED = 17e-6, 2.0
+# A pass in forward passes: its arithmetic (frozen weights have no gradient), and the time in which Python calls a GPU's
+# kernels, `CALLS` seconds a layer; `AGAIN` where activations are computed again. Beside a base in bf16 adapters are
+# scored in fp32: `ROUNDED`. Fitted, as the cards' rates are, to LLaMA-2-7B on an H100 (`book/_static/gpu-h100.json`).
+FORWARDS = {"read": (1, 1), "decode": (1, 1), "score": (2, 4), "sft": (2, 4), "grpo": (2, 4)}
+AGAIN, CALLS, ROUNDED = (1, 2.6), 1.37e-3, 1.6
+ENOUGH, TOO_MANY = 8e6, 2e8  # weights: of the layers that are run here, two at least, and of which none are
+SHARED_WORK = 0.85  # threads to this power are so many times as fast as one (assumed)
+clock = timeit.default_timer
 
 
-@dataclass(frozen=True)
-class Phase:
-    """One phase's need: seconds of all that it does, bytes at its fullest moment, and what those are made of."""
+class Machine(NamedTuple):
+    """Bytes of memory and of libraries; operations (in bf16, in fp32) and bytes a second, measured where None."""
+
+    name: str
+    memory: float
+    libraries: float
+    flops: float | None = math.inf
+    flops32: float = math.inf
+    bandwidth: float = math.inf
+    cpu: bool = False
+
+
+class Need(NamedTuple):
+    """What passes take: seconds of all; bytes of the base, and of what one holds beside it."""
+
+    seconds: float
+    weights: float
+    held: float
+
+
+class Phase(NamedTuple):
+    """One phase's need: seconds of all that it does, bytes at its fullest moment, by what they are for."""
 
     name: str
     runs: int
@@ -53,96 +77,46 @@ class Phase:
         return sum(self.memory.values())
 
 
-def machine_named(name: str, settings: Settings) -> Machine:
-    """A GPU of `profiles/architectures/machines.yaml`, or `here`: this machine's CPU, timed, or its GPU if listed."""
-    known = yaml.safe_load((_architectures() / "machines.yaml").read_text())
+def machine_named(name: str) -> Machine:
+    """A GPU of `profiles/architectures/machines.yaml`; `here`: this machine's GPU if listed, else its CPU, measured."""
+    listed = project_root() / "profiles" / "architectures" / "machines.yaml"
+    known = yaml.safe_load(listed.read_text(encoding="utf-8"))
     if name == "here":
         if not torch.cuda.is_available():
-            return replace(memory_here(), overhead=_overhead(settings), flops=None, bandwidth=None)
+            return memory_here()._replace(flops=None)
         device = torch.cuda.get_device_name()
         name = next((key for key in known if key in device), device)
     if name not in known:
         raise InputError(f"MACHINE = {name!r}: choose one of here, {', '.join(known)}, or add it to machines.yaml")
-    of = known[name]
-    return Machine(
-        f"one {name}",
-        of["memory"],
-        LIBRARIES["cuda"],
-        GPU_CALL,
-        *(of["share"] * of[rate] for rate in ("flops", "bandwidth", "flops32")),
-    )
+    return Machine(f"one {name}", libraries=LIBRARIES["cuda"], **known[name])
 
 
 def memory_here() -> Machine:
     """This machine's memory, where time does not matter."""
     if torch.cuda.is_available():
-        total, libraries = torch.cuda.get_device_properties(0).total_memory, LIBRARIES["cuda"]
-        return Machine(torch.cuda.get_device_name(), total, libraries, 0.0, math.inf, math.inf)
-    total = psutil.virtual_memory().total
-    return Machine("this machine's CPU", total, LIBRARIES["cpu"], 0.0, math.inf, math.inf, cpu=True)
-
-
-def phases_of(settings: Settings, machine: Machine, passes: "Passes") -> list[Phase]:
-    """Every phase of `make book` for one profile, experiments of one kind together."""
-    found = [_voting(settings, machine, passes), _importance(settings, machine, passes)]
-    kinds: dict[tuple, int] = {}
-    for name, _ in settings.experiment_runs():
-        spec = settings.experiments[name]
-        key = (spec.stages, spec.method == "lorapar")
-        kinds[key] = kinds.get(key, 0) + 1
-    for (stages, lorapar), runs in kinds.items():
-        found.append(_experiment(settings, machine, passes, stages, lorapar, runs))
-    return [phase for phase in found if phase.runs]
+        total = torch.cuda.get_device_properties(0).total_memory
+        return Machine(torch.cuda.get_device_name(), total, LIBRARIES["cuda"])
+    return Machine("this machine's CPU", psutil.virtual_memory().total, LIBRARIES["cpu"], cpu=True)
 
 
 def table(phases: list[Phase]) -> pd.DataFrame:
     """One row a phase: GB by part, hours."""
-    rows = [
-        {"phase": phase.name, "runs": phase.runs}
-        | {part: size / 1e9 for part, size in phase.memory.items()}
-        | {"GB": phase.bytes / 1e9, "hours": phase.seconds / 3600}
-        for phase in phases
-    ]
-    return pd.DataFrame(rows).set_index("phase").fillna(0.0)
+    gigabytes = pd.DataFrame([phase.memory | {"GB": phase.bytes} for phase in phases]) / 1e9
+    gigabytes.insert(0, "runs", [phase.runs for phase in phases])
+    gigabytes["hours"] = [phase.seconds / 3600 for phase in phases]
+    return gigabytes.set_index(pd.Index([phase.name for phase in phases], name="phase"))
 
 
 def summary(settings: Settings, machine: Machine, phases: list[Phase]) -> str:
     """The plan in one sentence."""
-    most, hours = max(phase.bytes for phase in phases), sum(phase.seconds for phase in phases) / 3600
-    time = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
-    return (
-        f"{settings.profile} needs {most / 1e9:.1f} GB and at most about {time} on {machine.name}, one job at a time."
-    )
+    most, hours = max(phase.bytes for phase in phases) / 1e9, sum(phase.seconds for phase in phases) / 3600
+    length = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+    return f"{settings.profile} needs {most:.1f} GB and at most about {length} on {machine.name}, one job at a time."
 
 
-class NotTraced(Exception):
-    """A model whose build the tracing does not know; no reason not to run it."""
-
-
-def traced_passes(settings: Settings, machine: Machine) -> "Passes":
-    """Every pass of the profile, traced.
-
-    Raises
-    ------
-    InputError
-        The model's files, or an `adapter.modules` that it does not have.
-    NotTraced
-        An architecture that cannot be traced with a few layers and no memory.
-    """
-    configuration(settings)
-    try:
-        passes = Passes(settings, bundles=machine.cpu)
-        phases_of(settings, replace(machine, overhead=0.0, flops=math.inf, bandwidth=math.inf), passes)
-    except Exception as error:  # whatever a model of unknown build raises on the meta device
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
-        raise NotTraced(f"plan: {settings.model.source} cannot be traced ({reason})") from None
-    return passes
-
-
-def check_fits(settings: Settings, machine: Machine, passes: "Passes") -> None:
-    """Refuse a profile that the machine has no memory for, with the arithmetic; nothing is timed."""
-    untimed = replace(machine, overhead=0.0, flops=math.inf, bandwidth=math.inf)
-    worst = max(phases_of(settings, untimed, passes), key=lambda phase: phase.bytes)
+def check_fits(settings: Settings, machine: Machine, phases: list[Phase]) -> None:
+    """Refuse phases that the machine has no memory for, with the arithmetic."""
+    worst = max(phases, key=lambda phase: phase.bytes)
     if worst.bytes > machine.memory:
         parts = " + ".join(f"{part} {size / 1e9:.1f}" for part, size in worst.memory.items() if size)
         raise InputError(
@@ -152,321 +126,207 @@ def check_fits(settings: Settings, machine: Machine, passes: "Passes") -> None:
         )
 
 
-# --- phases ----------------------------------------------------------------------------------------------------
+def phases_of(model: "Model", machine: Machine) -> list[Phase]:
+    """Every phase of `make book` for the model's profile, experiments of one kind together."""
+    settings, batch, phases = model.settings, model.batches(machine), []
+    pool, sft, evaluation = settings.pool, settings.sft, settings.evaluation
+    tested, train = pool.system1.test + pool.system2.test, (pool.system1.train, pool.system2.train)
+
+    def add(name: str, runs: int, optimizer: float, times: dict[str, float]) -> None:
+        seconds = runs * sum(count * need.seconds for kind, count in times.items() for need in batch[kind])
+        memory = model.memory(machine, [need for kind in times for need in batch[kind]], optimizer)
+        phases.append(Phase(name, runs, seconds, memory))
+
+    teachers = sum(teacher.kind == "local" for teacher in settings.voting.teachers)
+    asked = {"voting": teachers * sum(train) / settings.voting.batch_size}
+    scored = {"importance": 2 * settings.importance.examples / settings.importance.batch_size}
+    if teachers:
+        add("voting by local teachers", 1, 0.0, asked)
+    add("importance", 1, 8.0 * model.elements, scored)  # g and F of every element
+    specs = [settings.experiments[name] for name, _ in settings.experiment_runs()]
+    for (stages, lorapar), runs in Counter((spec.stages, spec.method == "lorapar") for spec in specs).items():
+        sampled = min(pool.system2.validation, evaluation.pass_k_prompts) * evaluation.pass_k * ("grpo" in stages)
+        times = {"answers": (max(1, len(stages)) * tested + len(stages) * sampled) / evaluation.batch_size}
+        for stage in stages:
+            steps = sft.epochs * sum(train[: 1 + (stage == "sft_all")]) / (sft.batch_size * sft.accumulation)
+            times[stage] = times.get(stage, 0) + (settings.grpo.steps if stage == "grpo" else steps)
+        # About the share of elements that theta = 0.9 leaves active; all of them for a baseline.
+        active = model.elements * (0.4 if lorapar else 1.0)
+        # fp32 gradients; two fp32 moments and an 8-byte place for each active element; masks of a byte.
+        optimizer = (5 * model.elements + 16 * active) * bool(stages)
+        add((" then ".join(stages) or "base model") + ", LoRA-PAR" * lorapar, runs, optimizer, times)
+    return phases
 
 
-def _voting(settings: Settings, machine: Machine, passes: "Passes") -> Phase:
-    teachers = [t for t in settings.voting.teachers if t.kind == "local"]
-    batch = settings.voting.batch_size
-    examples = sum(system.train for system in (settings.pool.system1, settings.pool.system2))
-    work = passes.work("read", batch, 2, TEACHER_TOKENS)
-    seconds = len(teachers) * examples / batch * work.seconds(machine)
-    memory = passes.memory(machine, work)
-    return Phase("voting by local teachers", int(bool(teachers)), seconds, memory)
+class Model:
+    """A profile's model by its sizes, and what passes through it take; `lengths`: other ones than the pool's."""
 
+    def __init__(self, settings: Settings, lengths: tuple[int, int, int] | None = None):
+        self.settings, self.dtype, self.config = settings, models.compute_dtype(settings), configuration(settings)
+        self.prompt, self.solution, self.shared = lengths or LENGTHS.get(settings.pool.source, ASSUMED_LENGTHS)
+        text = self.config.get_text_config()
 
-def _importance(settings: Settings, machine: Machine, passes: "Passes") -> Phase:
-    chosen = settings.importance
-    work = passes.work("score", chosen.batch_size)
-    seconds = 2 * chosen.examples / chosen.batch_size * work.seconds(machine)
-    # g and F of every element.
-    return Phase("importance", 1, seconds, passes.memory(machine, work, optimizer=8 * passes.elements))
+        def size(*names: str) -> int:
+            return next((value for name in names if isinstance(value := getattr(text, name, 0), int) and value), 0)
 
+        self.layers, self.hidden = size("num_hidden_layers", "num_blocks", "num_layers") or 1, size("hidden_size")
+        experts = size("num_experts", "num_local_experts", "n_routed_experts")
+        routed = (experts and size("num_experts_per_tok")) or 1
+        self.inner = routed * (size(*["moe_intermediate_size"] * bool(experts), "intermediate_size") or 4 * self.hidden)
+        heads = size("num_attention_heads") or max(1, self.hidden // 64)
+        width = size("head_dim") or self.hidden // heads
+        self.queries, self.keys = heads * width, (size("num_key_value_heads") or heads) * width
+        with torch.device("meta"):
+            model = self._built()
+        self.elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.vocabulary = model.get_input_embeddings().num_embeddings
+        ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}  # one, where they are tied
+        self.outside = sum(p.numel() for p in ends)
+        self.inside = sum(p.numel() for p in model.parameters()) - self.elements - self.outside
+        idle = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name) if experts else 0
+        self.multiplied = self.inside - idle * (1 - routed / max(1, experts))
+        inputs = [(n.rpartition(".")[0], m.in_features) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+        # Widths that the adapters of a layer read; those of one block read the same vector.
+        self.inputs, self.inputs_once = (sum(w for _, w in some) / self.layers for some in (inputs, set(inputs)))
 
-def _experiment(settings, machine, passes: "Passes", stages: tuple, lorapar: bool, runs: int) -> Phase:
-    sizes = (settings.pool.system1, settings.pool.system2)
-    evaluation, sft, grpo = settings.evaluation, settings.sft, settings.grpo
-    test = sum(size.test for size in sizes)
-    answer = passes.work("complete", evaluation.batch_size, evaluation.max_new_tokens)
-    seconds = max(1, len(stages)) * test / evaluation.batch_size * answer.seconds(machine)
-    works = [answer]
-    # About the share of elements that theta = 0.9 leaves active; all of them for a baseline.
-    active = passes.elements * (0.4 if lorapar else 1.0)
-    update = passes.update(int(active)).seconds(machine)
-    for stage in stages:
-        if stage == "grpo":
-            together = grpo.rows_at_once // grpo.completions
-            rollout = passes.work("complete", together, grpo.max_completion_length, grpo.completions)
-            loss = passes.work("train_grpo")
-            seconds += grpo.steps * (
-                grpo.rows / grpo.rows_at_once * rollout.seconds(machine)
-                + grpo.rows / grpo.micro_batch * loss.seconds(machine)
-                + update
-            )
-            sampled = min(sizes[1].validation, evaluation.pass_k_prompts) * evaluation.pass_k
-            seconds += len(stages) * sampled / evaluation.batch_size * answer.seconds(machine)
-            works += [rollout, loss]
-        else:
-            examples = sizes[0].train + (sizes[1].train if stage == "sft_all" else 0)
-            loss = passes.work("train_sft")
-            steps = sft.epochs * examples / sft.batch_size
-            seconds += steps * (loss.seconds(machine) + update / sft.accumulation)
-            works.append(loss)
-    fullest = max(works, key=lambda work: work.peak)
-    # fp32 gradients; two fp32 moments and an 8-byte place for each active element; masks of a byte.
-    optimizer = 4 * passes.elements + 16 * active + passes.elements if stages else 0
-    name = " then ".join(stages) or "base model"
-    memory = passes.memory(machine, fullest, optimizer=optimizer)
-    return Phase(f"{name}{', LoRA-PAR' if lorapar else ''}", runs, runs * seconds, memory)
+    def _built(self, depth: int | None = None) -> torch.nn.Module:
+        """The model with random weights and its adapter, or its first layers with next to no vocabulary."""
+        config = copy.deepcopy(self.config)
+        if depth:
+            text = config.get_text_config()
+            text.num_hidden_layers, text.vocab_size, text.pad_token_id = depth, 8, None
+            if "layer_types" in vars(text):
+                text.layer_types = text.layer_types[:depth]
+        base = AutoModelForCausalLM.from_config(config, dtype=self.dtype).requires_grad_(False)
+        return models.attach_adapter(base, self.settings.changed(model={"sharded": False})).eval()
 
+    def batches(self, machine: Machine) -> dict[str, list[Need]]:
+        """What batches of teachers' questions, of examples to score and of answers need, and training steps."""
+        sft, grpo, evaluation = self.settings.sft, self.settings.grpo, self.settings.evaluation
+        passes, length, width = partial(self.passes, machine), self.prompt + self.solution, grpo.max_completion_length
 
-# --- passes ----------------------------------------------------------------------------------------------------
+        def share(batch: int) -> int:  # one process's part of what a step sees in all
+            return -(-batch // self.settings.processes)
 
+        def complete(prompts: int, tokens: int, samples: int = 1) -> list[Need]:
+            """The prompts are read, then all completions take so many steps, each of what the middle one takes."""
+            steps = passes("decode", prompts * samples, 1, 1, before=self.prompt + tokens // 2, times=tokens - 1)
+            return [passes("read", prompts, self.prompt, 1), steps]
 
-class Passes:
-    """What each kind of pass takes: traced with few layers, where every further layer adds the same.
-
-    Parameters
-    ----------
-    bundles
-        Whether what sequences share is read once, as on a CPU; else batches are padded.
-    lengths
-        Tokens of a prompt, of a solution, and of what all prompts begin with; None: the pool's.
-    """
-
-    def __init__(self, settings: Settings, bundles: bool, lengths: tuple[int, int, int] | None = None):
-        config = configuration(settings)
-        self.lengths = lengths or LENGTHS.get(settings.pool.source, ASSUMED_LENGTHS)
-        self.more = config.num_hidden_layers - DEPTHS[0]
-        self._shallow = [_Shallow(settings, bundles, self.lengths, config, depth) for depth in DEPTHS]
-        self.elements = round(self._at_full_depth(*(model.elements for model in self._shallow)))
-        self.weights = self._at_full_depth(*(model.weights for model in self._shallow))
-
-    def work(self, kind: str, *arguments: int) -> Work:
-        """The work of one pass: `read`, `score`, `train_sft`, `train_grpo`, `complete` (see `_Shallow`)."""
-        first, second = (getattr(model, kind)(*arguments) for model in self._shallow)
-        operations = Counter(
-            {
-                operation: self._at_full_depth(first.operations[operation], count)
-                for operation, count in second.operations.items()
-            }
-        )
-        return Work(operations, self._at_full_depth(first.peak, second.peak), second.pace)
-
-    def _at_full_depth(self, first: float, second: float) -> float:
-        return first + self.more * (second - first) / (DEPTHS[1] - DEPTHS[0])
-
-    def memory(self, machine: Machine, work: Work, optimizer: float = 0.0) -> dict[str, float]:
-        """Bytes by what they are for, at the fullest moment."""
-        adapter = 4 * self.elements
+        step = [passes("sft", share(sft.batch_size), length, self.solution, times=sft.accumulation)]
+        loss = passes("grpo", share(grpo.micro_batch), self.prompt + width, width, times=grpo.rows // grpo.micro_batch)
+        rollout = complete(share(grpo.rows_at_once // grpo.completions), width, grpo.completions)
         return {
-            "libraries": machine.libraries,
-            "weights": self.weights,
-            "adapter": adapter,
-            "gradients and optimizer": optimizer,
-            "activations, cache, logits": work.peak,
+            "voting": [passes("read", self.settings.voting.batch_size, self.prompt + TEACHER_TOKENS, 2)],
+            "importance": [passes("score", self.settings.importance.batch_size, length, self.solution)],
+            "answers": complete(share(evaluation.batch_size), evaluation.max_new_tokens),
+            **{"sft": step, "sft_all": step, "grpo": [loss, *rollout * (grpo.rows // grpo.rows_at_once)]},
         }
 
-    @cache  # noqa: B019
-    def update(self, active: int) -> Work:
-        """One optimizer step over the gathered vector of active elements."""
-        values, gradient, first, second = (torch.empty(active, device="meta") for _ in range(4))
-        step = partial(adamw, [values], [gradient], [first], [second], [], [torch.tensor(0.0)], foreach=False)
-        options = {"amsgrad": False, "beta1": 0.9, "beta2": 0.99, "lr": 1e-3, "weight_decay": 0.1, "eps": 1e-8}
-        return traced(partial(step, maximize=False, **options))
+    def memory(self, machine: Machine, needs: list[Need], optimizer: float = 0.0) -> dict[str, float]:
+        """Bytes by what they are for, at the fullest moment."""
+        fullest = max(needs, key=lambda need: need.weights + need.held)
+        parts = {"libraries": machine.libraries, "weights": fullest.weights, "adapter": 4.0 * self.elements}
+        return parts | {"gradients and optimizer": optimizer, "activations, cache, logits": fullest.held}
 
-
-class _Shallow:
-    """Passes over a model of `depth` layers without memory (torch's meta device)."""
-
-    def __init__(self, settings: Settings, bundles: bool, lengths: tuple[int, int, int], config, depth: int):
-        self.settings, self.bundles = settings, bundles
-        self.prompt, self.solution, self.shared = lengths
-        self.dtype = models.compute_dtype(settings)
-        self.config = copy.deepcopy(config)
-        self.config.num_hidden_layers = depth
-        if getattr(self.config, "layer_types", None):
-            self.config.layer_types = self.config.layer_types[:depth]
-        attention = "sdpa" if bundles else _gpu_attention.__name__
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, attn_implementation=attention)
-            base.requires_grad_(False)
-            self.model = models.attach_adapter(base, settings.changed(model={"sharded": False})).eval()
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.Dropout) and not bundles:
-                module.forward = partial(_gpu_dropout, module)
-        self.elements = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.weights = self._weights()
-
-    def read(self, batch: int, scored: int, more: int = 0) -> Work:
-        """Forward only: logits of the last `scored` tokens of `batch` prompts."""
-        return self._traced("read", self._sequences(batch, self.prompt + more), batch * scored)
-
-    def score(self, batch: int) -> Work:
-        """Forward and backward through activations, and every example's gradient of every element."""
-        rows = ((batch, self.prompt + self.solution),)
-        return self._traced("score", rows, batch * self.solution)
-
-    def train_sft(self) -> Work:
-        sft = self.settings.sft
-        mine = self._share(sft.batch_size)
-        rows = self._sequences(mine, self.prompt + self.solution)
-        return self._traced("train", rows, mine * self.solution, sft.gradient_checkpointing, dropout=True)
-
-    def train_grpo(self) -> Work:
-        grpo = self.settings.grpo
-        mine, length = self._share(grpo.micro_batch), grpo.max_completion_length
-        rows = self._sequences(mine, self.prompt + length, grpo.completions, self.prompt)
-        return self._traced("train", rows, mine * length, grpo.gradient_checkpointing)
-
-    def complete(self, prompts: int, tokens: int, samples: int = 1) -> Work:
-        """Prefill of the prompts, then `tokens` steps of all completions; steps cost what the middle one does."""
-        prompts = self._share(prompts)
-        rows = prompts * samples
-        prefill = self._cached(prompts, self.prompt, 0)
-        middle = self._cached(rows, 1, self.prompt + tokens // 2)
-        last = self._cached(rows, 1, self.prompt + tokens)
-        operations = prefill.operations.copy()
-        for operation, count in middle.operations.items():
-            operations[operation] += tokens * count
-        # The last step's trace holds the cache: each layer's is written anew, longer by a token.
-        return Work(operations, max(prefill.peak, last.peak))
-
-    def _share(self, batch: int) -> int:
-        """One process's part of what a step sees in all."""
-        return -(-batch // self.settings.processes)
-
-    def _sequences(self, rows: int, length: int, group: int = 1, prefix: int = 0) -> tuple[tuple[int, int], ...]:
-        """(rows, tokens) of each pass that these sequences take: padded together, or bundled by what they share."""
-        if not self.bundles:
-            return ((rows, length),)
-        made = []
-        for row in range(rows):
-            start = [1] * self.shared + [2 + row // group] * (max(prefix, self.shared) - self.shared)
-            made.append(start + [1000 + row] * (length - len(start)))
-        return tuple(
-            (1, bundle.prefix + sum(len(made[row]) - bundle.prefix for row in bundle.rows)) for bundle in bundled(made)
-        )
-
-    @cache  # noqa: B019
-    def _traced(
-        self, kind: str, rows: tuple[tuple[int, int], ...], scored: int, checkpointing=False, dropout=False
-    ) -> Work:
-        base = self.model.get_base_model()
-        if checkpointing:
-            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-            base.train()
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.train(dropout)
-        hooks = self._scoring_hooks() if kind == "score" else []
-        try:
-            work = traced(lambda: self._pass(rows, scored, kind))
-            return replace(work, pace=1.0 if kind == "read" else RECORDED)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            if checkpointing:
-                base.activation_checkpointing_disable()
-            self.model.eval()
-
-    def _pass(self, rows, scored: int, kind: str) -> None:
-        """One pass of each (rows, tokens), then the log-probabilities of `scored` tokens of them together."""
-        base, backward = self.model.get_base_model(), kind != "read"
-        states = []
-        low = self.dtype != torch.float32
-        with torch.autocast("cpu", dtype=self.dtype, enabled=low), torch.set_grad_enabled(backward):
-            for count, length in rows:
-                embedded = base.get_input_embeddings()(torch.empty(count, length, dtype=torch.long, device="meta"))
-                embedded = embedded.detach().requires_grad_(backward)
-                hidden = base.base_model(
-                    inputs_embeds=embedded,
-                    attention_mask=torch.empty(1, 1, length, length, dtype=self.dtype, device="meta"),
-                    position_ids=torch.empty(1, length, dtype=torch.long, device="meta"),
-                    use_cache=False,
-                ).last_hidden_state
-                states.append(hidden.flatten(0, 1))
-            chosen = torch.cat(states)
-            # A prefix that is read once still predicts the first token of each sequence that shares it.
-            chosen = chosen[:scored] if len(chosen) >= scored else chosen.repeat(-(-scored // len(chosen)), 1)[:scored]
-            logits = base.get_output_embeddings()(chosen).float()
-            if kind == "train":
-                logits = logits / 1.2  # some temperature
-            log_probs = logits.log_softmax(-1)
-            targets = torch.empty(scored, 1, dtype=torch.long, device="meta")
-            loss = -log_probs.gather(1, targets).sum()
-            if kind == "train":
-                # What the trainers log of every token: its entropy, and whether it was the likeliest (`answer_head`).
-                with torch.no_grad():
-                    (log_probs.exp() * log_probs).sum(-1)
-                    logits.argmax(-1)
-        if kind == "score":
-            torch.autograd.grad(loss, embedded)
-        elif backward:
-            loss.backward()
-            self.model.zero_grad(set_to_none=True)
-
-    def _scoring_hooks(self) -> list:
-        parameters = models.lora_parameters(self.model)
-        sums = [{name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()} for _ in range(2)]
-        return accumulating_hooks(self.model, *sums)
-
-    @cache  # noqa: B019
-    def _cached(self, rows: int, tokens: int, before: int) -> Work:
-        """`tokens` of each row after a cache of `before`."""
-        heads = getattr(self.config, "num_key_value_heads", self.config.num_attention_heads)
-        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        cache_ = DynamicCache(config=self.config)
-        for layer in range(self.config.num_hidden_layers if before else 0):
-            keys = torch.empty(rows, heads, before, width, dtype=self.dtype, device="meta")
-            cache_.update(keys, keys.clone(), layer)
-        base = self.model.get_base_model()
-
-        def go():
-            hidden = base.base_model(
-                input_ids=torch.empty(rows, tokens, dtype=torch.long, device="meta"),
-                attention_mask=torch.empty(rows, 1, tokens, before + tokens, dtype=self.dtype, device="meta"),
-                position_ids=torch.empty(1, tokens, dtype=torch.long, device="meta"),
-                past_key_values=cache_,
-                use_cache=True,
-            ).last_hidden_state[:, -1:]
-            (base.get_output_embeddings()(hidden).float() / 1.2).softmax(-1).cumsum(-1)
-
-        low = self.dtype != torch.float32
-        with torch.no_grad(), torch.autocast("cpu", dtype=self.dtype, enabled=low):
-            return traced(go)
-
-    def _weights(self) -> float:
-        """Bytes of the frozen base in one process."""
-        layers = models.decoder_layers(self.model.get_base_model())
-        inside = sum(p.numel() for p in layers.parameters() if not p.requires_grad)
-        outside = sum(p.numel() for p in self.model.parameters() if not p.requires_grad) - inside
-        each = self.dtype.itemsize
+    def passes(self, machine, kind: str, rows: int, length: int, scored: int, before: int = 0, times: int = 1) -> Need:
+        """So many equal passes: rows of `length` tokens after `before` in a cache, logits of `scored` of each."""
+        each, low, learns = self.dtype.itemsize, self.dtype != torch.float32, kind in ("sft", "grpo")
+        # Bytes of the frozen base in one process: one that is shared out is whole while completions are written.
+        inside = each / (self.settings.processes if self.settings.model.sharded and kind != "decode" else 1)
         if self.settings.model.quantization:
-            each_inside = 0.5 + 1 / 64 + 4 / (64 * 256)  # nf4, a byte a block of 64, double quantisation
+            inside = 0.5 + 1 / 64 + 4 / (64 * 256)  # nf4, a byte a block of 64, double quantisation
+        weights = self.inside * inside + self.outside * each
+        again = learns and getattr(self.settings, kind).gradient_checkpointing
+        arithmetic, calls = (of + again * more for of, more in zip(FORWARDS[kind], AGAIN, strict=True))
+        arithmetic *= ROUNDED if kind == "score" and low else 1
+        width, bundles, cached = length, rows, 2 * self.layers * rows * self.keys * each  # of each token before
+        if machine.cpu and kind not in ("score", "decode"):
+            # A bundle reads once what its sequences share, GRPO's completions their prompt.
+            shared, group = (self.prompt, self.settings.grpo.completions) if kind == "grpo" else (self.shared, rows)
+            own = max(1, length - shared)
+            together = min(rows, group, 1 + max(0, LONGEST - length) // own)
+            width, bundles = length + (together - 1) * own, rows / together
+        tokens = bundles * width
+        # A forward pass: weights, attention, head.
+        operations = tokens * 2 * (self.multiplied + self.layers * self.queries * (2 * before + width))
+        operations += 2 * rows * scored * self.hidden * self.vocabulary
+        if machine.flops is None:
+            together = rows if kind == "decode" else max(1, LONGEST // length) if kind == "score" else 1
+            shape = together, min(width, LONGEST)
+            seconds = arithmetic * operations / self._rate_here(FORWARDS[kind][1] > 1, shape, before)
         else:
-            each_inside = each / (self.settings.processes if self.settings.model.sharded else 1)
-        return inside * each_inside + outside * each
+            computing = arithmetic * operations / (machine.flops if low else machine.flops32)
+            # A step of decoding reads the cache and writes it anew, longer by a token.
+            moving = (weights + 3 * before * cached) / machine.bandwidth
+            seconds = max(computing, moving, self.layers * calls * CALLS)
+        # What a layer keeps of a token: two norms their input in fp32; attention its queries, keys, values, result; a
+        # gated layer three inner vectors; adapters their input, with dropout each its own and a mask, scored in fp32.
+        layer = 8 * self.hidden + each * (4 * self.queries + 3 * self.inner)
+        layer += 4 * self.inputs if kind == "score" and low else each * self.inputs_once
+        if kind == "sft" and self.settings.adapter.dropout:
+            layer += each * (2 * self.inputs - self.inputs_once)
+        held = tokens * self.layers * (each * self.hidden if again else layer)
+        if kind in ("read", "decode"):
+            held = cached * (1 + 1 / self.layers) * (before + times / 2) if before else 0
+        # One layer at work, or four times the logits in fp32.
+        held += max(layer * (width if machine.cpu else tokens), 16 * rows * scored * self.vocabulary)
+        return Need(times * seconds, weights, held)
+
+    @cache  # noqa: B019
+    def _rate_here(self, learns: bool, shape: tuple[int, int], before: int) -> float:
+        """Operations a second of a few layers on this CPU, or (of a large or unusual model) 0.7 of a product's."""
+        depth, usual = min(self.layers, max(2, int(ENOUGH / self.inside * self.layers))), torch.get_num_threads()
+        torch.set_num_threads(1)  # other processes disturb that less than threads that wait for each other
+        try:
+            if self.inside * depth / self.layers > TOO_MANY:
+                raise MemoryError
+            each = self.multiplied / self.layers + self.queries * (2 * before + shape[1])
+            operations = 2 * (1 + learns) * math.prod(shape) * depth * each
+            seconds = self._seconds(depth, learns, shape, before)
+        except Exception:  # layers of a build that do not run so
+            square = torch.ones(self.hidden, self.hidden, dtype=self.dtype)
+            operations, seconds = 0.7 * 2 * len(square[:256]) * square.numel(), _fastest(lambda: square[:256] @ square)
+        finally:
+            torch.set_num_threads(usual)
+        return threads_from_environment(self.settings.threads) ** SHARED_WORK * operations / seconds
+
+    def _seconds(self, depth: int, learns: bool, shape: tuple[int, int], before: int) -> float:
+        model = self._built(depth)
+        base, past = model.get_base_model(), DynamicCache(config=model.config) if before else None
+        embedded = torch.randn(*shape, self.hidden, dtype=self.dtype).requires_grad_(learns)
+        bundle = shape[0] == 1 and not before and not has_other_states(base)
+        mask = torch.zeros(1, 1, shape[1], shape[1], dtype=self.dtype) if bundle else None
+        layers = partial(base.base_model, past_key_values=past, use_cache=bool(before))
+
+        def run() -> None:
+            states = layers(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
+            if learns:
+                states.sum().backward()
+
+        with torch.set_grad_enabled(learns), answering(model):
+            if before:
+                layers(input_ids=torch.ones(shape[0], before, dtype=torch.long))
+            return _fastest(run)
 
 
-# Without a device torch takes these apart into many operations; a GPU has a kernel for each.
-
-
-def _gpu_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **_):
-    """Attention of transformers' models by the kernel that takes any mask."""
-    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
-    bias = attention_mask.expand(len(query), query.shape[1], -1, -1)
-    attend = torch.ops.aten._scaled_dot_product_efficient_attention
-    attended = attend(query, key, value, bias, torch.is_grad_enabled(), dropout, scale=scaling)
-    return attended[0].transpose(1, 2).contiguous(), None
-
-
-def _gpu_dropout(module: torch.nn.Dropout, values: torch.Tensor) -> torch.Tensor:
-    return torch.native_dropout(values, module.p, True)[0] if module.training and module.p else values
-
-
-AttentionInterface.register(_gpu_attention.__name__, _gpu_attention)
+def _fastest(run) -> float:
+    """Seconds of the fastest of some calls, more of a short one, after one that warms up."""
+    first = timeit.timeit(run, timer=clock, number=1)
+    return min(timeit.repeat(run, timer=clock, number=1, repeat=2 + min(20, int(0.1 / first))))
 
 
 def configuration(settings: Settings) -> AutoConfig:
     """The model's configuration: its own, or the copy in `profiles/architectures` where that cannot be reached."""
-    if preflight.is_local(settings):
+    if Path(settings.model.source).expanduser().exists():
+        from lorapar_utils import preflight  # it imports all that a run needs
+
         preflight.check_model(settings)
         return models.load_config(settings)
-    name = "SmolLM2-135M-Instruct" if settings.model.source == "packaged" else settings.model.source.rsplit("/")[-1]
-    kept = _architectures() / f"{name}.json"
+    name = "SmolLM2-135M-Instruct" if settings.model.source == "packaged" else Path(settings.model.source).name
+    kept = project_root() / "profiles" / "architectures" / f"{name}.json"
     if kept.is_file():
-        return AutoConfig.for_model(**json.loads(kept.read_text()))
+        return AutoConfig.for_model(**json.loads(kept.read_text(encoding="utf-8")))
     try:
         return AutoConfig.from_pretrained(settings.model.source, revision=settings.model.revision)
     except (OSError, ValueError) as error:
@@ -474,27 +334,3 @@ def configuration(settings: Settings) -> AutoConfig:
             f"model.source = {settings.model.source!r}: no configuration there ({str(error).splitlines()[0]}) and no "
             f"{kept.relative_to(project_root())}; put the model's config.json at that place to plan without the model"
         ) from None
-
-
-def _architectures():
-    return project_root() / "profiles" / "architectures"
-
-
-def _overhead(settings: Settings) -> float:
-    """Seconds that a call takes beside its operation (Python, autograd), from a model too small to compute anything."""
-    config = AutoConfig.for_model(
-        "llama", hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=64
-    )
-    model = models.attach_adapter(AutoModelForCausalLM.from_config(config).requires_grad_(False), settings)
-    ids = torch.ones(1, 4, dtype=torch.long)
-
-    def go():
-        model(input_ids=ids, labels=ids).loss.backward()
-
-    work, taken = traced(go), []
-    for _ in range(9):
-        began = time.perf_counter()
-        go()
-        taken.append(time.perf_counter() - began)
-    computing = sum(count * timed_here(operation) for operation, count in work.operations.items())
-    return max(0.0, sorted(taken)[4] - computing) / sum(work.operations.values())

@@ -1,4 +1,4 @@
-"""Records in, figures out, in one style: no training, no torch, the same function for book, talk and paper."""
+"""Figures from records, in one style, without training and torch."""
 
 import argparse
 import sys
@@ -33,16 +33,16 @@ REGION_LABELS = {
     "inactive": "inactive",
 }
 STAGES = {"base": "base model", "stage1": "after stage 1", "stage2": "after stage 2"}
-# What a pool is scored by: metric -> (label, the system whose colour it has).
+# Scores of a pool: metric -> (label, the system with the colour).
 SCORES = {"system1": ("System 1", 1), "system2": ("System 2", 2), "overlap": ("overlap with the reference", 1)}
 
 
 def use_style() -> None:
-    """One look for every figure (`lorapar.mplstyle`), whatever was set before."""
+    """Set the style of all figures (`lorapar.mplstyle`), after a reset of matplotlib's defaults."""
     plt.style.use(["default", Path(__file__).with_name("lorapar.mplstyle")])
 
 
-# Boxes of the pipeline: phase -> (left, bottom, what it says). A figure 12 wide and 3.6 high.
+# Boxes of the pipeline: phase -> (left, bottom, text), in a figure 12 wide and 3.6 high.
 PIPELINE = {
     "data": (0.0, 1.3, "training\nexamples"),
     "voting": (2.0, 1.3, "teachers vote\nfast or slow?"),
@@ -68,7 +68,7 @@ ARROWS = [
 
 
 def pipeline(*here: str) -> Figure:
-    """The method from left to right; boxes named in `here` (keys of `PIPELINE`) are filled."""
+    """The method from left to right; the boxes `here` (keys of `PIPELINE`) are filled."""
     if unknown := set(here) - PIPELINE.keys():
         raise InputError(f"pipeline: no box {', '.join(sorted(unknown))}; use {', '.join(PIPELINE)}")
     figure, axes = plt.subplots(figsize=(10.5, 3.3))
@@ -90,7 +90,7 @@ def pipeline(*here: str) -> Figure:
         axes.text(left + width / 2, bottom + height / 2, text, ha="center", va="center", fontsize="small", **words)
     for start, end in ARROWS:
         axes.annotate("", **_arrow(PIPELINE[start][:2], PIPELINE[end][:2]))
-    # Each stage also reads the examples of its system.
+    # Each stage also reads the examples of one system.
     for system, stage, bend in (("system1", "stage1", -0.08), ("system2", "stage2", 0.08)):
         style = {"arrowstyle": "-|>", "color": "#888888", "linestyle": "dashed", "connectionstyle": f"arc3,rad={bend}"}
         y = PIPELINE[system][1] + (height * 0.8 if system == "system1" else height * 0.2)
@@ -111,7 +111,7 @@ def _arrow(start: tuple[float, float], end: tuple[float, float]) -> dict:
 
 
 def votes_by_steps(record: Record) -> Figure:
-    """Share of examples voted System 2 against the reasoning steps they were built with, by teacher and majority."""
+    """Share of examples voted System 2 against reasoning steps by construction, for each teacher and the majority."""
     rows = pd.DataFrame(record.result["tables"]["by_steps"])
     panel = rows[rows["teacher"] == "majority"].set_index("steps")
     figure, axes = plt.subplots(figsize=(7, 3.8))
@@ -128,7 +128,7 @@ def votes_by_steps(record: Record) -> Figure:
 
 
 def split_accuracy(record: Record) -> Figure:
-    """How often each teacher, and each panel of them, agrees with the construction labels; chance is one half."""
+    """How often each teacher and each panel agrees with the construction labels; chance is one half."""
     metrics = record.metrics
     singles = {key.removeprefix("accuracy/"): metrics[key] for key in metrics if key.startswith("accuracy/")}
     singles.pop("majority", None)
@@ -150,7 +150,7 @@ def split_accuracy(record: Record) -> Figure:
 
 
 def reliability(record: Record) -> Figure:
-    """What a teacher's margin says, P(System 2), against how many such examples are System 2; a diagonal is honest."""
+    """P(System 2) from the margin against the share of System 2; a calibrated teacher is on the diagonal."""
     rows = pd.DataFrame(record.result["tables"]["reliability"])
     if rows.empty:
         raise KeyError("voting: margins")
@@ -187,7 +187,7 @@ def importance_map(record: Record) -> Figure:
 
 
 def importance_by_matrix(record: Record) -> Figure:
-    """Mean importance of A and of B by module, for each system; one is the average element."""
+    """Mean importance of A and of B by module, for each system; the average element has importance one."""
     rows = pd.DataFrame(record.result["tables"]["map"])
     order = list(dict.fromkeys(rows["module"]))
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
@@ -205,15 +205,15 @@ def importance_by_matrix(record: Record) -> Figure:
 
 
 def importance_by_rank(record: Record) -> Figure:
-    """Mean importance of each rank of A and of B, for each system; one is the average element."""
+    """Mean importance of each rank of A and of B, for each system; the average element has importance one."""
     rows = pd.DataFrame(record.result["tables"]["by_rank"])
     figure, panels = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
     for axes, matrix in zip(panels, "AB", strict=True):
-        its = rows[rows["matrix"] == matrix]
+        means = rows[rows["matrix"] == matrix]
         for system in (1, 2):
             axes.plot(
-                its["rank"] + 1,
-                its[f"system{system}"],
+                means["rank"] + 1,
+                means[f"system{system}"],
                 marker="os"[system - 1],
                 color=SYSTEM_COLOURS[system],
                 label=f"System {system}",
@@ -229,7 +229,7 @@ def importance_by_rank(record: Record) -> Figure:
 def stability(rows: pd.DataFrame) -> Figure:
     """Agreement of two disjoint samples of n examples (lines), and of two draws of the adapter (crosses).
 
-    Means over the draws, from the lowest to the highest of them; `rows` as `phases.stability` returns them.
+    Points are means over the draws, bars reach from the lowest to the highest draw; `rows` from `phases.stability`.
     """
     agreements = {
         "rank_correlation": "rank correlation, elements",
@@ -242,7 +242,7 @@ def stability(rows: pd.DataFrame) -> Figure:
             by_n = points.groupby("n")[key].agg(["mean", "min", "max"])
             other = differ == "adapter"
             axes.errorbar(
-                # Side by side where both systems have a point.
+                # Shifted, so that points of both systems are side by side.
                 by_n.index * (1.0 + 0.04 * (system - 1.5)),
                 by_n["mean"],
                 yerr=[by_n["mean"] - by_n["min"], by_n["max"] - by_n["mean"]],
@@ -261,7 +261,7 @@ def stability(rows: pd.DataFrame) -> Figure:
 
 
 def importance_scatter(record: Record) -> Figure:
-    """Each point a LoRA element: System 1 against System 2 importance, coloured by region (the paper's figure)."""
+    """System 1 against System 2 importance of LoRA elements, coloured by region (the paper's figure)."""
     rows = pd.DataFrame(record.result["tables"]["scatter"])
     rows = rows[(rows["system1"] > 0) & (rows["system2"] > 0)]
     figure, axes = plt.subplots(figsize=(6, 5))
@@ -283,7 +283,7 @@ def importance_scatter(record: Record) -> Figure:
 
 
 def concentration(record: Record) -> Figure:
-    """How much of the total importance the most important elements hold."""
+    """Share of the total importance against share of elements, most important first."""
     rows = pd.DataFrame(record.result["tables"]["concentration"])
     figure, axes = plt.subplots(figsize=(6, 3.6))
     for system, points in rows.groupby("system"):
@@ -296,9 +296,9 @@ def concentration(record: Record) -> Figure:
 
 
 def theta_curve(records: list[Record]) -> Figure:
-    """Stage 1 test accuracy against the share of active elements, one line a way to select, one panel a set of modules.
+    """Stage 1 test accuracy against the share of active elements: a line per selection, a panel per set of modules.
 
-    A point is the mean over the seeds; the interval is over test items.
+    Points are means over the seeds; intervals are over test items.
     """
     rows = pd.DataFrame([point | point["metric"]._asdict() for point in tables.theta_points(records)])
     modules = list(dict.fromkeys(rows["modules"]))
@@ -329,7 +329,7 @@ def theta_curve(records: list[Record]) -> Figure:
 
 
 def learning_curves(record: Record) -> Figure:
-    """SFT's loss; GRPO's reward, entropy, length and idle groups; validation accuracy over both, step by step."""
+    """Loss of SFT; reward, entropy, length and idle groups of GRPO; validation accuracy of both, by step."""
     histories = [rows for key, rows in sorted(record.result["tables"].items()) if key.startswith("history_") and rows]
     sft = [rows for rows in histories if "mean_token_accuracy" in rows[0]]
     grpo = [rows for rows in histories if "reward" in rows[0]]
@@ -348,7 +348,7 @@ def learning_curves(record: Record) -> Figure:
 
 
 def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
-    """Greedy accuracy (of free text, overlap) on validation prompts, one stage after the other."""
+    """Greedy accuracy (for free text, overlap) on validation prompts, one stage after the other."""
     begins = [0]
     for rows in histories:
         begins.append(begins[-1] + max(row["step"] for row in rows))
@@ -377,7 +377,7 @@ def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
 def stage_accuracy(records: list[Record]) -> Figure:
     """Test accuracy of each system before training, after stage 1 and after stage 2, with 95 % intervals.
 
-    Of free text the overlap with the reference.
+    For free text, overlap with the reference instead.
     """
     rows = []
     for record in records:
@@ -408,10 +408,10 @@ def stage_accuracy(records: list[Record]) -> Figure:
 
 
 def pareto(records: list[Record]) -> Figure:
-    """Accuracy at the end against active elements, training time and peak memory; the front is drawn.
+    """Accuracy at the end against active elements, training time and peak memory, with the Pareto front.
 
-    One point a method (see `tables.method_runs`), its mean over the seeds, with the 95 % interval over test items.
-    A method of which a cost was not recorded is left out of that panel.
+    One point per method (see `tables.method_runs`): the mean over the seeds, with the 95 % interval over test items.
+    A method without a recorded cost is left out of that cost's panel.
     """
     points = tables.cost_points(records)
     if points.empty:
@@ -447,17 +447,17 @@ def pareto(records: list[Record]) -> Figure:
 
 def two_stage_records(records: dict[str, Record]) -> list[Record]:
     """Experiments that were trained or scored, the base model first."""
-    found = [r for r in records.values() if "stages" in r.run["parameters"]]
-    return sorted(found, key=lambda r: (len(r.run["parameters"]["stages"]), r.name))
+    experiments = [r for r in records.values() if "stages" in r.run["parameters"]]
+    return sorted(experiments, key=lambda r: (len(r.run["parameters"]["stages"]), r.name))
 
 
 def stage1_records(records: dict[str, Record]) -> list[Record]:
-    """Every experiment that says something about theta: SFT on the profile's own System 1 examples comes first."""
-    found = [r for r in two_stage_records(records) if r.run["parameters"]["stages"][:1] == ["sft"]]
-    return [r for r in found if r.run["parameters"]["sweep"] in ("theta", "two_stage")]
+    """Experiments on theta: those that begin with SFT on the profile's own System 1 examples."""
+    experiments = [r for r in two_stage_records(records) if r.run["parameters"]["stages"][:1] == ["sft"]]
+    return [r for r in experiments if r.run["parameters"]["sweep"] in ("theta", "two_stage")]
 
 
-# What `make figures` and the book draw: figure name -> (what it needs, how to draw it).
+# The figures of `make figures` and the book: name -> function from records by name.
 FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "pipeline": lambda records: pipeline(),
     "votes_by_steps": lambda records: votes_by_steps(records["voting"]),
@@ -474,11 +474,11 @@ FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "stage_accuracy": lambda records: stage_accuracy(two_stage_records(records)),
     "pareto": lambda records: pareto(list(records.values())),
 }
-# Those that also take the records of the longer profile.
+# Figures that also use the records of profile `<profile>-full`.
 LONGER = ("stability", "theta_curve", "pareto")
 
 
-# Formats and what keeps two runs' bytes equal in each.
+# Format -> metadata that makes the bytes of two runs equal.
 FORMATS = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 
 
@@ -489,13 +489,13 @@ def save_all(
     names: Sequence[str] = tuple(FIGURES),
     formats: Sequence[str] = tuple(FORMATS),
 ) -> list[Path]:
-    """Draw the figures `names` whose records are there, in each format; the same records give the same bytes.
+    """Draw the figures `names` in each format, if their records exist; the same records give the same bytes.
 
-    `joined` are `records` with those of the longer profile (see `records.with_longer`), for the figures in `LONGER`.
+    The figures in `LONGER` are drawn from `joined`, which is `records.with_longer` of `records`.
     """
     use_style()
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    paths = []
     for name in names:
         try:
             figure = FIGURES[name](joined if name in LONGER else records)
@@ -508,15 +508,15 @@ def save_all(
         for suffix in formats:
             temporary = folder / f".{name}.{suffix}"
             figure.savefig(temporary, format=suffix, metadata=FORMATS.get(suffix))
-            written.append(temporary.replace(folder / f"{name}.{suffix}"))
+            paths.append(temporary.replace(folder / f"{name}.{suffix}"))
         plt.close(figure)
-    return written
+    return paths
 
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m lorapar_utils.plots results/cpu figures`: regenerate every figure from records.
 
-    The theta curve, stability and the Pareto front also take those of the longer profile (`results/cpu-full`).
+    The theta curve, stability and the Pareto front also use the records of the longer profile (`results/cpu-full`).
     """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("records", type=Path)
@@ -524,13 +524,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="FIGURE")
     known = FigureCanvasBase.get_supported_filetypes()
     parser.add_argument("--formats", nargs="+", choices=known, default=list(FORMATS), metavar="FORMAT")
-    chosen = parser.parse_args(arguments)
-    records = read_records(chosen.records)
+    options = parser.parse_args(arguments)
+    records = read_records(options.records)
     if not records:
-        print(f"{chosen.records}: no records; run `make book` and `make publish` first", file=sys.stderr)
+        print(f"{options.records}: no records; run `make book` and `make publish` first", file=sys.stderr)
         return 2
-    joined = with_longer(records, chosen.records.name)
-    for path in save_all(records, joined, chosen.figures, chosen.only, chosen.formats):
+    joined = with_longer(records, options.records.name)
+    for path in save_all(records, joined, options.figures, options.only, options.formats):
         print(path)
     return 0
 

@@ -1,9 +1,7 @@
-"""What a run would stop at later, found before anything is trained or paid for: model, data, teachers, benchmarks.
+"""Checks of model, data, teachers and benchmarks before anything is trained or paid for.
 
-Nothing is loaded that takes long: of the model its files' headers, its configuration and its tokenizer.
+Nothing that takes long is loaded: of the model only the headers of the files, the configuration and the tokenizer.
 """
-
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -18,12 +16,12 @@ from lorapar_utils.settings import Settings
 
 
 def check(settings: Settings) -> None:
-    """Everything that a run of the profile reads.
+    """Check everything that a run of the profile reads.
 
     Raises
     ------
     InputError
-        The first thing that a phase could not work with, as that phase would say it.
+        The first error that a phase would raise.
     """
     check_packages(settings)
     check_model(settings)
@@ -31,7 +29,7 @@ def check(settings: Settings) -> None:
 
 
 def check_packages(settings: Settings) -> None:
-    """The extras that the profile needs on this machine; a plan may be made on another one."""
+    """Check the optional packages that the profile needs; a plan can be made without them."""
     if settings.model.quantization:
         require("bitsandbytes", f"model.quantization = {settings.model.quantization!r}", "qlora")
     if settings.grpo.rollouts != "here" and any("grpo" in spec.stages for spec in settings.experiments.values()):
@@ -39,7 +37,7 @@ def check_packages(settings: Settings) -> None:
 
 
 def check_data(settings: Settings) -> None:
-    """The pool, whole and as tokens, the teachers' models, files and keys, and what the benchmarks need."""
+    """Check the whole pool, also as tokens, the teachers' models, files and keys, and the benchmarks' files."""
     if settings.voting.split_by == "votes" and not settings.voting.teachers:
         raise InputError("voting.teachers: the list is empty; name at least one, or set voting.split_by: construction")
     for teacher in settings.voting.teachers:
@@ -49,21 +47,21 @@ def check_data(settings: Settings) -> None:
     teachers.build_teachers(settings, rows)
     evaluation.check_benchmarks(settings)
     if "gsm8k" in settings.evaluation.benchmarks:
-        asked = {normalised(question) for question in benchmark_tables("gsm8k", settings)["test"]["question"]}
-        if repeated := [row["id"] for row in rows if normalised(row["prompt"]) in asked]:
+        questions = {normalised(question) for question in benchmark_tables("gsm8k", settings)["test"]["question"]}
+        if repeated := [row["id"] for row in rows if normalised(row["prompt"]) in questions]:
             raise InputError(
                 f"evaluation.gsm8k: {len(repeated)} of its test questions are in the pool's training split, first "
                 f"{repeated[0]}; take them out of the pool's files, or score another benchmark"
             )
     stages = {stage for spec in settings.experiments.values() for stage in spec.stages}
     if stages & {"sft", "sft_all"}:
-        encode_examples(rows, models.load_tokenizer(settings), settings)  # says how many are too long
+        encode_examples(rows, models.load_tokenizer(settings), settings)  # prints how many are too long
     if "grpo" in stages:
         training.check_references(rows, settings)
 
 
 def check_model(settings: Settings) -> None:
-    """The model's files, tokenizer and templates, and that it has the layers which the profile's experiments train."""
+    """Check the model's files, tokenizer and templates, and that it has the layers that the experiments train."""
     source_of(settings)
     tokenizer = models.load_tokenizer(settings)
     prompt_ids("1 + 1?", tokenizer, settings)
@@ -72,7 +70,7 @@ def check_model(settings: Settings) -> None:
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config)
-        except Exception as error:  # other people's configurations fail in many ways
+        except Exception as error:  # configurations from elsewhere fail in many ways
             raise InputError(
                 f"model.source = {settings.model.source!r}: {config.model_type} is no causal language model that "
                 f"transformers can make ({str(error).splitlines()[0][:200]})"
@@ -83,8 +81,3 @@ def check_model(settings: Settings) -> None:
             models.check_modules(model, settings.for_experiment(name, settings.seed))
     if not settings.experiments:
         models.check_modules(model, settings)
-
-
-def is_local(settings: Settings) -> bool:
-    """Whether the model's files are on this machine, so that they can be looked at without fetching anything."""
-    return Path(settings.model.source).expanduser().exists()

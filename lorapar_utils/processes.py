@@ -1,6 +1,6 @@
-"""One phase by several processes of this machine, under `accelerate launch`: `processes` of a profile.
+"""Run one phase in several processes on this machine. The profile's `processes` setting says how many.
 
-Each process scores, generates and trains with its share of every batch. The first one alone writes.
+Each process scores, generates and trains with a share of every batch. Only the first process writes files.
 """
 
 import io
@@ -26,50 +26,49 @@ from lorapar_utils import machine
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import Settings, project_root
 
-# A process may wait for the first one's evaluation; one that died is noticed at once, by accelerate.
+# Longest wait for another process, such as for an evaluation by the first. accelerate notices a dead process at once.
 PATIENCE = timedelta(hours=12)
 LAST_CHARACTERS = 40_000
-# A failure in the launcher's report. Its log names a local rank and a code too, in one line and in the other order.
+# A failure in the launcher's report. The launcher's log lines also have rank and code, but in another format.
 REPORTED = r"^\s+rank\s+: (\d+).*?^\s+exitcode\s+: (-?\d+)"
 LAUNCHER_REPORT = re.compile(r"^[WE]\d{4} .*torch/distributed/elastic", re.M)
 
 
 def state() -> PartialState:
-    """Which of how many processes this is; one of one unless launched as several."""
+    """Index of this process and number of processes: 0 of 1 unless `launch` started several."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def are_to_start(settings: Settings) -> bool:
-    """Whether a phase has to be handed to several processes: the profile wants them, and this is not one of them."""
+    """Whether a phase must be launched: the profile asks for several processes, and this is not one of them."""
     return settings.processes > 1 and "LOCAL_RANK" not in os.environ
 
 
 def launcher(count: int) -> list[str]:
-    """The command that starts what follows it as `count` processes of this machine."""
-    # `--multi_gpu` is how accelerate starts several processes on one machine; without a GPU they meet by gloo.
+    """Command prefix that runs a Python program as `count` processes on this machine."""
+    # With `--multi_gpu`, accelerate starts several processes on one machine. Without GPUs they communicate by gloo.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [*command, "--main_process_port", "0"]
 
 
 def launch(phase: str, settings: Settings, *arguments: object) -> None:
-    """Run `phases.<phase>(settings, *arguments)` in `settings.processes` processes; what they print is printed here.
+    """Run `phases.<phase>(settings, *arguments)` in `settings.processes` processes, and print their output here.
 
     Raises
     ------
     InputError
-        More processes than GPUs, what a process itself raised, or which one ended how.
+        There are fewer GPUs than processes, a process raised an InputError, or a process died.
     """
     count = settings.processes
     if torch.cuda.is_available() and torch.cuda.device_count() < count:
         raise InputError(f"processes = {count}: this machine has {torch.cuda.device_count()} GPUs; lower processes")
     with tempfile.NamedTemporaryFile("w", suffix=".json") as task:
-        given = {"settings": settings.model_dump(mode="json"), "phase": phase, "arguments": arguments}
-        json.dump(given, task)
+        json.dump({"settings": settings.model_dump(mode="json"), "phase": phase, "arguments": arguments}, task)
         task.flush()
         command = [*launcher(count), "-m", "lorapar_utils.processes", task.name]
         threads = str(max(1, machine.threads_from_environment(settings.threads) // count))
-        running = subprocess.Popen(
+        group = subprocess.Popen(
             command,
             cwd=project_root(),
             env=os.environ | {"OMP_NUM_THREADS": threads},
@@ -77,37 +76,37 @@ def launch(phase: str, settings: Settings, *arguments: object) -> None:
             stderr=subprocess.STDOUT,
         )
         try:
-            said = _shown(running)
+            output = _shown(group)
         except BaseException:
-            running.terminate()
+            group.terminate()
             raise
         finally:
-            code = running.wait()
+            code = group.wait()
     if code:
-        raise InputError(_why(said, count))
+        raise InputError(_why(output, count))
 
 
-def _shown(running: subprocess.Popen) -> str:
-    """Print what the processes say as they say it, without the launcher's own report; return the end of all of it."""
-    said = ""
-    # Not line by line: a progress bar only returns to the start of its line.
-    while chunk := os.read(running.stdout.fileno(), 4096).decode(errors="replace"):
-        reported = LAUNCHER_REPORT.search(said)
-        said = (said + chunk)[-LAST_CHARACTERS:]
-        if not reported:
+def _shown(group: subprocess.Popen) -> str:
+    """Print the output of the processes at once, without the launcher's report. Return the last part of all output."""
+    output = ""
+    # In chunks, because a progress bar ends no lines.
+    while chunk := os.read(group.stdout.fileno(), 4096).decode(errors="replace"):
+        has_report = LAUNCHER_REPORT.search(output)
+        output = (output + chunk)[-LAST_CHARACTERS:]
+        if not has_report:
             print(LAUNCHER_REPORT.split(chunk)[0], end="", flush=True)
-    return said
+    return output
 
 
-def _why(said: str, count: int) -> str:
-    own = re.findall(r"^InputError: (.+)", said, re.M)
-    if own:
-        return own[-1]
-    ended = [(int(rank), int(code)) for rank, code in re.findall(REPORTED, said, re.M | re.S)]
-    # One that was killed is the cause; others lost it, which is an error of theirs, or were told to stop (SIGTERM).
-    ended.sort(key=lambda pair: (pair[1] == -signal.SIGTERM, pair[1] >= 0))
-    rank, code = ended[0] if ended else ("?", "?")
-    how = f"was killed by {signal.Signals(-code).name}" if ended and code < 0 else f"ended with code {code}"
+def _why(output: str, count: int) -> str:
+    """The error message: an InputError of a process, or how a process died."""
+    if messages := re.findall(r"^InputError: (.+)", output, re.M):
+        return messages[-1]
+    failures = [(int(rank), int(code)) for rank, code in re.findall(REPORTED, output, re.M | re.S)]
+    # Report the process that was killed. The others fail because they lost it, or because the launcher stopped them.
+    failures.sort(key=lambda pair: (pair[1] == -signal.SIGTERM, pair[1] >= 0))
+    rank, code = failures[0] if failures else ("?", "?")
+    how = f"was killed by {signal.Signals(-code).name}" if failures and code < 0 else f"ended with code {code}"
     return (
         f"processes: process {rank} of {count} {how}, and the others were stopped. What was finished is kept: run "
         "again to go on from the last checkpoint; if memory ran out, lower the batch sizes first"
@@ -115,18 +114,18 @@ def _why(said: str, count: int) -> str:
 
 
 def by_first(make: Callable[[], object]) -> object:
-    """What `make` returns in the first process, in all of them; the others wait for it."""
+    """Call `make` in the first process only, and return the result in every process."""
     if state().num_processes == 1:
         return make()
-    found = [make() if state().is_main_process else None]
-    return broadcast_object_list(found)[0]
+    results = [make() if state().is_main_process else None]
+    return broadcast_object_list(results)[0]
 
 
 def end(code: int) -> NoReturn:
-    """Leave this process at once, with all that it printed.
+    """Flush the output and leave this process at once.
 
-    In order, it would abort now and then: the group's threads outlive the group, and one that lets go of a tensor
-    while the interpreter ends takes the whole process along, after everything was written.
+    A normal exit sometimes aborts, because threads of the process group outlive it: a thread that frees a tensor while
+    the interpreter ends kills the process, after all files were written.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -134,22 +133,22 @@ def end(code: int) -> NoReturn:
 
 
 def main(task: str) -> None:
-    """What each launched process runs."""
+    """Entry point of each launched process. `task` is the file that `launch` wrote."""
     from lorapar_utils import phases
 
-    given = json.loads(Path(task).read_text(encoding="utf-8"))
-    own = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-    quiet = io.StringIO() if not own.is_main_process else None
+    call = json.loads(Path(task).read_text(encoding="utf-8"))
+    process = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    quiet = io.StringIO() if not process.is_main_process else None
     try:
         with redirect_stdout(quiet or sys.stdout), redirect_stderr(quiet or sys.stderr):
-            getattr(phases, given["phase"])(Settings.model_validate(given["settings"]), *given["arguments"])
+            getattr(phases, call["phase"])(Settings.model_validate(call["settings"]), *call["arguments"])
     except InputError as error:
         print(f"InputError: {error}", file=sys.stderr, flush=True)
         end(1)
     except Exception:
         traceback.print_exc()
         end(1)
-    own.wait_for_everyone()
+    process.wait_for_everyone()
     end(0)
 
 

@@ -1,4 +1,4 @@
-"""`make publish PROFILE=…`: promote a run's records to results/, where figures and README take them from."""
+"""`make publish PROFILE=…`: copy a run's records to results/, the source of figures and README."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ from lorapar_utils.statistics import Metric
 
 
 def publish(profile: str) -> int:
-    """Copy every record of `runs/<profile>/records` to `results/<profile>`; returns how many.
+    """Copy every record of `runs/<profile>/records` to `results/<profile>`, and return how many.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """Result records: every number and figure of the book comes from one of these JSON files.
 
-Three blocks: `run` (what was asked), `result` (what came out), `environment` (on what). A metric is
-`{"value", "n", "low", "high"}` with a 95 % interval; what was not measured is absent, never a stand-in value.
+A record has three blocks: `run` (settings and origin), `result` (metrics and tables), `environment` (versions and
+hardware). A metric is `{"value", "n", "low", "high"}` with a 95 % interval. A quantity that was not measured is absent.
 Per-item outcomes lie beside the record in `NAME.items.jsonl`.
 """
 
@@ -41,11 +41,11 @@ class Record:
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """Every metric by its name; what was not measured is absent."""
+        """Every metric by name; a quantity that was not measured is absent."""
         return {key: Metric(**values) for key, values in self.result["metrics"].items()}
 
     def metric(self, key: str) -> Metric:
-        """The metric `key`, or an InputError that lists those there are."""
+        """The metric `key`, or an InputError that lists the record's metrics."""
         metrics = self.metrics
         if key not in metrics:
             raise InputError(f"record {self.name}: no metric {key!r}; it has {', '.join(metrics)}")
@@ -64,20 +64,20 @@ def new_record(
     seconds: float | None = None,
     hashes: dict[str, str] | None = None,
 ) -> Record:
-    """Assemble a record of what just ran under `settings`.
+    """Assemble a record of a run under `settings`.
 
     Parameters
     ----------
     metrics
-        By name, see `statistics`.
+        By name; see `statistics`.
     tables
         Name -> rows, for figures and tables.
     notebook
-        The notebook (with its extra papermill parameters) that makes this record; gives `run.command`.
+        The notebook that makes this record, with extra papermill parameters; gives `run.command`.
     seconds
-        What it took, when it was really made.
+        Duration of the run; None if the result was read from disk.
     hashes
-        What was read, e.g. {"model": …, "data": …}.
+        Of the inputs, such as {"model": …, "data": …}.
     """
     git = _git_state()
     return Record(
@@ -105,7 +105,7 @@ def new_record(
 
 
 def write_record(record: Record, path: Path) -> Path:
-    """Write `record` (and its items beside it) so that a reader never sees half of one."""
+    """Write `record`, and the items beside it; a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if record.items:
         write_atomically(_items_path(path), "".join(json.dumps(item) + "\n" for item in record.items))
@@ -115,7 +115,7 @@ def write_record(record: Record, path: Path) -> Path:
 
 
 def read_record(path: Path) -> Record:
-    """One record with its items."""
+    """The record in `path`, with items."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         record = Record(**content)
@@ -129,29 +129,29 @@ def read_record(path: Path) -> Record:
 
 
 def read_records(folder: Path) -> dict[str, Record]:
-    """Every record of a folder by its name, in name order; missing ones stay missing."""
+    """Every record of a folder by name, in name order."""
     return {record.name: record for record in map(read_record, sorted(folder.glob("*.json")))}
 
 
 def published_records(profile: str) -> list[Record]:
-    """The committed records of `profile`, in name order; none if nothing of it was published."""
+    """The committed records of `profile`, in name order; empty if none was published."""
     return list(read_records(project_root() / "results" / profile).values())
 
 
 def evidence(settings: Settings) -> dict[str, Record]:
-    """What claims are judged by: this run's records, and `<profile>-full`'s published ones (see `with_longer`)."""
+    """The records that claims are judged by: this run's and the published `<profile>-full` (see `with_longer`)."""
     return with_longer(read_records(settings.runs / "records"), settings.profile)
 
 
 def with_longer(own: dict[str, Record], profile: str) -> dict[str, Record]:
-    """`own` records, joined by those that `<profile>-full` published: other experiments, and more seeds of the same."""
+    """`own` plus the published records of profile `<profile>-full`; where both have a record, `own` wins."""
     return {record.name: record for record in published_records(f"{profile}-full")} | own
 
 
 def companions(profile: str) -> dict[str, Record]:
-    """Published records of the profiles that vary `profile` (`<profile>-chains`, …), each as `<its profile>/<name>`.
+    """Published records of the profiles that vary `profile`, such as `<profile>-chains`, by `<profile>-chains/<name>`.
 
-    The longer profile is not among them: its records join `profile`'s own (see `with_longer`).
+    Profile `<profile>-full` is left out, because `with_longer` adds those records to `profile`'s own.
     """
     folders = [path for path in sorted((project_root() / "results").glob(f"{profile}-*")) if path.is_dir()]
     return {
@@ -163,16 +163,16 @@ def companions(profile: str) -> dict[str, Record]:
 
 
 def cite(name: str, found: Sequence[Record], link: Callable[[Record], str] | None) -> str:
-    """An experiment and its seeds, or that it has no record; as HTML where `link` gives a record's address."""
+    """An experiment with its seeds, or "(no record)"; HTML if `link`, which gives a record's address, is not None."""
     if not found:
         return f"{name} (no record)"
 
     def entry(text: str, record: Record) -> str:
         run = record.run
-        about = (
+        title = (
             f"{record.name} of profile {run['profile']}, commit {(run['commit'] or 'none')[:10]}, made {run['created']}"
         )
-        return text if link is None else f'<a class="result" href="{link(record)}" title="{about}">{text}</a>'
+        return text if link is None else f'<a class="result" href="{link(record)}" title="{title}">{text}</a>'
 
     if len(found) == 1 and found[0].name == name.rpartition("/")[2]:
         return entry(name, found[0])
@@ -181,7 +181,7 @@ def cite(name: str, found: Sequence[Record], link: Callable[[Record], str] | Non
 
 
 def beside_notebooks(record: Record, settings: Settings) -> str:
-    """Where `record` lies as seen from `notebooks/`: among the runs of `settings.profile`, or published."""
+    """Path of `record` from `notebooks/`: in the runs of `settings.profile`, or among the published records."""
     profile, name = record.run["profile"], f"{record.name}.json"
     published = (project_root() / "results" / profile / name).is_file()
     own = profile == settings.profile and ((settings.runs / "records" / name).is_file() or not published)
@@ -189,37 +189,37 @@ def beside_notebooks(record: Record, settings: Settings) -> str:
 
 
 def common_seeds(sides: Sequence[Sequence[Record]]) -> list[list[Record]]:
-    """Each side's records at the seeds that all sides have: a seed of one side alone could not be paired."""
+    """Each side's records at the seeds that all sides have, because other seeds cannot be paired."""
     seeds = set.intersection(*({record.run["seed"] for record in side} for side in sides))
     return [[record for record in side if record.run["seed"] in seeds] for side in sides]
 
 
 def score_after(record: Record, stage: str) -> Metric | None:
-    """The pool's main metric after `stage`: accuracy, or overlap where the answers are free text; None without it."""
+    """Accuracy after `stage`, or overlap where the pool's answers are free text; None if not measured."""
     metrics = record.metrics
     return metrics.get(f"{stage}/accuracy", metrics.get(f"{stage}/overlap"))
 
 
 def mean_outcomes(records: Iterable[Record], stage: str, system: int | None = None) -> dict[str, float]:
-    """Each test item's score after `stage`, its mean over the records (an experiment's seeds).
+    """Each test item's score after `stage`, averaged over the records (an experiment's seeds).
 
-    A score is 1 for a right answer and 0 for a wrong one; of free text it is the overlap with the reference.
+    A score is 1 for a right answer and 0 for a wrong one. For free text it is the overlap with the reference.
     """
-    seen: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     for record in records:
         for item in record.items:
             if item["stage"] == stage and (system is None or item.get("system") == system):
-                seen.setdefault(item["id"], []).append(item.get("overlap", item["correct"]))
-    return {key: sum(outcomes) / len(outcomes) for key, outcomes in seen.items()}
+                scores.setdefault(item["id"], []).append(item.get("overlap", item["correct"]))
+    return {key: sum(values) / len(values) for key, values in scores.items()}
 
 
 def claim_runs(settings: Settings) -> None:
-    """Note in `runs/<profile>/` which file its settings come from: two profiles of one name never share it.
+    """Note the profile's file in `runs/<profile>/`, so that two profiles of one name never share the folder.
 
     Raises
     ------
     InputError
-        What is there was made from another file.
+        The folder belongs to another profile file.
     """
     root, note = project_root(), settings.runs / "profile.txt"
     owner = note.read_text(encoding="utf-8").strip() if note.is_file() else None
@@ -232,7 +232,7 @@ def claim_runs(settings: Settings) -> None:
                 f"rename one of the files, or delete runs/{settings.profile}"
             )
         print(f"runs/{settings.profile} was made from {owner}, which is gone; {settings.profile_file} goes on with it")
-    # Where nothing can be written, nothing gets mixed up.
+    # In a folder that cannot be written, no runs get mixed up.
     with suppress(OSError):
         write_atomically(note, f"{settings.profile_file}\n")
 
@@ -255,7 +255,7 @@ def _items_path(path: Path) -> Path:
 
 
 def command(settings: Settings, notebook: str) -> str:
-    """The line that runs a notebook (with its extra parameters) over the profile, ready for a shell."""
+    """A shell command that runs `notebook` (a notebook and extra papermill parameters) over the profile."""
     home, slash, rest = settings.profile_argument.partition("~/")
     # The shell expands `~` only where it is not quoted.
     profile = f"~/{shlex.quote(rest)}" if slash and not home else shlex.quote(settings.profile_argument)
@@ -263,16 +263,16 @@ def command(settings: Settings, notebook: str) -> str:
 
 
 def _git_state() -> dict:
-    """The commit and whether files differ from it; nothing is known without git, or in no clone."""
+    """The commit, and whether tracked files differ from it; both None without git or outside a clone."""
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", *arguments], cwd=project_root(), capture_output=True, text=True)
+            process = subprocess.run(["git", *arguments], cwd=project_root(), capture_output=True, text=True)
         except OSError:
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return process.stdout.strip() if process.returncode == 0 else None
 
-    # An unpacked archive may lie in the repository of something else.
+    # An unpacked archive may lie inside the repository of another project.
     if not git("ls-files", "profiles/defaults.yaml"):
         return {"commit": None, "dirty": None}
     changed = git("status", "--porcelain", "--untracked-files=no")

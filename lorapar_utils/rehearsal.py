@@ -1,10 +1,9 @@
-"""`make rehearse PROFILE=…`: every phase of a profile on its own data and tokenizer, with a toy of its architecture.
+"""`make rehearse PROFILE=…`: run every phase of a profile with a toy of the model's architecture.
 
-What a run would stop at after hours on a GPU, it stops at here within minutes on a CPU: a row that cannot be read, a
-template that refuses a turn, layers with other names, a table without its column. The toy has random weights at a width
-of 64 and two layers; a few examples are read and a few steps made; no server is asked and nothing is kept.
-
-Not rehearsed: memory, 4 bits, vLLM, several processes (`make plan` counts memory), and what a model would answer.
+A rehearsal shows within minutes on a CPU the errors that would stop a run after hours on a GPU: an unreadable row, a
+template that refuses a turn, layers with other names, a missing column. It uses the profile's data and tokenizer. The
+toy has random weights, width 64 and two layers. Few examples are read, few steps are made, no server is asked, and
+nothing is kept. Memory (see `make plan`), 4 bits, vLLM, several processes and the model's answers are not rehearsed.
 """
 
 import argparse
@@ -35,7 +34,7 @@ from lorapar_utils.model_files import source_of
 from lorapar_utils.settings import ExperimentSection, Settings, load_profile, project_root
 
 WIDTH, LAYERS, HEADS = 64, 2, 4
-# What a configuration calls its sizes, over the architectures; only those that it has are changed.
+# Names of sizes in the configurations of all architectures -> toy values. Only names that a configuration has change.
 SIZES = {
     "hidden_size": WIDTH,
     "n_embd": WIDTH,
@@ -65,63 +64,62 @@ PAGES = (
 
 
 def rehearse(profile: str, *, pages: bool = True) -> list[tuple[str, float]]:
-    """Run every phase of `profile` in small.
+    """Run every phase of `profile` with a toy model and few examples.
 
     Parameters
     ----------
     profile
-        A name of `profiles/`, or a path.
+        A name in `profiles/`, or a path.
     pages
-        Also fill in the book's pages from the rehearsal's records.
+        Also run the book's notebooks over the rehearsal's records.
 
     Returns
     -------
     list of (str, float)
-        What was rehearsed, and its seconds.
+        The parts of the rehearsal, and their seconds.
 
     Raises
     ------
     InputError
-        Whatever the run itself would stop at, and an architecture that has no toy.
+        The error that would stop the run, or an architecture without a toy.
     """
     settings = load_profile(profile)
-    taken: list[tuple[str, float]] = []
-    with _toy_profile(settings, taken) as (toy, path):
+    durations: list[tuple[str, float]] = []
+    with _toy_profile(settings, durations) as (toy, path):
         for name, spec in toy.experiments.items():
-            with _timed(taken, f"experiment {name} ({', then '.join(spec.stages) or 'no training'})"):
+            with _timed(durations, f"experiment {name} ({', then '.join(spec.stages) or 'no training'})"):
                 phases.experiment(toy, name, toy.seeds[0])
         if pages:
             for page in PAGES:
-                with _timed(taken, f"page {page}"):
+                with _timed(durations, f"page {page}"):
                     _run_page(page, path)
-    return taken
+    return durations
 
 
 @contextmanager
-def _toy_profile(settings: Settings, taken: list) -> Iterator[tuple[Settings, Path]]:
-    """A profile like `settings` with everything small, and its file; model and votes go with it."""
+def _toy_profile(settings: Settings, durations: list) -> Iterator[tuple[Settings, Path]]:
+    """A small copy of the profile, with model and votes, and the copy's file; removed after the block."""
     runs = project_root() / "runs"
     runs.mkdir(exist_ok=True)
-    # Whatever an interrupted rehearsal left.
     name = f"rehearsal-{settings.profile}"
-    shutil.rmtree(runs / name, ignore_errors=True)
+    shutil.rmtree(runs / name, ignore_errors=True)  # files of an interrupted rehearsal
     with tempfile.TemporaryDirectory(dir=runs, prefix=f".{name}-") as scratch:
         try:
-            with _timed(taken, "tokenizer, and a toy of the architecture"):
+            with _timed(durations, "tokenizer, and a toy of the architecture"):
                 folder = make_toy(settings, Path(scratch) / "model")
-            with _timed(taken, "data, teachers' files and keys, benchmarks' files: whole", aloud=True):
+            with _timed(durations, "data, teachers' files and keys, benchmarks' files: whole", aloud=True):
                 preflight.check_data(settings)
             small = _small(settings, folder)
-            with _timed(taken, "data, and votes of the local teachers"):
+            with _timed(durations, "data, and votes of the local teachers"):
                 train = [row for row in data.load_pool(small) if row["split"] == "train"]
                 _ask_local_teachers(small, train)
             votes = Path(scratch) / "votes.csv"
             pd.DataFrame({"id": [r["id"] for r in train], "system": [1 + i % 2 for i in range(len(train))]}).to_csv(
                 votes, index=False
             )
-            cast = [{"kind": "recorded", "name": t.name, "path": str(votes)} for t in settings.voting.teachers]
-            cast = cast or [{"kind": "recorded", "name": "colleague", "path": str(votes)}]
-            small = small.changed(profile=name, voting={"teachers": cast})
+            sections = [{"kind": "recorded", "name": t.name, "path": str(votes)} for t in settings.voting.teachers]
+            sections = sections or [{"kind": "recorded", "name": "colleague", "path": str(votes)}]
+            small = small.changed(profile=name, voting={"teachers": sections})
             path = Path(scratch) / f"{name}.yaml"
             content = small.model_dump(mode="json", exclude={"profile", "profile_file"})
             path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -131,7 +129,7 @@ def _toy_profile(settings: Settings, taken: list) -> Iterator[tuple[Settings, Pa
 
 
 def make_toy(settings: Settings, folder: Path) -> Path:
-    """A model folder with the profile's tokenizer and random weights of its architecture, a few megabytes large."""
+    """A model folder of a few megabytes: the profile's tokenizer, and random weights of the model's architecture."""
     wide = models.load_config(settings)
     torch.manual_seed(settings.seed)
     try:
@@ -139,7 +137,7 @@ def make_toy(settings: Settings, folder: Path) -> Path:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             model(input_ids=torch.tensor([[0, 1, 2]]), use_cache=False)
-    except Exception as error:  # sizes that hang on each other in a way not known here, whatever that raises
+    except Exception as error:  # an architecture may have unknown constraints between sizes
         raise InputError(
             f"rehearse: no toy can be made of {wide.model_type} ({str(error).splitlines()[0][:200]}); "
             "rehearse with a small model of the same family, or go without"
@@ -149,14 +147,14 @@ def make_toy(settings: Settings, folder: Path) -> Path:
         model.generation_config = GenerationConfig.from_pretrained(source, **options)
     except OSError:
         model.generation_config = GenerationConfig.from_model_config(config)
-    model.generation_config.do_sample = True  # its sampling settings may be saved only so; none is used
+    model.generation_config.do_sample = True  # else sampling settings cannot be saved; none is used
     model.save_pretrained(folder)
     models.load_tokenizer(settings).save_pretrained(folder)
     return folder
 
 
 def toy_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """`config` at toy width: two layers, or one of each kind that it has, and its own vocabulary."""
+    """`config` at toy width, with the full vocabulary and two layers, or one of each kind if there are more."""
     return type(config).from_dict(_toy_values(config.to_dict()))
 
 
@@ -171,15 +169,15 @@ def _toy_values(wide: dict) -> dict:
         shared = wide["num_key_value_heads"] != wide.get("num_attention_heads")
         values["num_key_value_heads"] = HEADS // 2 if shared else HEADS
     if any(isinstance(value, list) for value in (wide.get("rope_parameters") or {}).values()):
-        values["rope_parameters"] = None  # factors for each of the wide model's frequencies
+        values["rope_parameters"] = None  # lists with a factor for each frequency of the wide model
     values.pop("quantization_config", None)
-    # A model that also reads images or sound keeps each part's sizes in a configuration of its own.
+    # A model that also reads images or sound has one configuration per part.
     parts = {key: part for key, part in wide.items() if key.endswith("_config") and isinstance(part, dict)}
     return values | {key: _toy_values(part) for key, part in parts.items() if key in values}
 
 
 def _small(settings: Settings, folder: Path) -> Settings:
-    """The profile with few examples, few steps and the toy as its model, in plain fp32 and one process."""
+    """The profile with few examples, few steps and the toy as model, in fp32 and one process."""
     few = {"train": 12, "validation": 4, "test": 4}
     sizes = {
         system: {split: min(count, getattr(getattr(settings.pool, system), split)) for split, count in few.items()}
@@ -203,7 +201,7 @@ def _small(settings: Settings, folder: Path) -> Settings:
         pool=sizes,
         voting={"batch_size": 8},
         importance={"examples": 4, "batch_size": 2, "stability": ()},
-        adapter={"r": min(settings.adapter.r, WIDTH // 2)},  # a toy's narrowest layer has no higher rank
+        adapter={"r": min(settings.adapter.r, WIDTH // 2)},  # the highest rank of the toy's narrowest layer
         sft={"epochs": 0.5, "batch_size": 4, "accumulation": 1, "gradient_checkpointing": False},
         grpo=grpo,
         evaluation=evaluation,
@@ -212,7 +210,7 @@ def _small(settings: Settings, folder: Path) -> Settings:
 
 
 def _one_of_each_kind(settings: Settings) -> dict[str, ExperimentSection]:
-    """The first experiment of each kind; how many elements one trains, and at which seeds, makes no other kind."""
+    """The first experiment of each kind. Theta, alpha, beta and seeds do not make a kind."""
     kinds: dict[tuple, tuple[str, ExperimentSection]] = {}
     for name, spec in settings.experiments.items():
         kind = (spec.method, spec.init, spec.stages, spec.selection, spec.modules, spec.split_by == "construction")
@@ -225,19 +223,19 @@ def _ask_local_teachers(settings: Settings, rows: list[dict]) -> None:
     if not local:
         return
     everybody = {"panels": {}, "panel": None, "quorum": None, "tie": "undecided"}
-    asked = settings.changed(voting={"teachers": [t.model_dump() for t in local], **everybody})
+    local_settings = settings.changed(voting={"teachers": [t.model_dump() for t in local], **everybody})
     with tempfile.TemporaryDirectory() as scratch, diskcache.Cache(scratch, disk=diskcache.JSONDisk) as cache:
-        built = teachers.build_teachers(asked, rows)
-        voting.vote(datasets.Dataset.from_list(rows), built, cache, calibration=settings.voting.calibration)
+        local_teachers = teachers.build_teachers(local_settings, rows)
+        voting.vote(datasets.Dataset.from_list(rows), local_teachers, cache, calibration=settings.voting.calibration)
 
 
 def _run_page(name: str, profile: Path) -> None:
-    """The code of a notebook over `profile`, cell by cell in this process.
+    """Run the code of a notebook over `profile`, cell by cell in this process.
 
-    Not by papermill, whose kernels would each import torch and TRL again, for longer than a page takes.
+    Papermill would start a kernel per page, and importing torch and TRL there takes longer than the page.
     """
     cells = jupytext.read(project_root() / "notebooks" / f"{name}.ipynb").cells
-    main_module = sys.modules["__main__"]  # a shell puts one of its own there
+    main_module = sys.modules["__main__"]  # an InteractiveShell replaces it
     shell = InteractiveShell.instance()
     try:
         shell.reset(new_session=True)
@@ -258,33 +256,33 @@ def _run_page(name: str, profile: Path) -> None:
 
 
 @contextmanager
-def _timed(taken: list, what: str, *, aloud: bool = False) -> Iterator[None]:
-    """Say what is rehearsed and how long it took; `aloud`: also what it prints itself."""
-    began, said = time.time(), io.StringIO()
+def _timed(durations: list, part: str, *, aloud: bool = False) -> Iterator[None]:
+    """Print the part of the rehearsal and the seconds, and with `aloud` also the part's own output."""
+    start, output = time.time(), io.StringIO()
     try:
-        with redirect_stdout(said), redirect_stderr(said):
+        with redirect_stdout(output), redirect_stderr(output):
             yield
     except BaseException:
-        print(f"  failed     {what}", flush=True)
+        print(f"  failed     {part}", flush=True)
         raise
-    taken.append((what, time.time() - began))
-    print(f"  {taken[-1][1]:6.1f} s   {what}", flush=True)
+    durations.append((part, time.time() - start))
+    print(f"  {durations[-1][1]:6.1f} s   {part}", flush=True)
     if aloud:
-        print(textwrap.indent(said.getvalue(), " " * 13), end="", flush=True)
+        print(textwrap.indent(output.getvalue(), " " * 13), end="", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lorapar_utils.rehearsal", description=__doc__.splitlines()[0])
     parser.add_argument("profile")
     parser.add_argument("--no-pages", action="store_true", help="leave the book's pages out")
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     matplotlib.use("agg")
     try:
-        taken = rehearse(chosen.profile, pages=not chosen.no_pages)
+        durations = rehearse(options.profile, pages=not options.no_pages)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{chosen.profile}: rehearsed in {sum(seconds for _, seconds in taken):.0f} s; nothing of it is kept")
+    print(f"{options.profile}: rehearsed in {sum(seconds for _, seconds in durations):.0f} s; nothing of it is kept")
     return 0
 
 

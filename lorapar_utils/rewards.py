@@ -1,8 +1,7 @@
 """Pure reward and scoring functions over completion text (paper, section 3.4).
 
-Deviation: the paper's layout is `<reasoning>/<answer>` tags in the RL stage and `#### n` in evaluation. Here
-one layout, `steps` then `#### answer`, serves SFT, GRPO and evaluation, so a stage is never scored in a format
-that it was not trained in.
+Deviation: the paper uses `<reasoning>/<answer>` tags in the RL stage and `#### n` in evaluation. Here SFT, GRPO and
+evaluation share one layout, `steps` then `#### answer`, so no stage is scored in a format that it was not trained in.
 """
 
 import functools
@@ -16,7 +15,7 @@ FINAL = re.compile(r"####[ \t]*([^\n]+)")
 
 
 def extract_answer(completion: str) -> str | None:
-    """The text after the first `####`, or None where the completion has none."""
+    """The text after the first `####`, or None without one."""
     final = FINAL.search(completion)
     return final.group(1).strip() if final else None
 
@@ -30,17 +29,17 @@ def correctness(completion: str, reference: str | None) -> float | None:
 
 
 def overlap(completion: str, reference: str | None) -> float | None:
-    """Ours, as the paper is silent on free text: how much of its wording the completion shares, in [0, 1].
+    """How much of the reference's wording the completion shares, in [0, 1]; the paper has no reward for free text.
 
-    Dolly, Open-Platypus and CodeAlpaca have no answer that could be checked. This is chrF, the overlap of sequences of
-    one to six characters: it needs no tokenizer and so works for code and in any script, where ROUGE's usual package
-    drops everything but `[a-z0-9]`. Precision counts as much as recall (beta = 1, not chrF's usual 2), so that what a
-    completion gains by rambling on it loses again. White space does not count.
+    Dolly, Open-Platypus and CodeAlpaca have no answers that can be checked. The score is chrF, the overlap of sequences
+    of one to six characters. It needs no tokenizer, so it works for code and any script, whereas ROUGE's usual package
+    drops all but `[a-z0-9]`. Precision counts as much as recall (beta = 1 instead of chrF's usual 2), so that long
+    completions gain nothing. White space does not count.
 
     Returns
     -------
     float or None
-        1.0 for the reference itself; None where there is no usable reference.
+        1.0 for the reference itself; None if there is no usable reference.
     """
     if reference is None or not reference.strip():
         return None
@@ -57,8 +56,8 @@ def layout(completion: str) -> float:
 def step_share(completion: str, solution: str | None) -> float | None:
     """The share of the reference's steps that the completion states correctly, in order, in [0, 1].
 
-    Deviation: the paper has no such reward. A pass/fail reward leaves most groups of a small model without
-    advantage, and a group without advantage teaches nothing.
+    Deviation: the paper has no such reward. With a pass/fail reward most groups of a small model have no advantage, and
+    training learns nothing from them.
     """
     if solution is None:
         return None

@@ -1,20 +1,20 @@
-"""Where model-written code runs: two sandboxes of the operating system, and nothing that the code says is believed.
+"""Runs model-written code and the benchmark's tests in two separate sandboxes of the operating system.
 
-Deviation: the benchmark's own checker runs program and tests in one process. Here an answer is what can be carried
-between two (`sandboxed/carried.py`): the built-in kinds, `collections`, `Fraction` and `Decimal`, a subclass of these
-as what it is built on, and an iterator as an iterator over its items. What is carried compares as it would there.
-Judged wrong here and perhaps right there: an object of another class of the program's own, or one that is equal by that
-class's rule alone; an answer of more than a million characters, or nested about a hundred deep; an iterator of more
-than 100,000 items. The default of a `defaultdict` is carried where it is a built-in class. Answers and arguments are
-copies: none of the 164 tests asks whether two are one object, or looks at an argument after the call.
+The *worker* runs the model's program and answers calls to the tested function. The *checker*, in a second sandbox, runs
+the benchmark's tests against a stand-in that forwards each call to the worker. The worker sends literals back, and the
+checker builds values from them with a fixed list of Python's own types. So the program cannot print a verdict, patch
+the tests or end the checker. It can pass only by returning the right values.
 
-The *worker* runs the model's program and answers calls of its function. The *checker*, in a sandbox of its own, runs
-the benchmark's tests against a stand-in that passes each call on. Only literals travel back, and from them the checker
-builds values of a fixed list of kinds, whose code is Python's. So the program can neither print a verdict, nor patch
-the tests, nor end the process that judges it: all it can do is to return the right values.
+bubblewrap gives each sandbox fresh namespaces (no network, no other process, no file but Python's library, a small
+empty `/tmp`). rlimits bound time, memory, processes and files. There is no fallback without bubblewrap.
 
-bubblewrap gives each of the two fresh namespaces (no network, no other process, no file but Python's own library, a
-small empty `/tmp`); rlimits bound time, memory, processes, files. There is no fallback where that cannot be had.
+Deviation: the benchmark's checker runs program and tests in one process. Here values are copied between two processes
+(`sandboxed/carried.py`). Built-in types, `collections`, `Fraction` and `Decimal` can be copied. A subclass of these
+becomes an instance of the base type, and an iterator becomes an iterator over the same items. Copies compare as the
+originals do. A right answer may be judged wrong if it is an object of another class that the program defines, equals
+the reference only by this class's `__eq__`, has more than a million characters, is nested about a hundred deep, or is
+an iterator of more than 100,000 items. A `defaultdict` keeps a default factory that is a built-in class. None of the
+164 tests checks object identity or looks at an argument after the call, so copies suffice.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ from pathlib import Path
 
 from lorapar_utils.errors import InputError
 
-PYTHON = "/python"  # where the sandbox has it
-ENVIRONMENT = {"PATH": "/usr/bin:/bin"}  # of what starts it; inside there is none
-FIRST_USER, USERS = 61_184, 4_000  # that no machine has of its own; systemd lends them to services
+PYTHON = "/python"  # path inside the sandbox
+ENVIRONMENT = {"PATH": "/usr/bin:/bin"}  # of bubblewrap; the sandbox has no environment
+FIRST_USER, USERS = 61_184, 4_000  # user ids that no account has; systemd uses them for dynamic users
 CARRIED, WORKER, CHECKER = (
     Path(__file__).parent / "sandboxed" / f"{name}.py" for name in ("carried", "worker", "checker")
 )
@@ -40,7 +40,7 @@ CARRIED, WORKER, CHECKER = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use: wall-clock seconds, memory of each process and of `/tmp` in bytes, and counts."""
+    """Limits of a program: wall-clock seconds, bytes of memory per process and of `/tmp`, processes, open files."""
 
     seconds: float = 10.0
     memory: int = 1 << 29
@@ -51,105 +51,105 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a program passed its tests, and if not, why: `failed: …` by a test, else what stopped it."""
+    """Whether a program passed the tests. Otherwise `reason` is `failed: …` for a test, or says what stopped it."""
 
     passed: bool
     reason: str
 
 
 def run_tests(program: str, tests: str, function: str, *, preamble: str = "", limits: Limits | None = None) -> Verdict:
-    """Run `check(candidate)` of `tests` against `function` of a program that nobody trusts.
+    """Run `check(candidate)` of `tests` against `function` of an untrusted program.
 
     Parameters
     ----------
     program
         The model's code; defines `function`.
     tests
-        The benchmark's code; defines `check(candidate)`, which raises where the candidate is wrong.
+        The benchmark's code; defines `check(candidate)`, which raises if the candidate is wrong.
     preamble
-        The benchmark's own code that `tests` may use, such as the prompt with its helper functions.
+        The benchmark's code that `tests` may use, such as helper functions in the prompt.
 
     Raises
     ------
     InputError
-        No bubblewrap, or an operating system that refuses it.
+        bubblewrap is missing, or the operating system refuses to run it.
     """
     limits = limits or Limits()
     require_sandbox()
     # The worker's answers to the checker, the checker's calls to the worker, the checker's verdict to us.
     (answers_out, answers_in), (calls_out, calls_in), (verdict_out, verdict_in) = os.pipe(), os.pipe(), os.pipe()
-    given = {
+    tasks = {
         WORKER: (repr((program, function)), (calls_out, answers_in)),
         CHECKER: (repr((preamble, tests, function)), (answers_out, calls_in, verdict_in)),
     }
     with contextlib.ExitStack() as stack:
         verdict = stack.enter_context(os.fdopen(verdict_out, errors="replace"))
         try:
-            for number, (script, (told, fds)) in enumerate(given.items()):
+            for number, (script, (task, fds)) in enumerate(tasks.items()):
                 process = stack.enter_context(_started(script, fds, limits, number))
                 with contextlib.suppress(BrokenPipeError):
-                    process.stdin.write(told.encode(errors="replace"))
+                    process.stdin.write(task.encode(errors="replace"))
                     process.stdin.close()
         finally:
-            # The sandboxes hold these now; kept open here, the end of one would not be seen by the other.
+            # The sandboxes hold copies. An open end here would hide the end of one sandbox from the other.
             for fd in (answers_out, answers_in, calls_out, calls_in, verdict_in):
                 os.close(fd)
         try:
             process.wait(limits.seconds)
         except subprocess.TimeoutExpired:
             return Verdict(False, f"no end within {limits.seconds:g} s")
-        said = verdict.read(1000)
-    return Verdict(said == "passed", said or "the checker was stopped")
+        message = verdict.read(1000)
+    return Verdict(message == "passed", message or "the checker was stopped")
 
 
 @functools.cache
 def require_sandbox() -> None:
-    """Nothing, once it is known that the sandbox works here.
+    """Raise an InputError unless the sandbox works on this machine. The check runs once.
 
     Raises
     ------
     InputError
-        It does not; says what to install or allow.
+        The sandbox does not work. The message says what to install or allow.
     """
     if shutil.which("bwrap") is None:
         raise InputError(
             "sandbox: bubblewrap is missing, and model-written code runs nowhere else; install `bubblewrap` (Linux)"
         )
-    done = subprocess.run([*_bubblewrap(Limits(), 0), "true"], capture_output=True, text=True, env=ENVIRONMENT)
-    if done.returncode:
+    result = subprocess.run([*_bubblewrap(Limits(), 0), "true"], capture_output=True, text=True, env=ENVIRONMENT)
+    if result.returncode:
         raise InputError(
-            f"sandbox: bubblewrap cannot start here ({done.stderr.strip()[-200:]}); allow user namespaces "
+            f"sandbox: bubblewrap cannot start here ({result.stderr.strip()[-200:]}); allow user namespaces "
             "(sysctl kernel.unprivileged_userns_clone=1), or leave model-written code unrun"
         )
 
 
 def _bubblewrap(limits: Limits, number: int) -> list[str]:
-    """Every namespace unshared, none that could be made inside, Python and `/usr` to read, nothing else."""
+    """Command for a sandbox that unshares all namespaces, forbids new ones and has read-only Python and `/usr`."""
     library, first = sys.base_prefix, []
     if os.geteuid() == 0:
-        # Root's processes cannot be counted and its files would be the sandbox's: become somebody else first, for whom
-        # Python, perhaps in root's home, is put where it can be read.
+        # The process limit does not apply to root, and root's files would be readable. So change to another user first,
+        # and mount Python, which may be in root's home, where this user can read it.
         user = FIRST_USER + (2 * os.getpid() + number) % USERS
         first = ["bwrap", "--unshare-pid", "--die-with-parent", "--dev-bind", "/", "/", "--ro-bind", library, "/mnt"]
         first += ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
         library = "/mnt"
     command = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
-    # The program is process 1: there is no other whose memory or environment it could look at.
+    # The program is process 1, so it sees no other process's memory or environment.
     command += ["--as-pid-1"]
     command += ["--clearenv", "--setenv", "LD_LIBRARY_PATH", f"{PYTHON}/lib", "--hostname", "sandbox"]
     command += ["--ro-bind", "/usr", "/usr", "--perms", "0755", "--dir", PYTHON, "--ro-bind", library, PYTHON]
-    for place in map(Path, ("/bin", "/lib", "/lib64")):
-        if place.is_symlink():
-            command += ["--symlink", os.readlink(place), str(place)]
-        elif place.is_dir():
-            command += ["--ro-bind", str(place), str(place)]
+    for path in map(Path, ("/bin", "/lib", "/lib64")):
+        if path.is_symlink():
+            command += ["--symlink", os.readlink(path), str(path)]
+        elif path.is_dir():
+            command += ["--ro-bind", str(path), str(path)]
     command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(limits.scratch), "--tmpfs", "/tmp"]
     return [*first, *command, "--remount-ro", "/", "--remount-ro", "/dev", "--chdir", "/tmp"]
 
 
 @contextlib.contextmanager
 def _started(script: Path, fds: tuple[int, ...], limits: Limits, number: int) -> Iterator[subprocess.Popen]:
-    """Python in a sandbox, running `script` with `fds` until the block ends; what it is to run comes by its stdin."""
+    """Run `script` with `fds` in a sandbox until the block ends. The script reads its task from stdin."""
     python = f"{PYTHON}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
     seconds = math.ceil(limits.seconds) + 1
     values = (limits.memory, limits.processes, limits.open_files, limits.scratch, seconds, *fds)
@@ -160,6 +160,6 @@ def _started(script: Path, fds: tuple[int, ...], limits: Limits, number: int) ->
     try:
         yield process
     finally:
-        # The first process of its namespace goes with it, and takes along whatever was started there.
+        # This also ends the namespace's first process, and with it all other processes in the namespace.
         process.kill()
         process.wait()

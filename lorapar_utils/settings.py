@@ -1,4 +1,4 @@
-"""Profiles: one YAML file a scale, laid over `profiles/defaults.yaml` and validated by pydantic."""
+"""Profiles: YAML files merged over `profiles/defaults.yaml` and validated by pydantic."""
 
 import itertools
 import os
@@ -35,16 +35,16 @@ MODULES = {
 LayerNames = tuple[Annotated[str, Field(pattern=r"^[\w.]+$")], ...]
 Modules = Literal["QKV", "GUD", "QKVGUD"] | Annotated[LayerNames, Field(min_length=1)]
 
-# What the models are told where the profile says nothing: to end as the pool's answers end.
+# System prompts for profiles that set none. They ask for the form of the pool's own answers.
 SYSTEM_PROMPTS = {
     "checked": ("Answer the question. Work in short steps, one a line, if you need any. End with #### and the answer."),
     "free text": "Follow the instruction. Answer with the response alone.",
 }
-# Whose answers are free text: nothing in them can be compared as a value.
+# Sources whose answers are free text, with no value to compare.
 FREE_TEXT = ("dolly-15k", "open-platypus", "codealpaca-20k")
 
-# What an experiment's method changes about the adapter. All of them train every element, LoRA-PAR a part; `lora` and
-# `lorapar` start from the profile's own `adapter.init`, so that one differs from the other in the partition only.
+# Method of an experiment -> changes to the section `adapter`. Only LoRA-PAR trains a part of the elements. `lora` and
+# `lorapar` both start from the profile's `adapter.init`, so they differ in the partition only.
 METHODS = {
     "lorapar": {},
     "lora": {},
@@ -58,7 +58,7 @@ METHODS = {
     "shira": {"kind": "shira"},
 }
 
-# Settings that name a file or folder, by the keys that lead there; `*` is any item of a list.
+# Settings that name a file or folder, as paths of keys; `*` is any item of a list.
 PATHS = (
     ("model", "source"),
     ("pool", "path"),
@@ -67,16 +67,16 @@ PATHS = (
     ("evaluation", "gsm8k", "path"),
     ("evaluation", "mmlu", "path"),
 )
-# What `source` says in place of a folder, even where a folder has that name.
+# Values of `source` that are never read as a folder, even if a folder has that name.
 KEYWORDS = ("packaged", "gemma3-270m")
 
-# Names become those of files and folders, parts of shell commands, and Snakemake's wildcards.
+# Names become file and folder names, parts of shell commands, and Snakemake's wildcards.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 NAME_RULE = "use up to 100 of a-z, A-Z, 0-9, '_', '.' and '-', with neither '.' nor '-' at the beginning"
-# Other things of runs/, which a profile's own folder would share.
+# Folders of runs/ that belong to no profile.
 RESERVED = ("vote_cache", "file_hashes", "slurm")
 
-# What a notebook parameter or keyword changes: the paper's symbols have one short name each.
+# Short names of settings, for notebook parameters and keyword arguments.
 SHORT_NAMES = {
     "theta": ("partition", "theta"),
     "alpha": ("partition", "alpha"),
@@ -91,7 +91,7 @@ SHORT_NAMES = {
 
 
 def _check_names(named: Any) -> Any:
-    """Refuse what is `named` in a way that would not work everywhere (see `NAME`)."""
+    """Refuse keys of `named` that are not safe as a file name, shell word or papermill parameter (see `NAME`)."""
     known: dict[str, str] = {}
     for name in named if isinstance(named, dict) else ():
         if not isinstance(name, str):
@@ -108,7 +108,7 @@ def _check_names(named: Any) -> Any:
 
 
 def _reads_as_value(name: str) -> bool:
-    """Whether `papermill -p name …` makes something else than text of it."""
+    """Whether `papermill -p` would read `name` as a number, boolean or None."""
     try:
         float(name)
     except ValueError:
@@ -154,7 +154,7 @@ class PoolSection(Section):
 
 
 class LocalTeacher(Section):
-    """A causal LM that is read by the log-likelihood of its two labels."""
+    """A causal LM whose vote is the label with the higher log-likelihood."""
 
     kind: Literal["local"]
     name: Name
@@ -174,7 +174,7 @@ class LocalTeacher(Section):
 
 
 class ApiTeacher(Section):
-    """A model behind an OpenAI-compatible server, that answers in words."""
+    """A model behind an OpenAI-compatible server, which answers in words."""
 
     kind: Literal["api"]
     name: Name
@@ -195,12 +195,12 @@ class ApiTeacher(Section):
 
     @property
     def limit_field(self) -> str:
-        """OpenAI's reasoning models refuse `max_tokens`; many other servers know nothing else."""
+        """The request's token limit field: OpenAI's reasoning models refuse `max_tokens`, which others need."""
         return self.max_tokens_field or ("max_tokens" if self.base_url else "max_completion_tokens")
 
 
 class RecordedTeacher(Section):
-    """Votes that were cast elsewhere: a CSV or Parquet file with columns `id` and `system` (1, 2, or 0 to abstain)."""
+    """Votes from a CSV or Parquet file with columns `id` and `system` (1, 2, or 0 for an abstention)."""
 
     kind: Literal["recorded"]
     name: Name
@@ -223,9 +223,9 @@ class VotingSection(Section):
     plain_template: str
 
     def members(self, panel: str | None = None) -> tuple[str, ...]:
-        """Names of the teachers whose votes count: `panel`'s, else `voting.panel`'s, else everybody's."""
-        chosen = panel or self.panel
-        return self.panels[chosen] if chosen else tuple(teacher.name for teacher in self.teachers)
+        """Names of the teachers in `panel`, else in `voting.panel`, else of all teachers."""
+        panel = panel or self.panel
+        return self.panels[panel] if panel else tuple(teacher.name for teacher in self.teachers)
 
     @model_validator(mode="after")
     def _panels_can_decide(self):
@@ -318,12 +318,12 @@ class GrpoSection(Section):
 
     @property
     def rows(self) -> int:
-        """Completions of a step."""
+        """How many completions a step generates."""
         return self.prompts_per_step * self.completions
 
     @property
     def rows_at_once(self) -> int:
-        """Completions that are written together; a step's are, one such batch after the other."""
+        """How many completions are generated at once. A step generates its completions in batches of this size."""
         return self.rollout_batch or self.rows
 
     @model_validator(mode="after")
@@ -375,7 +375,7 @@ class EvaluationSection(Section):
 
 
 class ExperimentSection(Section):
-    """One training configuration; `None` takes the profile's own value."""
+    """One training configuration; `None` stands for the profile's value."""
 
     sweep: Literal["theta", "two_stage", "baseline", "voting", "alpha_beta", "order"]
     method: Literal[tuple(METHODS)]
@@ -427,49 +427,49 @@ class Settings(Section):
 
     @property
     def profile_argument(self) -> str:
-        """What loads this profile again: its name, or the path of a file that lies elsewhere than in `profiles/`."""
+        """The argument of `load_profile` for this profile: name, or path of a file outside `profiles/`."""
         return self.profile if self.profile_file == f"profiles/{self.profile}.yaml" else self.profile_file
 
     @property
     def runs(self) -> Path:
-        """Where everything that this profile makes is written."""
+        """The folder for all output of this profile."""
         return project_root() / "runs" / self.profile
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """Names of the linear layers that get an adapter."""
+        """Names of the linear layers with an adapter."""
         modules = self.adapter.modules
         return MODULES[modules] if isinstance(modules, str) else modules
 
     @property
     def has_free_text(self) -> bool:
-        """Whether the pool's answers are free text, scored by overlap and loss, not by their value."""
+        """Whether the pool's answers are free text, scored by overlap and loss instead of by value."""
         return self.pool.source in FREE_TEXT
 
     @property
     def system_prompt(self) -> str:
-        """`model.system_prompt`, or what fits the pool's answers."""
+        """`model.system_prompt`, or the default for the pool's kind of answers."""
         if self.model.system_prompt is not None:
             return self.model.system_prompt
         return SYSTEM_PROMPTS["free text" if self.has_free_text else "checked"]
 
     @property
     def reward(self) -> str:
-        """`grpo.reward`, where `auto` is `overlap` for free text and `answer` for the rest."""
+        """`grpo.reward`, with `auto` resolved: `overlap` for free text, else `answer`."""
         if self.grpo.reward != "auto":
             return self.grpo.reward
         return "overlap" if self.has_free_text else "answer"
 
     @property
     def scores_folder(self) -> Path:
-        """Where these settings' importance scores are kept."""
+        """The folder of the importance scores under these settings."""
         modules = self.adapter.modules if isinstance(self.adapter.modules, str) else "+".join(self.adapter.modules)
         parts = (self.importance.score, self.adapter.init, modules, self.split_name, f"seed{self.seed}")
         return self.runs / "scores" / "-".join(parts)
 
     @property
     def split_name(self) -> str:
-        """What System 1 and System 2 were told apart by, for folder names."""
+        """The panel or rule that splits the examples into System 1 and System 2, for folder names."""
         by_votes = self.voting.panel or "votes"
         return by_votes if self.voting.split_by == "votes" else self.voting.split_by
 
@@ -478,23 +478,23 @@ class Settings(Section):
         return [(name, seed) for name, spec in self.experiments.items() for seed in spec.seeds or self.seeds]
 
     def for_experiment(self, name: str, seed: int) -> "Settings":
-        """The settings under which one experiment runs: its theta, alpha, beta and seed filled in."""
+        """The settings of one experiment: the profile's, with the experiment's own values and `seed` in place."""
         if name not in self.experiments:
             raise InputError(
                 f"experiment: {name!r} is not in profile {self.profile!r}; it has {', '.join(self.experiments)}"
             )
         spec = self.experiments[name]
-        chosen = {key: value for key in SHORT_NAMES if (value := getattr(spec, key, None)) is not None}
-        return self.changed(seed=seed, adapter=METHODS[spec.method], **chosen)
+        values = {key: value for key in SHORT_NAMES if (value := getattr(spec, key, None)) is not None}
+        return self.changed(seed=seed, adapter=METHODS[spec.method], **values)
 
     def changed(self, **overrides: Any) -> "Settings":
-        """A validated copy with `overrides` (see `load_profile`) in place."""
+        """A validated copy with `overrides` (see `load_profile`) applied."""
         over = _with_paths(_expand(overrides), (Path.cwd(), project_root()))
         return _validate(_merge(self.model_dump(), over), where=f"profile {self.profile}")
 
 
 def project_root() -> Path:
-    """The folder that holds `profiles/defaults.yaml`: the working directory's, or else the package's."""
+    """The folder with `profiles/defaults.yaml`: at or above the working directory, else the package's clone."""
     package = Path(__file__).resolve().parent.parent
     for folder in (Path.cwd(), *Path.cwd().parents, package):
         if (folder / "profiles" / "defaults.yaml").is_file():
@@ -505,22 +505,22 @@ def project_root() -> Path:
 def load_profile(name_or_path: str | os.PathLike = "cpu", **overrides: Any) -> Settings:
     """Read a profile over the defaults and validate it.
 
-    Relative paths in a profile (see `PATHS`) are taken from the profile's own folder, else from the project's root, so
-    that they mean the same wherever it is loaded; those in `overrides` from the working directory, else from the root.
-    What lies in neither place stays as it was written: it may be a hub id.
+    Relative paths in a profile (see `PATHS`) start at the profile's folder, else at the project's root, so they mean
+    the same wherever the profile is loaded. Relative paths in `overrides` start at the working directory, else at the
+    root. A value that is no file or folder in either place stays unchanged, because it may be a hub id.
 
     Parameters
     ----------
     name_or_path
         `smoke`, `cpu`, … (a file of `profiles/`), or the path of a YAML file anywhere.
     **overrides
-        Values on top: a setting (`seed=1`), a short name (`theta`, `alpha`, `beta`, `modules`, `init`), or a
-        whole section as a dict (`sft={"epochs": 1}`). `None` keeps the profile's value.
+        Values that replace the profile's: a setting (`seed=1`), a short name (`theta`, `alpha`, `modules`, …), or keys
+        of a section as a dict (`sft={"epochs": 1}`). `None` keeps the profile's value.
 
     Raises
     ------
     InputError
-        An unknown profile, key or value; the message names file, key and what is allowed.
+        An unknown profile, key or value; the message names the file, the key and the allowed values.
     """
     root = project_root()
     merged: dict = {}
@@ -534,12 +534,12 @@ def load_profile(name_or_path: str | os.PathLike = "cpu", **overrides: Any) -> S
 
 
 def profile_files(name_or_path: str | os.PathLike) -> list[Path]:
-    """The files that a profile is laid over, itself last: the defaults, then what it `extends`, from the farthest."""
+    """The files of a profile in order of merging: the defaults, the profiles that it `extends`, the profile itself."""
     return [path for path, _ in _layers(name_or_path)]
 
 
 def _layers(name_or_path: str | os.PathLike) -> list[tuple[Path, dict]]:
-    """Each of `profile_files` with what it says itself."""
+    """Each of `profile_files` with the file's own content."""
     defaults = project_root() / "profiles" / "defaults.yaml"
     path = _profile_at(str(name_or_path))
     if path is None or path.samefile(defaults):
@@ -554,7 +554,7 @@ def _layers(name_or_path: str | os.PathLike) -> list[tuple[Path, dict]]:
 
 
 def _parent(chain: Sequence[Path], named: object) -> Path:
-    """The file that the last of `chain`, each extending the next, extends by the name `named`."""
+    """The file that the last profile of `chain` extends under the name `named`; each of `chain` extends the next."""
     child, defaults = chain[-1], project_root() / "profiles" / "defaults.yaml"
     where = f"{child}: extends = {named!r}"
     trail = " -> ".join([*(path.name for path in chain), str(named)])
@@ -573,9 +573,9 @@ def _parent(chain: Sequence[Path], named: object) -> Path:
 
 
 def _profile_at(named: str, folder: Path | None = None) -> Path | None:
-    """The file of a profile: by its name in `profiles/`, or a path from `folder` (the working directory) or the root.
+    """The file of a profile: a name in `profiles/`, or a path from `folder` (the working directory) or the root.
 
-    A name without folder and suffix is looked for in `profiles/` first: it means the same everywhere.
+    A name without folder and suffix is searched in `profiles/` first, so that it means the same everywhere.
     """
     root, text = project_root(), os.path.expanduser(named)
     places = [folder or Path.cwd(), root, root / "profiles"]
@@ -597,12 +597,12 @@ def _known_profiles() -> list[str]:
 
 
 def _check_file_name(path: Path) -> None:
-    """A profile's file gives the name of `runs/<name>/`: one that can be a folder's, and no other profile has."""
+    """Refuse a file name that cannot name the folder `runs/<name>/`, or that another profile has."""
     if not NAME.fullmatch(path.stem) or path.stem in RESERVED:
         reserved = "runs/ has something else of that name; " if path.stem in RESERVED else ""
         raise InputError(f"profile: {path} would be run in runs/{path.stem}: {reserved}rename the file; {NAME_RULE}")
     for other in sorted((project_root() / "profiles").glob("*.y*ml")):
-        # Without regard to case, as some file systems are.
+        # Some file systems ignore case.
         if other.is_file() and other.stem.casefold() == path.stem.casefold() and not other.samefile(path):
             raise InputError(
                 f"profile: {path} and {other} have one name, and both would be run in runs/{path.stem}; rename one"
@@ -610,7 +610,7 @@ def _check_file_name(path: Path) -> None:
 
 
 def _shown(path: Path) -> str:
-    """`path` as it goes into commands and records: from the root, or without the name of the home directory."""
+    """`path` for commands and records: relative to the root, or with `~` for the home directory."""
     if path.is_relative_to(project_root()):
         return path.relative_to(project_root()).as_posix()
     home = Path(os.path.expanduser("~"))
@@ -621,13 +621,13 @@ def _shown(path: Path) -> str:
 
 
 class _ProfileLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML would silently take the second."""
+    """Refuses a repeated key, of which YAML would silently take the second value."""
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
-            # `<<` may be there more than once: it lays one section over another.
+            # `<<` merges another section and may be repeated.
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue
             if (key.tag, key.value) in seen:
@@ -637,9 +637,9 @@ class _ProfileLoader(yaml.SafeLoader):
 
 
 def _read_yaml(path: Path) -> dict:
-    """What a profile's file says, which is at least one thing."""
+    """The content of a profile's file, which is never empty."""
     try:
-        # utf-8-sig: some editors begin a file with a byte-order mark.
+        # utf-8-sig, because some editors begin a file with a byte-order mark.
         text = path.read_text(encoding="utf-8-sig")
         content = yaml.load(text, Loader=_ProfileLoader)
     except yaml.YAMLError as error:
@@ -671,9 +671,9 @@ def _explain_yaml(error: yaml.YAMLError, path: Path, text: str) -> str:
 
 
 def _with_paths(content: Any, folders: Sequence[Path], keys: tuple = ()) -> Any:
-    """`content`, whose paths (see `PATHS`) are absolute where one of `folders`, the first that has it, holds the file.
+    """`content` with each path (see `PATHS`) made absolute under the first of `folders` that has the file.
 
-    Others stay as they are written: they may be hub ids, and if not, messages show the user's own words.
+    Other paths stay unchanged, because they may be hub ids. If not, messages show the user's own words.
     """
     if isinstance(content, dict):
         return {key: _with_paths(value, folders, (*keys, key)) for key, value in content.items()}
@@ -685,14 +685,14 @@ def _with_paths(content: Any, folders: Sequence[Path], keys: tuple = ()) -> Any:
         return content
     for folder in folders:
         path = os.path.abspath(folder / os.path.expanduser(content))
-        # A file that happens to be called as a hub's model is not one.
+        # A file with the same name as a model on the hub is not a model.
         if os.path.isdir(path) or (os.path.isfile(path) and (keys[-1] == "path" or path.endswith(".gguf"))):
             return path
     return content
 
 
 def _merge(base: dict, over: dict) -> dict:
-    """Sections merge key by key; lists, scalars, experiments and panels are replaced whole, grids with experiments."""
+    """Merge sections key by key. Lists, scalars, experiments (with grids) and panels are replaced as a whole."""
     merged = {key: value for key, value in base.items() if key != "grids" or "experiments" not in over}
     for key, value in over.items():
         whole = key in ("experiments", "panels") or not isinstance(value, dict) or not isinstance(base.get(key), dict)
@@ -701,10 +701,10 @@ def _merge(base: dict, over: dict) -> dict:
 
 
 def _with_grids(experiments: dict, grids: list[dict], where: str) -> dict:
-    """The experiments, and one more for every combination of each grid's `over`.
+    """The experiments, plus one for every combination of values in each grid's `over`.
 
-    A grid is an experiment whose `name` and `title` take the combination's values: `{name: "{modules}_{theta}", over:
-    {modules: [QKV, GUD], theta: [0.5, 0.9]}, …}` is four.
+    The values are filled into the grid's `name` and `title`. `{name: "{modules}_{theta}", over: {modules: [QKV, GUD],
+    theta: [0.5, 0.9]}, …}` gives four experiments.
     """
     if not isinstance(experiments, dict):
         raise InputError(f"{where}: experiments is {_kind(experiments)}; write a line `name: {{sweep: …}}` for each")
@@ -755,7 +755,7 @@ def _validate(content: dict, where: str) -> Settings:
 
 
 def _explain(item: dict, where: str) -> str:
-    # Without pydantic's names of the kinds that a setting can be of, such as `tuple[str, ...]`.
+    # Parts with brackets, such as `tuple[str, ...]`, are pydantic's names of types.
     key = ".".join(str(part) for part in item["loc"] if "[" not in str(part)) or "profile"
     if item["type"] == "extra_forbidden":
         section = _section_at(item["loc"][:-1])
@@ -769,7 +769,7 @@ def _explain(item: dict, where: str) -> str:
 
 
 def _remedy(item: dict) -> str:
-    """What to write instead, where YAML made something else of what was meant."""
+    """Advice for a value that YAML read as another type than the setting has."""
     if item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
         return f"; YAML reads it as {_kind(item['input'])}, so put it in quotes"
     if item["type"] in ("tuple_type", "list_type"):
@@ -780,7 +780,7 @@ def _remedy(item: dict) -> str:
 
 
 def _section_at(location: tuple) -> Any:
-    """The class that validates the setting at `location`, through teachers' kinds and experiments' names."""
+    """The class that validates the setting at `location`, a path through teachers' kinds and experiments' names."""
     kinds = {"local": LocalTeacher, "api": ApiTeacher, "recorded": RecordedTeacher}
     section: Any = Settings
     for part in location:

@@ -1,8 +1,8 @@
-"""Whether a model takes our shortcuts: each is tried on two short sequences beside the model's own forward.
+"""Which of our shortcuts a model supports. Each is compared with the model's own forward on two short sequences.
 
-A shortcut that answers otherwise than the model itself (another kind of state than attention, logits that are changed
-after the head in a way not known here) is left out for that model: the libraries' plain path is taken, and one line
-says so. Asked when a model is loaded, and remembered with it.
+A shortcut may give other logits, for instance because the model has state other than attention, or changes logits after
+the head in an unknown way. This model then uses the libraries' plain path, and one printed line says so. The check runs
+when a model is loaded, and the result is stored on the model.
 """
 
 import math
@@ -16,26 +16,27 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from lorapar_utils.errors import InputError
 
-# The difference of a token's logits (root mean square) that rounding explains, as a share of the logits' spread. The
-# packaged model's own is up to 0.04 in bf16.
+# Largest root-mean-square difference of a token's logits that rounding explains, relative to the logits' standard
+# deviation. In bf16 the packaged model reaches 0.04.
 TOLERANCE = {torch.float32: 3e-4, torch.float64: 1e-6}
 LOW_PRECISION = 0.06
-# So unequal that a pad in the wrong place is far away.
-SHARED, OWN, LONGER = 5, (4, 20), 12  # tokens that the two sequences share, and that each has of its own
+# Lengths in tokens: shared prefix, rest of each sequence, extra prompt tokens of the second sequence. They are very
+# different, so that padding in the wrong position changes the logits a lot.
+SHARED, OWN, LONGER = 5, (4, 20), 12
 
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """Which shortcuts give a model's own numbers.
+    """Which shortcuts reproduce the model's own logits.
 
     Attributes
     ----------
     head
-        Logits of the scored tokens alone, from the hidden states.
+        Logits of the scored tokens only, from the hidden states.
     bundles
-        Sequences that share a beginning, laid out in one row (`bundles`).
+        Sequences with a shared prefix in one row (`bundles`).
     completions
-        Completions by our own loop (`generation`).
+        Completions by our decoding loop (`generation`).
     """
 
     head: bool
@@ -45,20 +46,20 @@ class Shortcuts:
 
 @torch.no_grad()
 def shortcuts_of(model: PreTrainedModel | PeftModel) -> Shortcuts:
-    """The shortcuts that `model` takes, tried at the first call."""
+    """The shortcuts that `model` supports. The first call tests them."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not hasattr(base, "_shortcuts"):
         training = base.training
         base.eval()
         try:
-            base._shortcuts = _tried(base)
+            base._shortcuts = _tested(base)
         finally:
             base.train(training)
     return base._shortcuts
 
 
 def answer_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits in fp32 from the last hidden states: the head, then what the model's configuration says is done to them.
+    """Logits, fp32, shape (N, vocabulary), from last hidden states: the head, then the configured scale and soft cap.
 
     Parameters
     ----------
@@ -77,7 +78,7 @@ def answer_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def attention_window(model: PreTrainedModel) -> float:
-    """How many tokens back the layer sees that sees the fewest; infinity where all see everything."""
+    """The smallest attention window of all layers, in tokens; infinity if no layer has a window."""
     config = model.config.get_text_config()
     names = ("sliding_window", "attention_chunk_size", "window_size", "local_attention")
     widths = [getattr(config, name, None) for name in names]
@@ -85,13 +86,13 @@ def attention_window(model: PreTrainedModel) -> float:
 
 
 def has_other_states(model: PreTrainedModel) -> bool:
-    """Whether some layer keeps another state than keys and values: a convolution's, a recurrence's."""
+    """Whether a layer has state other than keys and values, such as a convolution or a recurrence."""
     layers = DynamicCache(config=model.config).layers
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 def rotation_limit(model: PreTrainedModel) -> float:
-    """Tokens up to which a position is rotated the same in every batch; beyond, some models go by the longest row."""
+    """Length up to which rotary embeddings do not depend on the batch. Beyond, some models use the longest row's."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") not in ("dynamic", "longrope"):
@@ -100,8 +101,8 @@ def rotation_limit(model: PreTrainedModel) -> float:
     return original or config.max_position_embeddings
 
 
-def _tried(model: PreTrainedModel) -> Shortcuts:
-    from lorapar_utils.generation import answering  # it asks for shortcuts itself
+def _tested(model: PreTrainedModel) -> Shortcuts:
+    from lorapar_utils.generation import answering  # here, because generation imports this module
 
     sequences = _sequences(model)
     with answering(model):
@@ -113,21 +114,23 @@ def _tried(model: PreTrainedModel) -> Shortcuts:
             )
         _check_causal(model, *(logits[: SHARED - 1] for logits in plain))
         expected = torch.cat([logits[SHARED - 1 : -1] for logits in plain])
-        tries = {"head": _by_head, "bundles": _in_one_row, "completions": _token_by_token}
-        equal = {name: _agrees(attempt, model, sequences, expected) for name, attempt in tries.items()}
-    # Bundles are read by the head.
+        attempts = {"head": _by_head, "bundles": _in_one_row, "completions": _token_by_token}
+        equal = {name: _agrees(attempt, model, sequences, expected) for name, attempt in attempts.items()}
+    # Bundles need the head.
     shortcuts = Shortcuts(equal["head"], equal["head"] and equal["bundles"], equal["completions"])
     if not shortcuts.completions:
         _check_generate(model, sequences[0])
-    if left_out := [name for name in tries if not getattr(shortcuts, name)]:
-        print(f"{type(model).__name__}: {', '.join(left_out)} by the libraries' own path, because ours differs there")
+    if unsupported := [name for name in attempts if not getattr(shortcuts, name)]:
+        print(
+            f"{type(model).__name__}: {', '.join(unsupported)} by the libraries' own path, because ours differs there"
+        )
     return shortcuts
 
 
 def _check_causal(model: PreTrainedModel, first: torch.Tensor, second: torch.Tensor) -> None:
-    """Both are logits over one beginning; the sequences go on differently, which an encoder sees."""
-    apart = (first - second).square().mean().sqrt()
-    if apart > TOLERANCE.get(model.dtype, LOW_PRECISION) * first.std():
+    """Compare two sequences' logits on the shared prefix. Only an encoder sees the different tokens after it."""
+    difference = (first - second).square().mean().sqrt()
+    if difference > TOLERANCE.get(model.dtype, LOW_PRECISION) * first.std():
         raise InputError(
             f"model: {type(model).__name__} reads what comes after a token before it predicts it, as encoders do; it "
             "can write nothing; take a causal language model"
@@ -163,15 +166,15 @@ def _agrees(attempt: Callable, model: PreTrainedModel, sequences: list[torch.Ten
 
 
 def _sequences(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Two sequences of ordinary tokens that begin alike."""
+    """Two sequences of ordinary tokens with a shared prefix: LongTensors, shape (SHARED + OWN[i],)."""
     config = model.config.get_text_config()
     special = {getattr(config, "bos_token_id", None), getattr(config, "pad_token_id", None)}
     for ends in (getattr(config, "eos_token_id", None), model.generation_config.eos_token_id):
         special |= set(ends) if isinstance(ends, list) else {ends}
     ordinary = torch.tensor([token for token in range(min(config.vocab_size, 5000)) if token not in special])
     generator = torch.Generator().manual_seed(0)
-    drawn = ordinary[torch.randint(len(ordinary), (SHARED + sum(OWN),), generator=generator)].to(model.device)
-    shared, first, second = drawn.split([SHARED, *OWN])
+    tokens = ordinary[torch.randint(len(ordinary), (SHARED + sum(OWN),), generator=generator)].to(model.device)
+    shared, first, second = tokens.split([SHARED, *OWN])
     return [torch.cat([shared, first]), torch.cat([shared, second])]
 
 
@@ -196,25 +199,25 @@ def _in_one_row(model: PreTrainedModel, sequences: list[torch.Tensor]) -> torch.
 
 
 def _token_by_token(model: PreTrainedModel, sequences: list[torch.Tensor]) -> torch.Tensor:
-    """Logits of the loop of `generation`, told what to write: two prompts of unequal length, two samples each."""
+    """Logits of the loop of `generation` with given tokens: two prompts of unequal length, two samples each."""
     from lorapar_utils.generation import decode
 
     if has_other_states(model):
         raise ValueError("padding runs on into such a state")
-    lengths_of_prompts = (SHARED, SHARED + LONGER)
-    prompts = [ids[:length].tolist() for length, ids in zip(lengths_of_prompts, sequences, strict=True)]
-    steps = [ids[length:] for length, ids in zip(lengths_of_prompts, sequences, strict=True)]
-    read: dict[tuple[int, int], torch.Tensor] = {}
+    prompt_lengths = (SHARED, SHARED + LONGER)
+    prompts = [ids[:length].tolist() for length, ids in zip(prompt_lengths, sequences, strict=True)]
+    completions = [ids[length:] for length, ids in zip(prompt_lengths, sequences, strict=True)]
+    step_logits: dict[tuple[int, int], torch.Tensor] = {}
 
     def choose(logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
         tokens = []
-        for row, values in zip(rows.tolist(), logits, strict=True):
-            read[row, step] = values
-            tokens.append(steps[row // 2][min(step, len(steps[row // 2]) - 1)])
+        for row, row_logits in zip(rows.tolist(), logits, strict=True):
+            step_logits[row, step] = row_logits
+            tokens.append(completions[row // 2][min(step, len(completions[row // 2]) - 1)])
         return torch.stack(tokens)
 
-    lengths = [len(written) for written in steps]
-    # The shorter one leaves the batch while the other goes on.
+    lengths = [len(tokens) for tokens in completions]
+    # The shorter completion leaves the batch before the longer one.
     decode(
         model,
         prompts,
@@ -222,12 +225,12 @@ def _token_by_token(model: PreTrainedModel, sequences: list[torch.Tensor]) -> to
         ends=[-1],
         max_new_tokens=max(lengths),
         samples=2,
-        stopped=lambda tokens: len(tokens) >= lengths[0] and tokens == steps[0].tolist(),
+        stopped=lambda tokens: len(tokens) >= lengths[0] and tokens == completions[0].tolist(),
     )
     logits = []
     for number, ids in enumerate(sequences):
-        prompt = model(input_ids=ids[None], use_cache=False).logits[0].float()
-        # What stands before the prompt's end was read by no step of the loop.
-        logits += [prompt[place] for place in range(SHARED - 1, len(prompts[number]) - 1)]
-        logits += [read[2 * number + 1, step].float() for step in range(lengths[number])]
+        plain = model(input_ids=ids[None], use_cache=False).logits[0].float()
+        # The loop gives no logits inside a prompt, so these are the model's own.
+        logits += list(plain[SHARED - 1 : len(prompts[number]) - 1])
+        logits += [step_logits[2 * number + 1, step].float() for step in range(lengths[number])]
     return torch.stack(logits)

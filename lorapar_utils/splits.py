@@ -1,7 +1,7 @@
 """The voting phase: which training examples are System 1 (D1), which System 2 (D2) (paper, section 3.1).
 
-`python -m lorapar_utils.splits PROFILE --dry-run` prints what the profile's teachers would be asked and at what cost;
-without `--dry-run` it asks them.
+`python -m lorapar_utils.splits PROFILE` asks the profile's teachers; with `--dry-run` it prints calls, tokens and cost
+instead.
 """
 
 import argparse
@@ -29,20 +29,20 @@ from lorapar_utils.settings import Settings, load_profile, project_root
 def votes(settings: Settings, *, retry: bool = False) -> datasets.Dataset:
     """The training split with every teacher's vote (see `voting.vote`), decided by the panel `voting.panel`.
 
-    With `retry`, calls that failed last time are made again; without, they stay abstentions, so that the phases after
-    this one all see the same split.
+    With `retry`, questions whose calls failed last time are asked again. Without, they stay abstentions, so that all
+    later phases see the same split.
     """
     folder = settings.runs / "votes"
     inputs = _voting_inputs(settings)
-    kept = folder / "votes.parquet"
+    file = folder / "votes.parquet"
     if is_current(folder, inputs):
-        voted = datasets.Dataset.from_parquet(str(kept))
+        voted = datasets.Dataset.from_parquet(str(file))
         if not (retry and any(voted["failed"])):
             return _decided(voted, settings)
     with _vote_cache() as cache:
         pool, teachers = _electorate(settings)
         voted = voting.vote(pool, teachers, cache, calibration=settings.voting.calibration)
-        # Processes that wait for the same answers have them at the same time: one of them writes.
+        # Processes that waited for the same answers continue at the same time, so only one may write.
         with lock(Path(cache.directory) / "writing.lock"):
             if retry or made_from(folder) != inputs:
                 with completed(folder, inputs) as scratch:
@@ -53,19 +53,19 @@ def votes(settings: Settings, *, retry: bool = False) -> datasets.Dataset:
 
 
 def voting_plan(settings: Settings) -> pd.DataFrame:
-    """What `votes` would ask each teacher; see `voting.plan`."""
+    """Calls, tokens and cost of `votes` by teacher; see `voting.plan`."""
     with _vote_cache() as cache:
         return voting.plan(*_electorate(settings), cache)
 
 
 def _decided(voted: datasets.Dataset, settings: Settings) -> datasets.Dataset:
-    """`voted` with `system` and `agreement` as the members of `voting.panel` decide."""
+    """`voted` with `system` and `agreement` decided by the members of `voting.panel`."""
     names = [teacher.name for teacher in settings.voting.teachers]
-    chosen = [names.index(name) for name in settings.voting.members()]
-    table = np.array(voted["votes"])[:, chosen]
+    columns = [names.index(name) for name in settings.voting.members()]
+    table = np.array(voted["votes"])[:, columns]
     system, agreement = voting.decide(table, quorum=settings.voting.quorum, tie=settings.voting.tie)
-    fresh = {"system": system.tolist(), "agreement": agreement.tolist()}
-    return datasets.Dataset.from_dict(voted.to_dict() | fresh)
+    decisions = {"system": system.tolist(), "agreement": agreement.tolist()}
+    return datasets.Dataset.from_dict(voted.to_dict() | decisions)
 
 
 def system_examples(settings: Settings, system: int) -> list[dict]:
@@ -77,31 +77,31 @@ def system_examples(settings: Settings, system: int) -> list[dict]:
         The system is empty.
     """
     by = settings.voting.split_by
-    # What the generators know needs no teacher.
+    # Construction labels need no teacher.
     rows = list(_training_split(settings) if by == "construction" else votes(settings))
     systems = [data.construction_system(row["steps"]) if by == "construction" else row["system"] for row in rows]
     if by == "random":
         random.Random(settings.seed).shuffle(systems)
-    chosen = [row for row, its in zip(rows, systems, strict=True) if its == system]
-    if not chosen:
+    examples = [row for row, row_system in zip(rows, systems, strict=True) if row_system == system]
+    if not examples:
         raise InputError(
             f"voting: no training example belongs to System {system} by {settings.split_name}; "
             "change voting.calibration, voting.teachers or voting.split_by"
         )
-    return chosen
+    return examples
 
 
 @contextmanager
 def _vote_cache() -> Iterator[diskcache.Cache]:
-    """One for all profiles of a clone, or of all that share `LORAPAR_VOTES`: a paid answer is asked for once.
+    """The cache of paid answers, shared by all profiles of a clone, or by all clones with the same `LORAPAR_VOTES`.
 
-    Without SQLite's write-ahead log, which loses what two machines write on a network file system. Where there are no
-    file locks at all, nothing is asked: the answers could not be kept.
+    SQLite's write-ahead log is off, because on a network file system it loses the writes of two machines. On a file
+    system without locks an InputError is raised before any question, because the answers could not be options.
     """
     folder = project_root() / Path(os.environ.get("LORAPAR_VOTES") or "runs/vote_cache").expanduser()
-    kept = {"disk": diskcache.JSONDisk, "eviction_policy": "none", "sqlite_journal_mode": "delete"}
+    options = {"disk": diskcache.JSONDisk, "eviction_policy": "none", "sqlite_journal_mode": "delete"}
     try:
-        with diskcache.Cache(folder, **kept) as cache:
+        with diskcache.Cache(folder, **options) as cache:
             yield cache
     except (sqlite3.OperationalError, diskcache.Timeout) as error:
         raise InputError(
@@ -126,25 +126,25 @@ def _electorate(settings: Settings) -> tuple[datasets.Dataset, list[voting.Teach
 
 
 def _voting_inputs(settings: Settings) -> dict:
-    asked = settings.voting.model_dump(include={"calibration", "role_play_template", "plain_template"})
-    # A name labels a column of the votes; a limit decides which answers are cut off: both change what is written here.
-    asked["teachers"] = [
+    section_inputs = settings.voting.model_dump(include={"calibration", "role_play_template", "plain_template"})
+    # Names are columns of the votes, and token limits decide which answers are cut off; both change the written file.
+    section_inputs["teachers"] = [
         teachers.identity(section, settings) | section.model_dump(include={"name", "max_tokens"})
         for section in settings.voting.teachers
     ]
     modules = ("voting", "teachers", "label_scores", "models")
     rows = [[row[key] for key in data.COLUMNS] for row in _training_split(settings)]
-    return inputs_of(settings, modules, examples=records.fingerprint(rows), voting=asked)
+    return inputs_of(settings, modules, examples=records.fingerprint(rows), voting=section_inputs)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lorapar_utils.splits", description="Ask a profile's teachers.")
     parser.add_argument("profile")
     parser.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost; ask nothing")
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        settings = load_profile(chosen.profile)
-        if chosen.dry_run:
+        settings = load_profile(options.profile)
+        if options.dry_run:
             print(voting_plan(settings).to_string(index=False))
         else:
             counts = pd.Series(votes(settings, retry=True)["system"]).value_counts()

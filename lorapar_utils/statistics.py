@@ -1,4 +1,4 @@
-"""Intervals and paired comparisons: no score without n, no difference without its uncertainty."""
+"""Metrics with n and 95 % intervals, and paired comparisons."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,18 +12,18 @@ from lorapar_utils.errors import InputError
 
 
 class Metric(NamedTuple):
-    """A measured value, the number of outcomes that it rests on, and its 95 % interval.
+    """A measured value with the number of outcomes and a 95 % interval.
 
     Attributes
     ----------
     value
-        A share in [0, 1], a difference of two shares, or a number in a unit of its own.
+        A share in [0, 1], a difference of two shares, or another number.
     n
-        Outcomes: test items, examples, elements.
+        Number of outcomes: test items, examples or elements.
     low, high
-        The interval; None for a figure without sampling error.
+        Ends of the interval; None for a number without sampling error.
     p_value
-        Of a paired difference: McNemar's exact p.
+        McNemar's exact p of a paired difference.
 
     Examples
     --------
@@ -42,7 +42,7 @@ class Metric(NamedTuple):
         return f"{self.share()}{self._interval('.1f', 100)}, n = {self.n:,}"
 
     def share(self) -> str:
-        """`23.1 %`: where n and interval stand elsewhere."""
+        """`23.1 %`, without interval and n."""
         return f"{100 * self.value:.1f} %"
 
     def number(self) -> str:
@@ -54,15 +54,15 @@ class Metric(NamedTuple):
         return f"{100 * self.value:+.1f} points{self._interval('+.1f', 100)}"
 
     def gap(self) -> str:
-        """The same in a table's cell: `+8.0 [+2.0, +14.0], n = 150`."""
+        """A difference of two shares in a table: `+8.0 [+2.0, +14.0], n = 150`."""
         return f"{100 * self.value:+.1f}{self._interval('+.1f', 100)}, n = {self.n:,}"
 
     def errors(self) -> tuple[float, float]:
-        """How far the interval reaches below and above the value, as error bars are drawn."""
+        """Distances from the value to both ends of the interval, for error bars."""
         return self.value - self.low, self.high - self.value
 
     def as_json(self) -> dict:
-        """What a record holds: the fields that were measured."""
+        """The fields that are not None, for a record."""
         return {key: value for key, value in self._asdict().items() if value is not None}
 
     def _interval(self, form: str, unit: float = 1) -> str:
@@ -70,7 +70,7 @@ class Metric(NamedTuple):
 
 
 def proportion(outcomes: Sequence[bool | int]) -> Metric:
-    """The share of True among `outcomes`, with n and its 95 % Wilson interval."""
+    """The share of True among `outcomes`, with n and a 95 % Wilson interval."""
     if not len(outcomes):
         raise InputError("outcomes: none to take a share of")
     n, hits = len(outcomes), int(np.sum(np.asarray(outcomes, dtype=bool)))
@@ -79,7 +79,7 @@ def proportion(outcomes: Sequence[bool | int]) -> Metric:
 
 
 def mean(values: Sequence[float]) -> Metric:
-    """The mean of per-item values, with n and its 95 % bootstrap interval (percentile, fixed seed)."""
+    """The mean of per-item values, with n and a 95 % bootstrap interval (percentile, fixed seed)."""
     values = np.asarray(values, dtype=float)
     if not values.size:
         raise InputError("values: none to average")
@@ -88,19 +88,19 @@ def mean(values: Sequence[float]) -> Metric:
 
 
 def share(values: Sequence[float]) -> Metric:
-    """The mean of items' shares of right answers, one for each item over its seeds.
+    """The mean of per-item shares of right answers over the seeds.
 
-    Where every item is all right or all wrong it is a `proportion`: resampling nothing but misses would give an
-    interval without width. Else a `mean`.
+    If all shares are 0 or 1, it is a `proportion`, because a bootstrap over equal values would give an interval of no
+    width. Otherwise it is a `mean`.
     """
     values = np.asarray(values, dtype=float)
     return proportion(values) if np.isin(values, (0.0, 1.0)).all() else mean(values)
 
 
 def macro_average(outcomes: Sequence[tuple[str, bool]]) -> Metric:
-    """The mean over groups of the share of True in each, of (group, outcome) pairs.
+    """The mean over groups of each group's share of True, from (group, outcome) pairs.
 
-    n counts outcomes; the 95 % interval is a bootstrap's within the groups (percentile, fixed seed).
+    n counts outcomes. The 95 % interval is from a bootstrap within the groups (percentile, fixed seed).
     """
     groups: dict[str, list[bool]] = {}
     for group, outcome in outcomes:
@@ -109,14 +109,14 @@ def macro_average(outcomes: Sequence[tuple[str, bool]]) -> Metric:
         raise InputError("outcomes: none to take a share of")
     sizes = np.array([len(group) for group in groups.values()])
     shares = np.array([np.mean(group) for group in groups.values()])
-    # Resampling 0/1 outcomes of one group draws a binomial number of hits.
-    drawn = (np.random.default_rng(0).binomial(sizes, shares, (2000, len(sizes))) / sizes).mean(1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
+    # The number of hits in a resample of 0/1 outcomes is binomial.
+    means = (np.random.default_rng(0).binomial(sizes, shares, (2000, len(sizes))) / sizes).mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
     return Metric(float(shares.mean()), int(sizes.sum()), float(low), float(high))
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Metric:
-    """Mean of `second - first` over the same items: n, 95 % bootstrap interval, McNemar's exact p.
+    """Mean of `second - first` with n, 95 % bootstrap interval and McNemar's exact p.
 
     `first` and `second` hold 0/1 outcomes of the same items in the same order.
     """
@@ -130,13 +130,13 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Metric
 
 
 def resampled(statistic: Callable[[np.ndarray], float], n: int, *, resamples: int = 1000) -> Metric:
-    """A statistic of `n` examples with its 95 % bootstrap interval over examples (percentile, fixed seed).
+    """A statistic of `n` examples, with a 95 % bootstrap interval over examples (percentile, fixed seed).
 
-    `statistic` takes the indices of the examples to use. Resamples on which it is undefined (NaN) are left out.
+    `statistic` takes the indices of the examples to use. Resamples with an undefined statistic (NaN) are left out.
     """
     generator = np.random.default_rng(0)
-    drawn = [statistic(generator.integers(0, n, n)) for _ in range(resamples)]
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    values = [statistic(generator.integers(0, n, n)) for _ in range(resamples)]
+    low, high = np.nanpercentile(values, [2.5, 97.5])
     return Metric(float(statistic(np.arange(n))), n, float(low), float(high))
 
 

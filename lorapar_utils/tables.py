@@ -1,9 +1,10 @@
 """Records in, tables out: ours beside the paper's, each with n and interval. No training, no torch.
 
-Column `records` names those that a row's numbers come from; `notebook.linked` makes links of them.
+Column `records` names the records of a row's numbers; `notebook.linked` turns the names into links.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import pandas as pd
 import yaml
@@ -22,14 +23,14 @@ def paper(table: str) -> dict | list:
 def written(
     metric: Metric | None, style: Callable[[Metric], str] = Metric.percent, missing: str = "not measured"
 ) -> str:
-    """A metric in one of its styles; `missing` in place of one that was not measured."""
+    """`metric` as text in one of the styles of `Metric`, or `missing` where it is None."""
     return missing if metric is None else style(metric)
 
 
 def stage_table(records: Iterable[Record]) -> pd.DataFrame:
-    """One row an experiment: System 1 and System 2 test accuracy after each stage, and the active share.
+    """One row per experiment and stage: test accuracy on System 1 and System 2, and the active share.
 
-    Of free text the overlap with the reference, and its loss, in place of the accuracies.
+    Where the answers are free text, overlap with the reference and loss take the place of the accuracies.
     """
     rows = []
     for record in records:
@@ -56,9 +57,9 @@ def stage_table(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def gain_table(records: Iterable[Record]) -> pd.DataFrame:
-    """What stage 2 changed over stage 1 by experiment, seed and system: paired, with McNemar's exact p.
+    """The gain of stage 2 over stage 1 by experiment, seed and system: paired, with McNemar's exact p.
 
-    Of free text the change of the overlap, which has no such p.
+    Where the answers are free text, the gain is in overlap and has no p.
     """
     keys = {"gain/system1": 1, "gain/system2": 2, "gain/overlap": "overlap"}
     return pd.DataFrame(
@@ -85,7 +86,7 @@ def _p_value(metric: Metric) -> str:
 
 
 def budget_table(records: Iterable[Record]) -> pd.DataFrame:
-    """LoRA-PAR against LoRA with all elements, same stages, examples and steps: paired over test items and seeds."""
+    """LoRA-PAR against LoRA with all elements: same stages, examples and steps, paired over test items and seeds."""
     runs = method_runs(records)
     if not {"LoRA + RL", "LoRA-PAR over LoRA"} <= runs.keys():
         return pd.DataFrame()
@@ -108,14 +109,10 @@ def budget_table(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def theta_table(records: Iterable[Record]) -> pd.DataFrame:
-    """Table 3 at our scale: stage 1 accuracy by modules, theta and selection, the paper's numbers beside it."""
-    published = paper("table3_theta")
+    """Table 3 at our scale: stage 1 accuracy by modules, theta and selection, beside the paper's numbers."""
     rows = []
     for point in theta_points(records):
-        cells = {row[0]: row for row in published[point["modules"]]}.get(point["theta"], [None] * 4)
-        every = point["selection"] == "all elements"
-        full = published["full_lora_accuracy"][point["modules"]]
-        column = {"importance": 2, "random": 3}.get(point["selection"])
+        published = _published_point(point["modules"], point["theta"], point["selection"])
         rows.append(
             {
                 "modules": point["modules"],
@@ -124,19 +121,29 @@ def theta_table(records: Iterable[Record]) -> pd.DataFrame:
                 "active (stage 1)": f"{100 * point['active']:.1f} %",
                 "ours, accuracy": point["metric"].percent(),
                 "each seed": ", ".join(f"{100 * value:.1f}" for value in point["seeds"]),
-                "paper, active %": 100.0 if every else _or_dash(cells[1] if column else None),
-                "paper, accuracy %": full if every else _or_dash(cells[column] if column else None),
+                "paper, active %": _or_dash(published.get("active")),
+                "paper, accuracy %": _or_dash(published.get("accuracy")),
                 "records": _labels(point["records"]),
             }
         )
     return pd.DataFrame(rows)
 
 
-def theta_points(records: Iterable[Record]) -> list[dict]:
-    """One point for each modules, theta and selection: mean accuracy over the seeds, its interval over test items.
+def _published_point(modules: str, theta: float, selection: str) -> dict[str, float]:
+    """The paper's active share and accuracy at one point of Table 3, in percent; {} where it has no such point."""
+    table = paper("table3_theta")
+    if selection == "all elements":
+        return {"active": 100.0, "accuracy": table["full_lora_accuracy"][modules]}
+    row = next((row for row in table[modules] if row["theta"] == theta), {})
+    if selection == "random":
+        return row | {"accuracy": row.get("random")}
+    return row if selection == "importance" else {}
 
-    One record a seed counts, whatever experiment it belongs to: at theta = 1 every way of selecting is LoRA with all
-    elements.
+
+def theta_points(records: Iterable[Record]) -> list[dict]:
+    """One point for each modules, theta and selection: mean accuracy over the seeds, with an interval over test items.
+
+    A point takes one record per seed, from any experiment. At theta = 1 every selection is LoRA with all elements.
     """
     groups: dict[tuple, dict[int, Record]] = {}
     for record in records:
@@ -144,10 +151,10 @@ def theta_points(records: Iterable[Record]) -> list[dict]:
         if score_after(record, "stage1") is None:
             continue
         score = parameters.get("score") or "second_order"
-        chosen_by = {"second_order": "importance", "random": "random scores"}.get(score, score)
-        chosen_by = "random" if parameters["selection"] == "random" else chosen_by
+        selection = {"second_order": "importance", "random": "random scores"}.get(score, score)
+        selection = "random" if parameters["selection"] == "random" else selection
         every = parameters["method"] != "lorapar" or parameters["theta"] == 1.0
-        key = (parameters["modules"], 1.0 if every else parameters["theta"], "all elements" if every else chosen_by)
+        key = (parameters["modules"], 1.0 if every else parameters["theta"], "all elements" if every else selection)
         groups.setdefault(key, {}).setdefault(record.run["seed"], record)
     return [
         {
@@ -163,35 +170,45 @@ def theta_points(records: Iterable[Record]) -> list[dict]:
     ]
 
 
-# Our rows of Tables 4 and 6: (method, its adapter's init, stages), and the paper's row beside it.
-METHOD_ROWS = {
-    "base model": (("base", None, ()), "LLaMA-2-7B"),
-    "LoRA": (("lora", "normal", ("sft_all",)), "LoRA"),
-    "OLoRA": (("olora", "olora", ("sft_all",)), "OLoRA"),
-    "PiSSA": (("pissa", "pissa", ("sft_all",)), "PiSSA"),
-    "DoRA": (("dora", "normal", ("sft_all",)), None),
-    "Prompt Tuning": (("prompt_tuning", "normal", ("sft_all",)), "Prompt Tuning"),
-    "P-Tuning": (("p_tuning", "normal", ("sft_all",)), "P-Tuning"),
-    "Prefix-Tuning": (("prefix_tuning", "normal", ("sft_all",)), "Prefix-Tuning"),
-    "IA3": (("ia3", "normal", ("sft_all",)), "IA3"),
-    "SHiRA": (("shira", "normal", ("sft_all",)), None),
-    "LoRA + RL": (("lora", "normal", ("sft", "grpo")), "LoRA + RL"),
-    "PiSSA + RL": (("pissa", "pissa", ("sft", "grpo")), "PiSSA + RL"),
-    "LoRA-PAR over LoRA": (("lorapar", "normal", ("sft", "grpo")), "LoRA-PAR, LoRA, theta=0.9"),
-    "LoRA-PAR over OLoRA": (("lorapar", "olora", ("sft", "grpo")), None),
-    "LoRA-PAR over PiSSA": (("lorapar", "pissa", ("sft", "grpo")), "LoRA-PAR, PiSSA, theta=0.9"),
-}
-# LoRA-PAR as the paper has it: anything else is an ablation.
+@dataclass(frozen=True)
+class Row:
+    """A row of Tables 4 and 6: the run parameters that belong there, and the name of the paper's row, if any."""
+
+    title: str
+    method: str
+    init: str | None
+    stages: tuple[str, ...]
+    paper: str | None
+
+
+METHOD_ROWS = (
+    Row("base model", "base", None, (), "LLaMA-2-7B"),
+    Row("LoRA", "lora", "normal", ("sft_all",), "LoRA"),
+    Row("OLoRA", "olora", "olora", ("sft_all",), "OLoRA"),
+    Row("PiSSA", "pissa", "pissa", ("sft_all",), "PiSSA"),
+    Row("DoRA", "dora", "normal", ("sft_all",), None),
+    Row("Prompt Tuning", "prompt_tuning", "normal", ("sft_all",), "Prompt Tuning"),
+    Row("P-Tuning", "p_tuning", "normal", ("sft_all",), "P-Tuning"),
+    Row("Prefix-Tuning", "prefix_tuning", "normal", ("sft_all",), "Prefix-Tuning"),
+    Row("IA3", "ia3", "normal", ("sft_all",), "IA3"),
+    Row("SHiRA", "shira", "normal", ("sft_all",), None),
+    Row("LoRA + RL", "lora", "normal", ("sft", "grpo"), "LoRA + RL"),
+    Row("PiSSA + RL", "pissa", "pissa", ("sft", "grpo"), "PiSSA + RL"),
+    Row("LoRA-PAR over LoRA", "lorapar", "normal", ("sft", "grpo"), "LoRA-PAR, LoRA, theta=0.9"),
+    Row("LoRA-PAR over OLoRA", "lorapar", "olora", ("sft", "grpo"), None),
+    Row("LoRA-PAR over PiSSA", "lorapar", "pissa", ("sft", "grpo"), "LoRA-PAR, PiSSA, theta=0.9"),
+)
+# The parameters of LoRA-PAR in the paper; other values are ablations.
 USUAL = {"selection": "importance", "theta": 0.9, "alpha": 1.0, "beta": 1.0, "split_by": None, "panel": None}
-# The paper's columns beside each of our benchmarks; its MMLU was trained on Dolly-15k, or on Open-Platypus.
+# The columns of Table 4 beside each of our benchmarks. For MMLU the paper trained on Dolly-15k or on Open-Platypus.
 PUBLISHED = {"pool": "gsm8k", "gsm8k": "gsm8k", "mmlu": "mmlu_dolly", "humaneval": "humaneval"}
 TRAINED_ON = {("mmlu", "open-platypus"): "mmlu_platypus"}
 
 
 def method_runs(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """The records of each row of Tables 4 and 6, one a seed; of LoRA-PAR only those at `USUAL` parameters."""
-    rows = {key: title for title, (key, _) in METHOD_ROWS.items()}
-    found: dict[str, dict[int, Record]] = {}
+    """The records of each row of Tables 4 and 6, one per seed; of LoRA-PAR only those at `USUAL` parameters."""
+    titles = {(row.method, row.init, row.stages): row.title for row in METHOD_ROWS}
+    runs: dict[str, dict[int, Record]] = {}
     for record in records:
         parameters = record.run["parameters"]
         if "stages" not in parameters:
@@ -200,68 +217,67 @@ def method_runs(records: Iterable[Record]) -> dict[str, list[Record]]:
         key = (parameters["method"], parameters.get("init", "normal"), stages) if stages else ("base", None, ())
         usual = {name: parameters.get(name) for name in USUAL} == USUAL
         usual &= parameters.get("score") in (None, "second_order")
-        if key not in rows or (key[0] == "lorapar" and not usual):
+        if key not in titles or (key[0] == "lorapar" and not usual):
             continue
-        found.setdefault(rows[key], {}).setdefault(record.run["seed"], record)
-    return {title: list(found[title].values()) for title in METHOD_ROWS if title in found}
+        runs.setdefault(titles[key], {}).setdefault(record.run["seed"], record)
+    return {row.title: list(runs[row.title].values()) for row in METHOD_ROWS if row.title in runs}
 
 
 def benchmark_table(records: Iterable[Record], benchmark: str = "pool") -> pd.DataFrame:
-    """Tables 4 and 6 at our scale: every method on one benchmark, over its seeds, the paper's numbers beside it.
+    """Tables 4 and 6 at our scale: every method on one benchmark, over the seeds, beside the paper's numbers.
 
-    Ours are accuracies after stage 1, where there are two, and at the end; the paper's are after its two epochs: of
-    SFT, or one of SFT and one of GRPO. The gap to LoRA is paired over test items and seeds. A method without a record
-    reads "not run". `truncated` is the share of completions that never ended: they can only be wrong.
+    Our accuracies are after stage 1, where there are two stages, and at the end. The paper's are after each of two
+    epochs: both SFT, or SFT then GRPO. The gap to LoRA is paired over test items and seeds. A method without a record
+    reads "not run". `truncated` is the share of completions that never ended, which count as wrong.
     """
     runs = method_runs(records)
-    pools = {run.run["parameters"].get("pool") for group in runs.values() for run in group}
+    pools = {record.run["parameters"].get("pool") for group in runs.values() for record in group}
     column = TRAINED_ON.get((benchmark, pools.pop())) if len(pools) == 1 else None
-    published = _published(column or PUBLISHED[benchmark])
+    published = _published_epochs(column or PUBLISHED[benchmark])
     rows = []
-    for title, (_, row) in METHOD_ROWS.items():
-        found = runs.get(title, [])
-        last = _last(found)
-        ours = [_over_seeds(found, _stage_of(stage, benchmark)) for stage in ("stage1", last)]
-        first, second = published.get(row, (None, None))
+    for row in METHOD_ROWS:
+        group = runs.get(row.title, [])
+        last = _last(group)
+        epochs = published.get(row.paper, (None, None))
         rows.append(
             {
-                "method": title,
-                "seeds": len(found),
-                "active": written(found[0].metrics.get(f"active/{last}") if found else None, Metric.share, "–"),
-                "ours, after stage 1": ours[0] if last == "stage2" else "–",
-                "ours, at the end": ours[1] if found else "not run",
-                "gap to LoRA": _gap_to_lora(runs, title, benchmark),
-                "truncated": _truncated(found, _stage_of(last, benchmark)),
-                "paper, epoch 1 %": _or_dash(first),
-                "paper, epoch 2 %": _or_dash(second),
-                "records": _labels(found),
+                "method": row.title,
+                "seeds": len(group),
+                "active": written(group[0].metrics.get(f"active/{last}") if group else None, Metric.share, "–"),
+                "ours, after stage 1": _over_seeds(group, _stage_of("stage1", benchmark)) if last == "stage2" else "–",
+                "ours, at the end": _over_seeds(group, _stage_of(last, benchmark)) if group else "not run",
+                "gap to LoRA": _gap_to_lora(runs, row.title, benchmark),
+                "truncated": _truncated(group, _stage_of(last, benchmark)),
+                "paper, epoch 1 %": _or_dash(epochs[0]),
+                "paper, epoch 2 %": _or_dash(epochs[1]),
+                "records": _labels(group),
             }
         )
     return pd.DataFrame(rows)
 
 
 def cost_points(records: Iterable[Record]) -> pd.DataFrame:
-    """One row a trained method: accuracy at the end with interval, active elements, time and peak bytes of training.
+    """One row per trained method: accuracy at the end with interval, active elements, time and peak bytes of training.
 
-    Time is in core-seconds (on a GPU: seconds), since profiles differ in threads. It and bytes are means over the
+    Time is in core-seconds (on a GPU: seconds), because profiles differ in threads. Time and bytes are means over the
     seeds; NaN where a record does not have them.
     """
     rows = []
-    for title, found in method_runs(records).items():
-        last = _last(found)
+    for title, group in method_runs(records).items():
+        last = _last(group)
         if last == "base":
             continue
-        stages = [stage for stage in ("stage1", "stage2") if score_after(found[0], stage)]
-        active = found[0].metric(f"active/{last}")
+        stages = [stage for stage in ("stage1", "stage2") if score_after(group[0], stage)]
+        active = group[0].metric(f"active/{last}")
         rows.append(
             {
                 "method": title,
                 "active": active.value * active.n,
                 "core_seconds": pd.Series(
-                    [_cores(run) * sum(_value(run, f"{s}/train_seconds") for s in stages) for run in found]
+                    [_cores(run) * sum(_value(run, f"{s}/train_seconds") for s in stages) for run in group]
                 ).mean(),
-                "peak_bytes": pd.Series([_value(run, f"{last}/peak_bytes") for run in found]).mean(),
-                **statistics.share(list(mean_outcomes(found, last).values()))._asdict(),
+                "peak_bytes": pd.Series([_value(run, f"{last}/peak_bytes") for run in group]).mean(),
+                **statistics.share(list(mean_outcomes(group, last).values()))._asdict(),
             }
         )
     return pd.DataFrame(rows)
@@ -276,14 +292,11 @@ def _value(record: Record, metric: str) -> float:
     return record.metrics.get(metric, Metric(float("nan"), 0)).value
 
 
-def _published(column: str) -> dict[str, tuple]:
-    """The paper's two epochs of one benchmark by its row: Table 4, and for GSM8K also Table 6."""
-    main = paper("table4_benchmarks")
-    place = [main["columns"].index(f"{column}_{epoch}") for epoch in ("e1", "e2")]
-    found = {row[0]: tuple(row[i] for i in place) for row in main["rows"]}
-    if column == "gsm8k":
-        found = {row[0]: tuple(row[1:3]) for row in paper("table6_broader_peft")["rows"]} | found
-    return found
+def _published_epochs(column: str) -> dict[str, tuple[float | None, float | None]]:
+    """The paper's accuracy after both epochs by method, from Table 4 and, for GSM8K, also Table 6; in percent."""
+    epochs = {row["method"]: (row["epoch1"], row["epoch2"]) for row in paper("table6_broader_peft")}
+    main = {row["method"]: (row[f"{column}_e1"], row.get(f"{column}_e2")) for row in paper("table4_benchmarks")}
+    return epochs | main if column == "gsm8k" else main
 
 
 def _last(runs: list[Record]) -> str:
@@ -291,20 +304,20 @@ def _last(runs: list[Record]) -> str:
 
 
 def _stage_of(stage: str, benchmark: str) -> str:
-    """How items name a stage's outcomes on a benchmark."""
+    """The `stage` field of a benchmark's items."""
     return stage if benchmark == "pool" else f"{stage}/{benchmark}"
 
 
 def _over_seeds(runs: Iterable[Record], stage: str, system: int | None = None) -> str:
-    """Accuracy over the seeds, its interval over test items."""
+    """Mean accuracy over the seeds, with an interval over test items."""
     outcomes = mean_outcomes(runs, stage, system)
     return written(statistics.share(list(outcomes.values())) if outcomes else None)
 
 
 def _truncated(runs: list[Record], stage: str) -> str:
-    found = [item["truncated"] for run in runs for item in run.items if item["stage"] == stage]
-    found = [cut for cut in found if cut is not None]
-    return f"{100 * sum(found) / len(found):.1f} %" if found else "–"
+    flags = [item["truncated"] for run in runs for item in run.items if item["stage"] == stage]
+    flags = [flag for flag in flags if flag is not None]
+    return f"{100 * sum(flags) / len(flags):.1f} %" if flags else "–"
 
 
 def _gap_to_lora(runs: dict[str, list[Record]], title: str, benchmark: str) -> str:
@@ -315,11 +328,11 @@ def _gap_to_lora(runs: dict[str, list[Record]], title: str, benchmark: str) -> s
 
 
 def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
-    """Table 2 at our scale: accuracy after each stage by alpha and beta, over the seeds, the paper's beside it.
+    """Table 2 at our scale: accuracy after each stage by alpha and beta, over the seeds, beside the paper's numbers.
 
     The gap to alpha = beta = 1 after both stages is paired over items, at the seeds that both cells have.
     """
-    published = {tuple(row[:2]): row for row in paper("table2_alpha_beta")["rows"]}
+    published = {(row["alpha"], row["beta"]): row for row in paper("table2_alpha_beta")}
     runs: dict[tuple[float, float], list[Record]] = {}
     for record in records:
         parameters = record.run["parameters"]
@@ -335,8 +348,8 @@ def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
                 "after SFT": _over_seeds(group, "stage1"),
                 "after RL": _over_seeds(group, "stage2"),
                 "gap to alpha = beta = 1": _gap(group, runs.get((1.0, 1.0), []), "stage2"),
-                "paper, after SFT %": published.get((alpha, beta), ["–"] * 4)[2],
-                "paper, after RL %": published.get((alpha, beta), ["–"] * 4)[3],
+                "paper, after SFT %": published.get((alpha, beta), {}).get("sft", "–"),
+                "paper, after RL %": published.get((alpha, beta), {}).get("rl", "–"),
                 "records": _labels(group),
             }
             for (alpha, beta), group in sorted(runs.items())
@@ -345,8 +358,8 @@ def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def order_table(records: Iterable[Record]) -> pd.DataFrame:
-    """Table 7 at our scale: LoRA-PAR's stages in both orders, over the seeds, the paper's (Qwen-2.5-7B) beside."""
-    published = {row[0]: row for row in paper("table7_order")["rows"]}
+    """Table 7 at our scale: LoRA-PAR's stages in both orders, over the seeds, beside the paper's (Qwen-2.5-7B)."""
+    published = {row["schedule"]: row for row in paper("table7_order")}
     runs: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         parameters = record.run["parameters"]
@@ -362,8 +375,8 @@ def order_table(records: Iterable[Record]) -> pd.DataFrame:
                 "after phase 1": _over_seeds(group, "stage1"),
                 "after phase 2": _over_seeds(group, "stage2"),
                 "gap to SFT then RL": _gap(group, runs.get(("sft", "grpo"), []), "stage2"),
-                "paper, phase 1 %": row[1],
-                "paper, phase 2 %": row[2],
+                "paper, phase 1 %": row["phase1"],
+                "paper, phase 2 %": row["phase2"],
                 "records": _labels(group),
             }
         )
@@ -371,7 +384,7 @@ def order_table(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def certain_table(record: Record) -> pd.DataFrame:
-    """Of the voting record: agreement with construction among the examples with the largest summed margins."""
+    """From the voting record: agreement with construction among the examples with the largest summed margins."""
     return pd.DataFrame(
         [
             {
@@ -384,7 +397,7 @@ def certain_table(record: Record) -> pd.DataFrame:
     )
 
 
-# Our strategies beside the paper's rows of Table 1; its second single teacher has no counterpart.
+# Our strategies -> the paper's rows of Table 1. We have no counterpart of DeepSeek-R1 alone.
 SPLITS = {
     "split_random": "random partition",
     "split_one_plain": "QwQ, no role play",
@@ -398,7 +411,7 @@ SPLITS = {
 def voting_table(records: Iterable[Record]) -> pd.DataFrame:
     """Table 1 at our scale: stage 1 accuracy by how the examples were split, and the gap to a random split.
 
-    The gap is paired over test items, each its mean over the seeds in common, with a 95 % bootstrap interval.
+    The gap is paired over test items, with a 95 % bootstrap interval. An item counts as the mean over common seeds.
     """
     published = {row["strategy"]: row["accuracy"] for row in paper("table1_data_classification")}
     runs: dict[str, list[Record]] = {}
@@ -433,7 +446,7 @@ def _gap(runs: list[Record], control: list[Record], stage: str, system: int | No
 
 
 def _paired(sides: list[dict[str, float]]) -> str:
-    """Mean difference of two sides' outcomes over the items in common, with its interval."""
+    """Mean difference of two sides' outcomes over common items, with an interval."""
     first, second = sides
     common = sorted(first.keys() & second.keys())
     if not common:
@@ -442,7 +455,7 @@ def _paired(sides: list[dict[str, float]]) -> str:
 
 
 def label(record: Record) -> str:
-    """`cpu-full/lora-seed0`: a record and the profile that made it."""
+    """Profile and name of a record, such as `cpu-full/lora-seed0`."""
     return f"{record.run['profile']}/{record.name}"
 
 

@@ -1,7 +1,7 @@
 """The kinds of teacher: a local model, an OpenAI-compatible server, recorded votes (paper, section 3.1).
 
-Deviation: the paper's teachers are large reasoning models that answer in words, as `api` teachers do. A `local`
-teacher is read by the log-likelihood of its two labels, so that every vote comes with a margin.
+Deviation: the paper's teachers are large reasoning models that answer in words, like `api` teachers here. A `local`
+teacher votes for the label with the higher log-likelihood, so every vote has a margin.
 """
 
 import atexit
@@ -34,27 +34,27 @@ from lorapar_utils.records import fingerprint
 from lorapar_utils.settings import ApiTeacher, LocalTeacher, RecordedTeacher, Settings
 from lorapar_utils.voting import Ballot, Teacher
 
-# What a teacher is called, where its key lies, what its answers cost or are limited by: none of it shapes an answer.
+# Fields that shape no answer: names, keys, prices and limits.
 LOGISTICS = {"name", "api_key_env", "price_in", "price_out"}
 LOGISTICS |= {"max_tokens", "max_tokens_field", "concurrency", "timeout", "retries"}
-# Two examples' prompts: what a template makes of them has to differ.
+# Two prompts for which a template has to give different texts.
 PROBES = ("What is 2 + 3?", "Name the capital of France.")
 
 
 def build_teachers(settings: Settings, examples: Sequence[dict]) -> list[Teacher]:
-    """The profile's teachers, each checked as far as it can be before anything is asked.
+    """The profile's teachers, checked as far as possible without asking a question.
 
     Raises
     ------
     InputError
-        A template that names an unknown variable, or does not use the prompt; of an API teacher: no key, or one that
-        cannot be sent, an address that is none; of recorded votes: a missing file or column, missing, repeated or
-        unknown ids, a cell that is no vote.
+        A template with an unknown variable or without the prompt; of an API teacher: a missing or unusable key, an
+        invalid address; of recorded votes: a missing file or column, missing, repeated or unknown ids, a cell that is
+        no vote.
     """
 
     @functools.cache
     def load(source: str | None, gguf_file: str | None):
-        """Teachers over the same model share it, and it is loaded only if there is something to ask."""
+        """Load a model on the first question, once for all teachers that use it."""
         from lorapar_utils import models
 
         return models.load_base(over(source, gguf_file, settings))
@@ -70,19 +70,19 @@ def build_teachers(settings: Settings, examples: Sequence[dict]) -> list[Teacher
 
 
 def identity(section: LocalTeacher | ApiTeacher | RecordedTeacher, settings: Settings) -> dict:
-    """All that shapes a teacher's answers: what its votes are kept under."""
+    """Everything that shapes a teacher's answers; part of the key of cached votes."""
     if section.kind == "recorded":
         return {"kind": "recorded", "sha256": hashlib.sha256(_read_bytes(section)).hexdigest()}
     shaping = section.model_dump(exclude=LOGISTICS)
     if section.kind == "api":
         return shaping | {"base_url": _address(section)}
     model = model_identity(over(section.source, section.gguf_file, settings))
-    model.pop("system_prompt")  # a teacher is asked without
+    model.pop("system_prompt")  # teachers get no system prompt
     return shaping | {"source": None, "gguf_file": None, "model": model}
 
 
 def over(source: str | None, gguf_file: str | None, settings: Settings) -> Settings:
-    """The settings with a teacher's own model in the place of the target's; None is the target itself."""
+    """The settings with a teacher's own model in place of the target; a `source` of None is the target itself."""
     if source is None:
         return settings
     return settings.changed(model={"source": source, "gguf_file": gguf_file, "revision": None})
@@ -92,12 +92,12 @@ def over(source: str | None, gguf_file: str | None, settings: Settings) -> Setti
 
 
 def teacher_prompt(section: LocalTeacher | ApiTeacher, example: dict, settings: Settings) -> str:
-    """The profile's template, filled in: with role play it names the target model."""
+    """The profile's template, filled in. The role-play template names the target model."""
     name = _template_name(section)
-    given = {"target": settings.model.target_name, "persona": section.persona, "question": section.question}
-    given |= {"prompt": example["prompt"], "answer": example["answer"]}
+    variables = {"target": settings.model.target_name, "persona": section.persona, "question": section.question}
+    variables |= {"prompt": example["prompt"], "answer": example["answer"]}
     try:
-        return _template(getattr(settings.voting, name)).render(given).strip()
+        return _template(getattr(settings.voting, name)).render(variables).strip()
     except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"voting.{name}: {error}; it may use target, persona, prompt, answer and question") from None
 
@@ -119,7 +119,7 @@ def _template(source: str) -> jinja2.Template:
     return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(source)
 
 
-# Between these, a model thinks: tags, and the channels of gpt-oss and Gemma.
+# Start and end of a model's thinking: tags, and the channels of gpt-oss and Gemma.
 _THOUGHTS = r"(?:think|thinking|thoughts?|reason|reasoning|analysis|reflection|scratchpad|seed:think)"
 OPENED = re.compile(
     rf"<{_THOUGHTS}(?:\s[^<>]*)?>|\[THINK\]|◁think▷|<\|begin_of_thought\|>"
@@ -129,7 +129,7 @@ OPENED = re.compile(
 CLOSED = re.compile(
     rf"</{_THOUGHTS}\s*>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|channel\|>\s*final|<channel\|>", re.I
 )
-# What a server without the model's own stop tokens leaves in, and tags that say "this is the answer" or are layout.
+# Stop tokens that a server left in, and tags for an answer or for layout.
 LEFT_IN = re.compile(
     r"<\|[^<>|\n]*\|?>|<[^<>|\s]+\|>|\[\|[^\[\]|\n]*\|\]|</?s>|\[/?(?:INST|EOS|BOS|DONE)\]"
     r"|<(?:bos|eos|pad|eot|end|(?:start|end)_of_(?:turn|utterance|text))>"
@@ -153,12 +153,12 @@ BULLETS, STOPS = " \t\r\n\f\v#>+.:•·●▪◦‣–—-", " \t\r\n\f\v#.:!,;�
 
 
 def parse_vote(text: str) -> tuple[int, str]:
-    r"""The system that an answer ends with, and ""; or 0 and why it is an abstention.
+    r"""The system that an answer ends with, and ""; or 0 and the reason for the abstention.
 
-    The last line has to say `System 1` or `System 2` and nothing else. `Answer:` before it is accepted, and so is what
-    does not change its meaning: Markdown, LaTeX, quotes, brackets, tags such as `<answer>`, stop tokens, another
-    spelling of the number (`II`, full-width digits), one JSON object with one answer. Reasoning before it, in `<think>`
-    tags or not, is skipped. Anything else is never guessed at.
+    The last line has to say `System 1` or `System 2` and nothing else, except `Answer:` before it and decoration:
+    Markdown, LaTeX, quotes, brackets, tags such as `<answer>`, stop tokens. The number can be spelled `II` or in
+    full-width digits. One JSON object with one answer is accepted too. Reasoning before the last line, in `<think>`
+    tags or not, is skipped. Everything else is an abstention, never a guess.
 
     >>> parse_vote("It chains three sums. **Answer:** System 2")
     (0, 'no verdict in the last line')
@@ -175,25 +175,25 @@ def parse_vote(text: str) -> tuple[int, str]:
         return 0, "empty answer"
     system, labelled = _verdict(lines[-1])
     if system and not labelled and len(lines) > 1 and _verdict(lines[-2])[0] == 3 - system:
-        return 0, NO_VERDICT  # both systems, one a line: the choices, not a choice
+        return 0, NO_VERDICT  # both systems, one per line, are the list of choices
     return (system, "") if system else (0, NO_VERDICT)
 
 
 def _verdict(bare: str) -> tuple[int, bool]:
-    """The one system that a bare line names, else 0; and whether it is labelled as the answer."""
+    """The system that a bare line names, else 0, and whether the line is labelled as the answer."""
     label = LABEL.match(bare)
     named = SYSTEM.fullmatch(_bare(bare[label.end() :]) if label else bare)
     return (0 if named is None else 1 if named[1] else 2), label is not None
 
 
 def _bare(line: str) -> str:
-    """A line without what only decorates it."""
+    """A line without decoration."""
     line = LATEX_MARKS.sub(" ", LEFT_IN.sub(" ", line))
     while (inner := LATEX.sub(r"\1", line)) != line:
         line = inner
     line = re.sub("[*`\"'“”„‘’‚«»‹›「」]", "", line).replace("_", " ")
     while True:
-        line = line.lstrip(BULLETS).rstrip(STOPS)  # not by a pattern, which takes minutes over ten thousand dashes
+        line = line.lstrip(BULLETS).rstrip(STOPS)  # a pattern would take minutes over ten thousand dashes
         wrapped = re.fullmatch(r"\((\S.*)\)|\[(\S.*)\]|\{(\S.*)\}|【(\S.*)】", line)
         if wrapped is None:
             return line
@@ -201,7 +201,7 @@ def _bare(line: str) -> str:
 
 
 def _json_answer(visible: str) -> str:
-    """Of an answer that ends with a JSON object with one label, which names one system: that; others as they are."""
+    """The value of a final JSON object with one label that names one system; other texts stay unchanged."""
     ending = LEFT_IN.sub(" ", visible[visible.rfind("{") :]).strip("`\n\t ")
     try:
         fields = json.loads(ending)
@@ -225,7 +225,7 @@ def _local(section: LocalTeacher, settings: Settings, load: Callable) -> Teacher
 
         model, tokenizer = load(section.source, section.gguf_file)
         texts = [prompt(example) for example in asked]
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # so that a batch is padded little
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of similar length need little padding
         size = settings.voting.batch_size
         for batch in (order[start : start + size] for start in range(0, len(order), size)):
             plain = settings.model.plain_template
@@ -239,9 +239,9 @@ def _local(section: LocalTeacher, settings: Settings, load: Callable) -> Teacher
 # --- OpenAI-compatible servers -------------------------------------------------------------------------------
 
 OPENAI = "https://api.openai.com/v1"
-# A server's last word on one question; every other status may pass, or is about the account or the address.
+# Statuses that reject one question for good. Others may pass, or concern the account or the address.
 ABOUT_THE_QUESTION = {400, 413, 414, 422, 451}
-# 200: servers that send their errors as if they were answers.
+# 200 is included because some servers send errors with it.
 MONEY_STATUSES = {200, 400, 401, 403, 429}
 MONEY = re.compile(
     r"(?<![a-z])(?:billing|credits?|quota|balance|payment|funds|budget|arrears|arrearage"
@@ -252,7 +252,7 @@ RATE = re.compile(r"rate.?limit|per.(?:second|minute|hour|day)|(?:retry|try agai
 FILTER = re.compile(
     r"content.?(?:filter|policy|management|moderation)|moderation|flagged|safety|inappropriate|data_inspection", re.I
 )
-# A fault that says it may pass. One that lasts refuses every question after it, which `voting` sees.
+# Faults that may pass. If one lasts, the server refuses all later questions too, which `voting` detects.
 PASSING = re.compile(
     r"overloaded|temporar|try again|timed? ?out|unavailable|capacity|loading|unloaded|crash|out of memory", re.I
 )
@@ -269,7 +269,7 @@ LIMIT = re.compile(r"max_(?:completion_|output_|new_)?tokens|in the completion",
 UNKNOWN_FIELD = re.compile(
     r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not (?:permitted|allowed)", re.I
 )
-# finish_reason, as the servers spell it.
+# Values of finish_reason across servers.
 CUT = {"length", "max_tokens", "max_length"}
 FILTERED = {"content_filter", "safety", "sensitive", "recitation"}
 BROKEN_OFF = {"error", "abort", "aborted", "cancelled", "insufficient_system_resource"}
@@ -277,12 +277,12 @@ ENDED = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"}
 
 
 class _Unusable(Exception):
-    """A 200 whose body is no answer, for a reason that may pass: worth another try."""
+    """A 200 whose body is no answer, for a reason that may pass; worth another try."""
 
 
 @dataclass(frozen=True)
 class _Server:
-    """A teacher's client, and how to speak of it without showing its key."""
+    """A teacher's client, with helpers for messages that do not show the key."""
 
     section: ApiTeacher
     key: str = field(repr=False)
@@ -294,10 +294,10 @@ class _Server:
         return f"teacher {self.section.name!r}"
 
     def shown(self, message: object) -> str:
-        """The start of what the server or the client says, without the key, in whole or in part."""
-        # OpenAI shows a refused key with stars in its middle.
-        told = re.sub(r"\S*\*{3,}\S*", "[the key]", self.without_key(str(message)))
-        return " ".join(told.split())[:200]
+        """The start of a message of server or client, without the key or parts of it."""
+        # OpenAI shows a refused key with stars in the middle.
+        text = re.sub(r"\S*\*{3,}\S*", "[the key]", self.without_key(str(message)))
+        return " ".join(text.split())[:200]
 
     def without_key(self, text: str) -> str:
         if len(self.key) < 8:  # "any word", for a server without keys
@@ -317,7 +317,7 @@ def _api(section: ApiTeacher, settings: Settings) -> Teacher:
 
         def answer(i: int) -> None:
             ballot = _ask_server(server, prompt(asked[i]))
-            with keeping:  # by the thread that got it: what was paid for is never lost
+            with keeping:  # the thread that got an answer keeps it, so that no paid answer is lost
                 answered(i, ballot)
 
         def answer_many() -> None:
@@ -328,9 +328,9 @@ def _api(section: ApiTeacher, settings: Settings) -> Teacher:
             except BaseException as error:
                 ended.put(error)
 
-        # The first question alone: a wrong model name then costs one refused call, not one a thread.
+        # The first question is asked alone, so that a wrong model name costs one call instead of one per thread.
         answer(0)
-        # Daemons: Ctrl-C ends the process, however long a server told them to wait.
+        # Daemons, so that Ctrl-C ends the process even while threads wait for a server.
         threads = [threading.Thread(target=answer_many, daemon=True) for _ in asked[1 : section.concurrency + 1]]
         try:
             for thread in threads:
@@ -339,7 +339,7 @@ def _api(section: ApiTeacher, settings: Settings) -> Teacher:
                 if (error := ended.get()) is not None:
                     raise error
         except InputError:
-            # It is said at once; calls under way are paid for, and are kept as they end.
+            # The error shows at once. Calls under way are paid for, so they are kept when they end.
             atexit.register(_wait_for, threads, section.timeout)
             raise
         finally:
@@ -361,7 +361,7 @@ def _server(section: ApiTeacher) -> _Server:
     where, variable = f"teacher {section.name!r}", section.api_key_env
     like_a_name = variable.isidentifier() and (len(variable) <= 20 or variable.isupper())
     if variable not in os.environ and not like_a_name:
-        # It is not shown: it looks like the key itself.
+        # The value is not shown, because it looks like the key itself.
         raise InputError(f"{where}: api_key_env is the name of an environment variable, such as OPENAI_API_KEY")
     key = os.environ.get(variable, "").strip().strip("\ufeff").strip()
     if not key:
@@ -375,7 +375,7 @@ def _server(section: ApiTeacher) -> _Server:
             "use printable ASCII alone, without line ends inside"
         )
     url, address = _url(section), _address(section)
-    # User and password are taken out of the address, so that no message of the client's shows them.
+    # User and password are removed from the address, so that the client's messages do not show them.
     login = {"http_client": openai.DefaultHttpxClient(auth=(url.username, url.password))} if url.userinfo else {}
     limits = {"timeout": section.timeout, "max_retries": section.retries}
     client = openai.OpenAI(base_url=address, api_key=key, default_query=dict(url.params), **limits, **login)
@@ -383,9 +383,9 @@ def _server(section: ApiTeacher) -> _Server:
 
 
 def _url(section: ApiTeacher) -> httpx.URL:
-    written = section.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+    text = section.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
     with contextlib.suppress(httpx.InvalidURL):
-        url = httpx.URL(written.strip())
+        url = httpx.URL(text.strip())
         if url.scheme in ("http", "https") and url.host:
             return url
     raise InputError(
@@ -394,7 +394,7 @@ def _url(section: ApiTeacher) -> httpx.URL:
 
 
 def _address(section: ApiTeacher) -> str:
-    """The server's base URL in one spelling, without user, password and query."""
+    """The server's base URL in normal form, without user, password and query."""
     return str(_url(section).copy_with(username=None, password=None, query=None, fragment=None)).rstrip("/")
 
 
@@ -405,7 +405,7 @@ def _wait_for(threads: Sequence[threading.Thread], seconds: float) -> None:
 
 
 def _check_server(server: _Server) -> None:
-    """Reachable, and the key accepted? Listing models is free; servers that don't list them are asked nonetheless."""
+    """Raise if the server is unreachable or refuses the key; a server that cannot list its models passes."""
     problem = None
     try:
         client = server.client.with_options(max_retries=min(server.section.retries, 2))
@@ -421,13 +421,13 @@ def _check_server(server: _Server) -> None:
         problem = _refused(server, error.status_code, error.body)
     except openai.APIError:
         pass
-    # Outside the handlers: the client's exceptions hold the request, and with it the key.
+    # Raised outside the handlers, because the client's exceptions contain the request with the key.
     if problem is not None:
         raise problem
 
 
 def _ask_server(server: _Server, prompt: str) -> Ballot:
-    """One question. Retries, backoff and Retry-After are the client's; an unusable body is tried again as often."""
+    """Ask one question. The client does retries, backoff and Retry-After; an unusable body is retried as often."""
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(_Unusable),
         stop=tenacity.stop_after_attempt(server.section.retries + 1),
@@ -446,7 +446,7 @@ def _ask_server(server: _Server, prompt: str) -> Ballot:
     except openai.APIStatusError as error:
         outcome = _judged(server, error.status_code, error.body, prompt, page=_is_page(error.response))
     if broken:
-        _check_server(server)  # a server that is gone would fail on every question left
+        _check_server(server)  # if the server is gone, all other questions would fail too
     if isinstance(outcome, InputError):
         raise outcome  # outside the handlers, as in `_check_server`
     return outcome or Ballot(system=0, reason=reason, final=False)
@@ -457,7 +457,7 @@ def _complete(server: _Server, prompt: str) -> Ballot | InputError:
     options = {section.limit_field: section.max_tokens}
     if section.temperature is not None:
         options["temperature"] = section.temperature
-    # Raw: the client checks no types, and what servers send is not always what it declares.
+    # Raw, because the client checks no types and servers do not always send the declared ones.
     response = server.client.chat.completions.with_raw_response.create(
         model=section.model, messages=[{"role": "user", "content": prompt}], **options
     ).http_response
@@ -503,7 +503,7 @@ def _ballot(server: _Server, message: dict, finish_reason: object, usage: object
             reason += f", with {elsewhere}: check the server's parsers"
     else:
         system, reason = parse_vote(text)
-        # Without a word that it was finished, an answer without a verdict may be a part of one.
+        # Without a finish_reason of an ended answer, an answer without a verdict may be incomplete.
         final = bool(system) or ended in ENDED
     counts = usage if isinstance(usage, dict) else {}
     return Ballot(
@@ -518,7 +518,7 @@ def _ballot(server: _Server, message: dict, finish_reason: object, usage: object
 
 
 def _text(content: object) -> str:
-    """An answer's text: a string, or the text parts of a list of parts."""
+    """An answer's text, from a string or a list of parts."""
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     return "".join(text for text in texts if isinstance(text, str))
@@ -531,14 +531,14 @@ def _count(tokens: object) -> int:
         return 0
 
 
-# --- what a server's error means -----------------------------------------------------------------------------
+# --- errors of a server -----------------------------------------------------------------------------
 
 
 def _judged(server: _Server, status: int, body: object, prompt: str, *, page: bool = False) -> Ballot | InputError:
-    """What an error means for the question: an abstention, to be asked again or not; or an end to the whole run."""
+    """The meaning of an error: an abstention, final or to be asked again; or an InputError that ends the run."""
     section, where = server.section, server.where
     said = _said(server, status, body)
-    words = _words(body).replace(prompt, " ")  # what servers quote of a question says nothing about the error
+    words = _words(body).replace(prompt, " ")  # servers may quote the question
     money = [] if RATE.search(words) and "insufficient_quota" not in words else MONEY.findall(words)
     if status == 402 or (status in MONEY_STATUSES and any(word.lower() not in prompt.lower() for word in money)):
         return InputError(
@@ -569,7 +569,7 @@ def _judged(server: _Server, status: int, body: object, prompt: str, *, page: bo
 
 
 def _refused_setting(section: ApiTeacher, body: object, words: str, prompt: str) -> str | None:
-    """What is refused of a call's settings, and what to set instead; None for a fault of the question's own."""
+    """The setting that the server refuses, with advice; None if the fault is not in a setting."""
     parameter = str(body.get("param")) if isinstance(body, dict) else ""
     if parameter == "temperature" or ("temperature" in words.lower() and "temperature" not in prompt.lower()):
         return f"temperature = {section.temperature}; set it to null, or to a value that the server takes"
@@ -586,7 +586,7 @@ def _said(server: _Server, status: int, body: object) -> str:
 
 
 def _status_in(error: object) -> int:
-    """The HTTP status that an error body carries, 200 without."""
+    """The HTTP status in an error body; 200 without one."""
     code = error.get("code") or error.get("status") if isinstance(error, dict) else None
     status = _count(code)
     return status if 400 <= status < 600 else 200
@@ -599,20 +599,20 @@ def _unwrapped(body: object) -> object:
 
 
 def _message(body: object) -> str:
-    """What an error body says to a person."""
+    """The readable text of an error body."""
     error = _unwrapped(body)
     if not isinstance(error, dict):
         return " ".join(re.sub(r"<[^<>]*>", " ", str(error or "")).split())  # a page of HTML without its tags
-    spoken = next((error[key] for key in ("message", "detail", "msg") if error.get(key)), error)
-    if isinstance(spoken, list) and all(isinstance(item, dict) for item in spoken):
-        # FastAPI's, without `input`, which repeats the whole request.
-        places = [(".".join(map(str, item.get("loc") or [])), item.get("msg")) for item in spoken]
+    text = next((error[key] for key in ("message", "detail", "msg") if error.get(key)), error)
+    if isinstance(text, list) and all(isinstance(item, dict) for item in text):
+        # FastAPI's errors, without `input`, which repeats the whole request.
+        places = [(".".join(map(str, item.get("loc") or [])), item.get("msg")) for item in text]
         return "; ".join(f"{place}: {message}" for place, message in places)
-    return spoken if isinstance(spoken, str) else json.dumps(spoken)
+    return text if isinstance(text, str) else json.dumps(text)
 
 
 def _words(body: object) -> str:
-    """All of an error body that tells what kind of error it is."""
+    """Codes and message of an error body."""
     error = _unwrapped(body)
     kinds = [error.get(key) for key in ("code", "type", "status", "param")] if isinstance(error, dict) else []
     return " ".join([*(str(kind) for kind in kinds if kind), _message(body)])
@@ -632,8 +632,8 @@ def _web_page(server: _Server) -> InputError:
 
 def _models_there(server: _Server) -> str:
     try:
-        listed = json.loads(server.client.models.with_raw_response.list().http_response.text)
-        names = [str(model["id"]) for model in listed["data"]]
+        body = json.loads(server.client.models.with_raw_response.list().http_response.text)
+        names = [str(model["id"]) for model in body["data"]]
     except (openai.APIError, ValueError, TypeError, LookupError):
         names = []
     return f"it has {', '.join(names[:10])}" if names else "check the model's name, and base_url"
@@ -648,17 +648,17 @@ def _refused(server: _Server, status: int, body: object) -> InputError:
 
 # --- recorded votes ------------------------------------------------------------------------------------------
 
-# A column of numbers, as they are or as spreadsheets write them, or one of names; 0 abstains in either.
+# A column of numbers, plain or as spreadsheets write them, or a column of names; 0 is an abstention in both.
 CELLS = (re.compile(r"([12]|0)(?:[.,]0+)?"), re.compile(r"(?:system\s*|s)([12])|0", re.I))
 WANTED = "a CSV or Parquet file with columns id and system"
 
 
 def _recorded(section: RecordedTeacher, ids: Sequence[str]) -> Teacher:
-    cast = _read_votes(section, ids)
+    votes = _read_votes(section, ids)
 
     def ask(asked: Sequence[dict], answered: Callable[[int, Ballot], None]) -> None:
         for i, example in enumerate(asked):
-            system = cast[example["id"]]
+            system = votes[example["id"]]
             answered(i, Ballot(system=system, reason="" if system else "recorded as an abstention"))
 
     return Teacher(section.name, None, lambda example: "", ask)
@@ -733,7 +733,7 @@ def _parquet_table(where: str, data: bytes) -> list[tuple[int, list[str]]]:
 
 
 def _csv_table(where: str, data: bytes) -> list[tuple[int, list[str]]]:
-    """Lines that are not blank, with their numbers, under the separator that gives the columns wanted."""
+    """Lines that are not blank, with line numbers; the separator is the one that gives columns id and system."""
     if data.startswith((b"PK", b"\xd0\xcf\x11\xe0", b"\x1f\x8b")):
         raise InputError(f"{where} is a spreadsheet or an archive; save it as CSV with columns id and system")
     try:
@@ -742,7 +742,7 @@ def _csv_table(where: str, data: bytes) -> list[tuple[int, list[str]]]:
         text = "\0"
     if "\0" in text:
         raise InputError(f"{where} is no UTF-8 text; save it as CSV in UTF-8, with columns id and system")
-    text = re.sub(r'^\s*"?sep=."?', "", text)  # a line for Excel alone
+    text = re.sub(r'^\s*"?sep=."?', "", text)  # a line that only Excel reads
 
     def fit(separator: str) -> tuple[bool, int]:
         names = next(csv.reader(text.lstrip().splitlines()[:1], delimiter=separator, skipinitialspace=True), [])

@@ -1,7 +1,7 @@
 """Stage 1 (SFT) and stage 2 (GRPO) with TRL's trainers and `ActiveAdamW` (paper, section 3.4).
 
-Deviation: everything outside a stage's mask is frozen to the bit (see `optim`), each stage reads its own
-system's examples, and the KL term is off (`beta=0` in TRL's sense; the paper's beta is a partition setting).
+Deviation: elements outside a stage's mask do not change at all (see `optim`), each stage trains on one system's
+examples, and the KL term is off (TRL's `beta=0`; the paper's beta is a setting of the partition).
 """
 
 import hashlib
@@ -31,11 +31,39 @@ from lorapar_utils.errors import InputError, require
 from lorapar_utils.generation import answering, complete, uniform, without_input_casts
 from lorapar_utils.optim import ActiveAdamW
 from lorapar_utils.records import write_atomically
-from lorapar_utils.settings import GrpoSection, Settings
+from lorapar_utils.settings import GrpoSection, Settings, SftSection
 from lorapar_utils.shortcuts import shortcuts_of
 
-# In a checkpoint, once it is written to its end: the hash of each of its files.
+# A file that marks a complete checkpoint. It holds the hash of each file of the checkpoint.
 FINISHED = "finished"
+# What the paper or its script fixes.
+PAPER = {
+    # The paper's loss has no router loss. TRL would add that of a mixture of experts.
+    "sft": {"lr_scheduler_type": "cosine", "router_aux_loss_coef": 0.0},
+    "grpo": {"lr_scheduler_type": "cosine", "router_aux_loss_coef": 0.0, "adam_beta2": 0.99, "disable_dropout": True},
+}
+# TRL's defaults, written out so that an upgrade cannot change them.
+PINNED_DEFAULTS = {
+    "sft": {"packing": False, "loss_type": "nll"},
+    "grpo": {
+        "num_iterations": 1,
+        "steps_per_generation": None,  # one rollout per optimizer step
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": None,
+        "repetition_penalty": 1.0,
+        "adam_beta1": 0.9,
+        "beta": 0.0,  # no KL term
+        "epsilon": 0.2,
+        "epsilon_high": None,
+        "importance_sampling_level": "token",
+        "multi_objective_aggregation": "sum_then_normalize",
+        "top_entropy_quantile": 1.0,
+        "sync_ref_model": False,
+        "shuffle_dataset": True,
+        "remove_unused_columns": False,
+    },
+}
 
 
 def run_sft(
@@ -52,43 +80,37 @@ def run_sft(
     Parameters
     ----------
     model
-        Base with its adapter; trained in place.
+        Base with an adapter; trained in place.
     examples
         Rows of the pool (`prompt`, `solution`, `id`).
     masks
-        Parameter name -> BoolTensor, True = trained.
+        Parameter name -> BoolTensor of the parameter's shape, True = trained.
     settings
         Section `sft`; `checkpoint_every`.
     checkpoints
-        A folder for checkpoints: a run that finds some there goes on from the last, to the same end, bit for bit.
-        One that was damaged since is deleted with a printed line, and the one before it counts. None keeps none.
+        Folder for checkpoints; None keeps none. A new run continues from the last checkpoint there, and the result is
+        the same bit for bit. Damaged checkpoints are deleted with a printed line, and the one before is used.
     watch
-        Called every `evaluation.watch_every` steps; what it returns joins the log. It must draw no random number.
+        Called every `evaluation.watch_every` steps. The returned dict is added to the log. It must draw no global
+        random number.
 
     Returns
     -------
     list of dict
-        TRL's log, an entry a step: loss, grad_norm, learning_rate, mean_token_accuracy, …
+        TRL's log, one entry per step: loss, grad_norm, learning_rate, mean_token_accuracy, …
     """
     sft = settings.sft
     encoded = encode_examples(examples, tokenizer, settings)
+    profile = {
+        "num_train_epochs": sft.epochs,
+        "per_device_train_batch_size": _each_process("sft.batch_size", sft.batch_size),
+        "gradient_accumulation_steps": sft.accumulation,
+        "warmup_steps": _warmup(len(encoded), sft.batch_size * sft.accumulation, sft.epochs, sft.warmup_ratio),
+        "max_length": sft.max_length,
+        **_common(settings, sft, model),
+    }
     with _checkpointing(checkpoints, settings) as saving:
-        config = SFTConfig(
-            num_train_epochs=sft.epochs,
-            learning_rate=sft.learning_rate,
-            per_device_train_batch_size=_each_process("sft.batch_size", sft.batch_size),
-            gradient_accumulation_steps=sft.accumulation,
-            warmup_steps=_warmup(len(encoded), sft.batch_size * sft.accumulation, sft.epochs, sft.warmup_ratio),
-            weight_decay=sft.weight_decay,
-            max_grad_norm=sft.max_grad_norm,
-            activation_checkpointing=sft.gradient_checkpointing,
-            max_length=sft.max_length,
-            packing=False,
-            pad_to_multiple_of=None,
-            loss_type="nll",
-            **_common(settings, model),
-            **saving,
-        )
+        config = SFTConfig(**PAPER["sft"], **PINNED_DEFAULTS["sft"], **profile, **saving)
         optimizer = _optimizer(model, masks, config)
         with _adapter_as_it_is(model):
             trainer = SFTTrainer(
@@ -111,7 +133,7 @@ def run_grpo(
     checkpoints: Path | None = None,
     watch: Callable[[], dict] | None = None,
 ) -> list[dict]:
-    """Stage 2: GRPO of the active elements, from the model's present weights, on verifiable rewards.
+    """Stage 2: GRPO of the active elements on verifiable rewards, starting from the model's current weights.
 
     Parameters
     ----------
@@ -125,52 +147,28 @@ def run_grpo(
     Returns
     -------
     list of dict
-        TRL's log, one entry a step: reward, reward_std, completions/mean_length, entropy,
-        frac_reward_zero_std, …
+        TRL's log, one entry per step: reward, reward_std, completions/mean_length, entropy, frac_reward_zero_std, …
     """
     grpo = settings.grpo
     rows = prompts_to_reinforce(examples, tokenizer, settings)
+    profile = {
+        "max_steps": grpo.steps,
+        "per_device_train_batch_size": _each_process("grpo.micro_batch", grpo.micro_batch),
+        "gradient_accumulation_steps": grpo.rows // grpo.micro_batch,
+        "num_generations": grpo.completions,
+        "max_completion_length": grpo.max_completion_length,
+        "temperature": grpo.temperature,
+        "loss_type": grpo.loss_type,
+        "scale_rewards": grpo.scale_rewards,
+        "mask_truncated_completions": grpo.mask_truncated_completions,
+        "warmup_steps": round(grpo.warmup_ratio * grpo.steps),
+        "log_completions": settings.show_rollouts > 0,
+        "num_completions_to_print": settings.show_rollouts,
+        **_rollouts(grpo),
+        **_common(settings, grpo, model),
+    }
     with _checkpointing(checkpoints, settings) as saving:
-        config = GRPOConfig(
-            max_steps=grpo.steps,
-            learning_rate=grpo.learning_rate,
-            per_device_train_batch_size=_each_process("grpo.micro_batch", grpo.micro_batch),
-            gradient_accumulation_steps=grpo.rows // grpo.micro_batch,
-            num_generations=grpo.completions,
-            num_iterations=1,
-            steps_per_generation=None,  # one rollout for each optimizer step
-            max_completion_length=grpo.max_completion_length,
-            temperature=grpo.temperature,
-            top_p=1.0,
-            top_k=0,
-            repetition_penalty=1.0,
-            adam_beta1=0.9,
-            adam_beta2=0.99,
-            beta=0.0,
-            epsilon=0.2,
-            loss_type=grpo.loss_type,
-            scale_rewards=grpo.scale_rewards,
-            epsilon_high=None,
-            importance_sampling_level="token",
-            multi_objective_aggregation="sum_then_normalize",
-            top_entropy_quantile=1.0,
-            min_p=None,
-            sync_ref_model=False,
-            mask_truncated_completions=grpo.mask_truncated_completions,
-            warmup_steps=round(grpo.warmup_ratio * grpo.steps),
-            weight_decay=grpo.weight_decay,
-            max_grad_norm=grpo.max_grad_norm,
-            activation_checkpointing=grpo.gradient_checkpointing,
-            disable_dropout=True,
-            shuffle_dataset=True,
-            remove_unused_columns=False,
-            pad_to_multiple_of=None,
-            **_rollouts(grpo),
-            log_completions=settings.show_rollouts > 0,
-            num_completions_to_print=settings.show_rollouts,
-            **_common(settings, model),
-            **saving,
-        )
+        config = GRPOConfig(**PAPER["grpo"], **PINNED_DEFAULTS["grpo"], **profile, **saving)
         optimizer = _optimizer(model, masks, config)
         with _adapter_as_it_is(model):
             trainer = LeanGRPOTrainer(
@@ -190,16 +188,16 @@ def run_grpo(
 class LeanGRPOTrainer(GRPOTrainer):
     """TRL's trainer with the same result for less work.
 
-    A prompt is read once for all its completions, which leave the batch as they end; a completion without an
-    advantage, whose gradient is zero, is scored (for the entropy) but not differentiated. The policy is sampled in
-    the arithmetic that it is trained in.
+    A prompt is read once for all completions, and a finished completion leaves the batch. A completion whose advantage
+    is zero has a zero gradient, so it is scored (for the entropy) but not differentiated. Rollouts and training use
+    the same dtypes.
 
     Parameters
     ----------
     rows_at_once
-        Completions that this process writes together, whole groups of a prompt; a row's random numbers are the same.
+        Completions that this process generates in one batch, in whole groups. The samples do not depend on it.
     read_prompt
-        Token ids of a prompt, the same as in every other phase.
+        Maps a prompt to token ids, as in every other phase.
     """
 
     def __init__(self, *arguments, rows_at_once: int, read_prompt: Callable[[str], list[int]], **others):
@@ -215,7 +213,7 @@ class LeanGRPOTrainer(GRPOTrainer):
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
-        # Every process draws the numbers of all and uses those of its rows: any number of them samples the same.
+        # Every process draws the numbers of all rows, so that samples do not depend on the number of processes.
         rows, width = len(prompt_ids), self.max_completion_length
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         draws = uniform(world * rows, width, self.args.seed, self.state.global_step)[rank * rows :][:rows]
@@ -230,11 +228,11 @@ class LeanGRPOTrainer(GRPOTrainer):
             generation_kwargs=self.generation_kwargs,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         ) as model:
-            completions, together = [], max(1, self._rows_at_once // samples)
-            for first in range(0, len(prompts), together):
+            completions, size = [], max(1, self._rows_at_once // samples)
+            for first in range(0, len(prompts), size):
                 completions += complete(
                     model,
-                    prompts[first : first + together],
+                    prompts[first : first + size],
                     ends=self.eos_token_ids,
                     max_new_tokens=width,
                     samples=samples,
@@ -244,32 +242,33 @@ class LeanGRPOTrainer(GRPOTrainer):
         return completions, None
 
     def _compute_loss(self, model, inputs):
-        self._teaches = inputs["advantages"] != 0
-        # A loss needs something to differentiate, even a zero.
-        self._teaches[0] |= not self._teaches.any()
+        self._has_gradient = inputs["advantages"] != 0
+        # Backward needs at least one differentiated row, even with a zero gradient.
+        self._has_gradient[0] |= not self._has_gradient.any()
         return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, *args, **kwargs):
-        # Several processes have to make the same number of passes: each of them waits for the others'.
-        alone = self.accelerator.num_processes == 1
-        if not alone or not torch.is_grad_enabled() or self._teaches.all():
+        # All processes must run the same number of passes, because each waits for the others.
+        single = self.accelerator.num_processes == 1
+        if not single or not torch.is_grad_enabled() or self._has_gradient.all():
             return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
 
-        def scored(rows):
-            found = super(LeanGRPOTrainer, self)._get_per_token_logps_and_entropies(
+        def score(rows):
+            log_probs, entropies, *_ = super(LeanGRPOTrainer, self)._get_per_token_logps_and_entropies(
                 model, input_ids[rows], attention_mask[rows], *args, **kwargs
             )
-            return found[:2]
+            return log_probs, entropies
 
-        # In this order: autocast keeps the first cast of each weight, and one made without gradients has none.
-        taught = scored(self._teaches)
+        # Differentiated rows first: autocast caches each weight's bf16 copy, and a copy made under `no_grad` carries no
+        # gradient.
+        differentiated = score(self._has_gradient)
         with torch.no_grad():
-            idle = scored(~self._teaches)
-        place = torch.cat([self._teaches.nonzero(), (~self._teaches).nonzero()]).squeeze(1).argsort()
-        return *(torch.cat(pair)[place] for pair in zip(taught, idle, strict=True)), None
+            constant = score(~self._has_gradient)
+        order = torch.cat([self._has_gradient.nonzero(), (~self._has_gradient).nonzero()]).squeeze(1).argsort()
+        return *(torch.cat(pair)[order] for pair in zip(differentiated, constant, strict=True)), None
 
 
-# TRL names each logged reward after its function and calls it with the columns of the batch.
+# TRL calls each reward function with the columns of the batch, and logs the reward under the function's name.
 
 
 def correct(completions, answer, **_):
@@ -288,12 +287,12 @@ def overlap(completions, solution, **_):
     return [rewards.overlap(c, s) for c, s in zip(completions, solution, strict=True)]
 
 
-# What `grpo.reward` adds up.
+# Reward functions that are summed, by `grpo.reward`.
 REWARDS = {"answer": [correct, layout, steps], "overlap": [overlap]}
 
 
 def check_references(examples: Sequence[dict], settings: Settings) -> None:
-    """Whether `grpo.reward` can compare completions with each example's reference; an `InputError` that names one."""
+    """Raise an `InputError` that names an example whose reference `grpo.reward` cannot compare with completions."""
     for example in examples:
         reference = example["solution" if settings.reward == "overlap" else "answer"]
         if not (reference or "").strip():
@@ -308,14 +307,14 @@ def check_references(examples: Sequence[dict], settings: Settings) -> None:
 def prompts_to_reinforce(
     examples: Sequence[dict], tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> list[dict[str, str]]:
-    """The rows that GRPO reads of System 2's examples: `prompt`, `answer`, `solution`.
+    """Rows for GRPO from System 2's examples: `prompt`, `answer`, `solution`.
 
-    Prompts longer than `grpo.max_prompt_length` are left out, and their number is printed.
+    Prompts longer than `grpo.max_prompt_length` are dropped, and the number of these is printed.
 
     Raises
     ------
     InputError
-        No example, none that is short enough, or one whose reference the reward cannot compare with.
+        There is no example, every prompt is too long, or the reward cannot use an example's reference.
     """
     if not examples:
         raise InputError("examples: System 2 is empty, so GRPO has no prompt; lower voting.quorum or add teachers")
@@ -337,7 +336,7 @@ def prompts_to_reinforce(
 
 
 def _rollouts(grpo: GrpoSection) -> dict:
-    """Who samples: this process, or vLLM, whose probabilities differ a little, which TRL corrects by their ratio."""
+    """Options for sampling here or by vLLM. TRL corrects for vLLM's slightly different probabilities by a ratio."""
     if grpo.rollouts == "here":
         return {"use_vllm": False}
     require("vllm", f"grpo.rollouts = {grpo.rollouts!r}", "vllm")
@@ -352,24 +351,27 @@ def _rollouts(grpo: GrpoSection) -> dict:
 
 
 def _each_process(field: str, batch: int) -> int:
-    """One process's part of a batch: as many processes as there are compute the same step together."""
+    """Rows of a batch per process. All processes together compute the same step as one process would."""
     count = processes.state().num_processes
     if batch % count:
         raise InputError(f"{field} = {batch} cannot be shared by {count} processes; make it a multiple of that")
     return batch // count
 
 
-def _common(settings: Settings, model: PeftModel) -> dict:
-    """What both stages share; bf16 autocast follows the dtype that the base was loaded in."""
+def _common(settings: Settings, section: SftSection | GrpoSection, model: PeftModel) -> dict:
+    """Options of both stages from the profile and the machine. bf16 autocast is on for a base loaded in bf16."""
     return dict(
-        lr_scheduler_type="cosine",
+        learning_rate=section.learning_rate,
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+        activation_checkpointing=section.gradient_checkpointing,
+        pad_to_multiple_of=None,
         seed=settings.seed,
         data_seed=settings.seed,
         use_cpu=not torch.cuda.is_available(),
         bf16=next(model.parameters()).dtype == torch.bfloat16,
         logging_steps=1,
-        router_aux_loss_coef=0.0,  # the paper's loss is the answer's alone; TRL adds a mixture's own otherwise
-        logging_nan_inf_filter=False,  # a loss that is no number ends the stage, see `_Diverged`
+        logging_nan_inf_filter=False,  # a NaN or infinite loss ends the stage, see `_Diverged`
         report_to="none",
         disable_tqdm=True,
         dataloader_num_workers=0,
@@ -379,16 +381,16 @@ def _common(settings: Settings, model: PeftModel) -> dict:
 
 @contextmanager
 def _adapter_as_it_is(model: PeftModel) -> Iterator[None]:
-    """TRL rounds the adapters over a 4-bit base to bf16 as it makes a trainer, what is inactive too; ours stay fp32."""
-    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    """Keep fp32 adapters. When TRL builds a trainer over a 4-bit base, it rounds all adapter weights to bf16."""
+    weights = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     yield
-    for parameter, data in kept:
+    for parameter, data in weights:
         parameter.data = data
 
 
 @contextmanager
 def _checkpointing(folder: Path | None, settings: Settings) -> Iterator[dict]:
-    """The trainer's settings for checkpoints in `folder`; without one it still wants a place of its own."""
+    """Trainer options for checkpoints in `folder`. Without a folder the trainer gets a temporary one."""
     if folder is None:
         with tempfile.TemporaryDirectory() as scratch:
             yield {"output_dir": scratch, "save_strategy": "no"}
@@ -401,18 +403,18 @@ def _checkpointing(folder: Path | None, settings: Settings) -> Iterator[dict]:
             if damage := _damage(checkpoint):
                 print(f"{checkpoint} is damaged ({damage}) and deleted: an earlier one is gone on from, or none")
                 shutil.rmtree(checkpoint)
-    # Two: the trainer deletes the older one before it has called the newer one finished.
-    every = {"save_strategy": "steps", "save_steps": settings.checkpoint_every, "save_total_limit": 2}
-    yield {"output_dir": str(folder), **every}
+    # Keep two checkpoints. The trainer deletes the older one before our 'finished' mark is on the newer one.
+    options = {"save_strategy": "steps", "save_steps": settings.checkpoint_every, "save_total_limit": 2}
+    yield {"output_dir": str(folder), **options}
 
 
 def _finished(folder: Path) -> list[Path]:
-    """Checkpoints that were written to their end, oldest first."""
+    """Complete checkpoints, oldest first."""
     return sorted((mark.parent for mark in folder.glob(f"checkpoint-*/{FINISHED}")), key=lambda p: int(p.name[11:]))
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """The first file of a checkpoint that is not as it was when the checkpoint was finished; None where all are."""
+    """The first file of a checkpoint that has changed since the checkpoint was finished, or None."""
     try:
         hashes = json.loads((checkpoint / FINISHED).read_text(encoding="utf-8"))
         changed = [name for name, digest in hashes.items() if not _has_hash(checkpoint / name, digest)]
@@ -434,7 +436,7 @@ def _sha256(path: Path) -> str:
 
 
 def _check_processes(checkpoint: Path) -> None:
-    """Each process goes on from its own random state, so there have to be as many as before."""
+    """Require the same number of processes as before, because each process has a saved random state."""
     before, now = max(1, len(list(checkpoint.glob("rng_state_*.pth")))), processes.state().num_processes
     if before != now:
         raise InputError(
@@ -444,10 +446,10 @@ def _check_processes(checkpoint: Path) -> None:
 
 
 class _MarkFinished(TrainerCallback):
-    """The trainer writes a checkpoint file by file: a killed one leaves some of them, and no note."""
+    """Marks complete checkpoints. A trainer killed while saving leaves an incomplete checkpoint without a mark."""
 
     def on_save(self, args, state, control, **kwargs):
-        processes.state().wait_for_everyone()  # each writes the state of its own random numbers
+        processes.state().wait_for_everyone()  # each process writes a random state
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
@@ -456,10 +458,10 @@ class _MarkFinished(TrainerCallback):
 
 
 def _optimizer(model: PeftModel, masks: dict[str, torch.Tensor], config: SFTConfig | GRPOConfig) -> ActiveAdamW:
-    """Fresh state for each stage; only parameters named in `masks` are ever trained."""
-    config_of_model = model.config.get_text_config()
-    if hasattr(config_of_model, "num_local_experts") and not hasattr(config_of_model, "num_experts"):
-        config_of_model.num_experts = config_of_model.num_local_experts  # TRL 1.16 reads it of every mixture
+    """A new optimizer for each stage. It trains only parameters named in `masks`."""
+    model_config = model.config.get_text_config()
+    if hasattr(model_config, "num_local_experts") and not hasattr(model_config, "num_experts"):
+        model_config.num_experts = model_config.num_local_experts  # TRL 1.16 reads num_experts of every mixture
     named = [(name, parameter) for name, parameter in model.named_parameters() if name in masks]
     return ActiveAdamW(
         named,
@@ -474,7 +476,7 @@ def _optimizer(model: PeftModel, masks: dict[str, torch.Tensor], config: SFTConf
 def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[dict]:
     base = trainer.model.get_base_model()
     if not trainer.args.activation_checkpointing:
-        base.activation_checkpointing_disable()  # trainers switch it on and never off
+        base.activation_checkpointing_disable()  # an earlier trainer may have switched it on
     temperature = getattr(trainer.args, "temperature", 1.0)
     _check_head(base, temperature)
     if not torch.cuda.is_available():
@@ -488,10 +490,10 @@ def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[di
         _check_processes(finished[-1])
     last = TrainerState.load_from_json(finished[-1] / TRAINER_STATE_NAME) if finished else TrainerState()
     try:
-        # Autocast multiplies adapters in bf16 anyway; PEFT's casts of their inputs to fp32 and back cost time only.
+        # Autocast multiplies adapters in bf16, so PEFT's casts of inputs to fp32 and back only cost time.
         with without_input_casts(trainer.model, active=trainer.args.bf16):
             if finished and last.global_step >= last.max_steps:
-                # Nothing is left to train, and a trainer that is told its number of steps would make one more.
+                # All steps are done, and with `max_steps` the trainer would still run one more.
                 set_peft_model_state_dict(trainer.model, load_peft_weights(str(finished[-1])))
                 trainer.state = last
             else:
@@ -505,26 +507,26 @@ def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[di
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, temperature: float) -> None:
-    """Whether the loss that TRL's fused head computes is the model's own; for models that `shortcuts` know, it is.
+    """Check that TRL's fused head computes the model's own loss. Models with the `head` shortcut need no check.
 
     Raises
     ------
     InputError
-        It is another, as of a model that puts a layer of its own between the backbone and the head.
+        The losses differ, for instance because the model has a layer between backbone and head.
     """
     if shortcuts_of(model).head:
         return
     ids = torch.arange(3, 9, device=model.device)[None]
     with answering(model):
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float() / temperature
-        own = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+        loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
         try:
             fused = model(input_ids=ids, labels=ids, fused_lm_head=True).loss.float()
         except (AttributeError, TypeError, RuntimeError, IndexError) as error:
             fused, reason = None, str(error).splitlines()[0][:200]
         else:
-            reason = f"{fused:.4f} in place of {own:.4f}"
-    if fused is None or abs(fused - own) > 0.02 * abs(own):
+            reason = f"{fused:.4f} in place of {loss:.4f}"
+    if fused is None or abs(fused - loss) > 0.02 * abs(loss):
         raise InputError(
             f"model: TRL's trainers compute another loss for {type(model).__name__} than the model itself ({reason}); "
             "take another model"
@@ -536,7 +538,7 @@ def _warmup(examples: int, batch: int, epochs: float, ratio: float) -> int:
 
 
 class _Diverged(TrainerCallback):
-    """Ends a stage whose loss or gradient is no number any more, before that step's checkpoint is written."""
+    """Ends a stage when the loss or gradient is NaN or infinite, before the checkpoint of this step is written."""
 
     def __init__(self, checkpoints: str):
         self.checkpoints = Path(checkpoints)
@@ -546,15 +548,15 @@ class _Diverged(TrainerCallback):
         broken = [f"{key} = {value}" for key, value in values.items() if not math.isfinite(value)]
         if broken:
             finished = _finished(self.checkpoints)
-            kept = f"the last good checkpoint is {finished[-1]}" if finished else "no checkpoint had been written"
+            last = f"the last good checkpoint is {finished[-1]}" if finished else "no checkpoint had been written"
             raise InputError(
-                f"training diverged at step {state.global_step} of {state.max_steps}: {', '.join(broken)}; {kept}. "
+                f"training diverged at step {state.global_step} of {state.max_steps}: {', '.join(broken)}; {last}. "
                 "Lower the stage's learning_rate (sft or grpo), or train in float32 (model.dtype)"
             )
 
 
 class _Watch(TrainerCallback):
-    """Measures the policy while it trains; what it finds is part of the log, and of its checkpoints."""
+    """Calls `watch` during training and adds the result to the log, which checkpoints include."""
 
     def __init__(self, watch: Callable[[], dict] | None, every: int):
         self.watch, self.every = watch, every
@@ -566,7 +568,7 @@ class _Watch(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """A `tqdm.auto` bar that shows the one figure worth watching."""
+    """A `tqdm.auto` progress bar that shows one figure of the log."""
 
     def __init__(self, title: str, figure: str):
         self.title, self.figure = title, figure

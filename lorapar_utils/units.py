@@ -1,4 +1,4 @@
-"""Units of measurement and of money: which words name one, and which name the same."""
+"""Units of measurement and money: which words are units, and which are names of one unit."""
 
 import re
 
@@ -7,12 +7,12 @@ def _spaced(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-# Words of one or two letters after a number may be variables, so that of them only these are units.
+# Short words after a number may be variables. Only these are units.
 SYMBOLS = frozenset("mgshlLVWJN")
 SHORT = _spaced(
     "dm um dl cl mw mj kj kv mv ma ns pa ev pt am pm fps rpm mah ghz mhz khz kpa mpa sqm kwh cal kl lb day mb gb tb"
 )
-# The one name of a unit, and what else is written for it; a pound (`same_unit`) is of weight or of money.
+# Name of a unit: other spellings. `same_unit` treats pound as weight or money.
 _NAMED = """
 meter: m metre; kilometer: km kilometre; centimeter: cm centimetre; millimeter: mm millimetre; nanometer: nm
 foot: ft feet; inch: in inches; yard: yd; mile: mi; mile per hour: mph; kilometer per hour: kph kmh; hectare: ha
@@ -24,9 +24,9 @@ dollar: usd buck; euro: eur; sterling: gbp; yen: jpy; rupee: inr rs; won: krw; r
 """
 _LINES = [line.strip().split(": ") for line in re.split(r"[;\n]", _NAMED.strip())]
 UNIT_NAMES = {other: name for name, others in _LINES for other in others.split()}
-# Short symbols whose case tells a thousandth from a million, or bits from bytes.
+# Short symbols whose case matters: a thousandth or a million, bits or bytes.
 BY_CASE = re.compile(r"m(?:g|m|s|w|v|a|hz|j|l|n|pa|wh|ev)|[kmgt]b", re.IGNORECASE)
-# Spelled-out units, in the singular. Words of other counted things (apples, clips) are known by their plural.
+# Spelled-out units, in the singular. Other counted things (apples, clips) are recognised by the plural.
 SPELLED_OUT = _spaced(
     """
     bitcoin baht lira shekel dong cent ton tonne pint cup tablespoon teaspoon day week month decade celsius fahrenheit
@@ -35,7 +35,7 @@ SPELLED_OUT = _spaced(
 )
 SHORT |= {other.casefold() for other in UNIT_NAMES if 1 < len(other) < 4}
 SPELLED_OUT |= {word for name, others in _LINES for word in [*name.split(), *others.split()] if len(word) > 2}
-# Plurals after which a number is another one, or a sentence.
+# Words with a plural s that change the number before them or belong to a sentence.
 CHANGING_PLURAL = re.compile(
     r"(?:is|was|has|does|as|this|thus|plus|minus|times|less|unless|versus|perhaps|always|sometimes|pairs|couples|scores"
     r"|grosses|halves|quarters|squares|cubes|roots|powers|inverses|opposites|reciprocals|negatives|factorials"
@@ -46,18 +46,18 @@ CHANGING_PLURAL = re.compile(
 
 
 def unit_name(word: str) -> str:
-    """The one name of a unit (`ft` is a foot), or the word itself where the table has none."""
+    """The standard name of a unit (`foot` for `ft`), or the word itself if the table has none."""
     known = _folded(word)
     return UNIT_NAMES.get(known) or UNIT_NAMES.get(known.removesuffix("s"), word)
 
 
 def is_spelled_out(word: str) -> bool:
-    """Whether a word, or its singular without a power, is a unit's whole name and no symbol."""
+    """Whether a word, without plural s and power, is the full name of a unit instead of a symbol."""
     return word.rstrip("-0123456789").casefold().removesuffix("s") in SPELLED_OUT or word in SPELLED_OUT
 
 
 def is_unit(word: str, attached: bool) -> bool:
-    """Whether a word after a number names what is counted, and changes nothing about how many."""
+    """Whether a word after a number names the counted things without changing the number."""
     if len(word) == 1:
         return word in SYMBOLS
     parts = re.split(r"['’.-]+", word.casefold().strip("."))
@@ -70,7 +70,7 @@ def is_unit(word: str, attached: bool) -> bool:
 
 
 def same_unit(left: str, right: str) -> bool:
-    """Up to case and a plural's s, but for symbols: neither is mW MW, nor m ms."""
+    """Whether two units are equal without case and plural s. For symbols both count: mW is not MW, m is not ms."""
     short, long = sorted((_folded(left), _folded(right)), key=len)
     if short == long or {short, long} in ({"lb", "pound"}, {"pound", "sterling"}):
         return True

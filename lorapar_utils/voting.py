@@ -1,6 +1,6 @@
 """Teachers vote every example into System 1 or System 2; votes are cached, counted and decided (paper, section 3.1).
 
-What kinds of teacher there are, and how each is asked, is in `teachers`.
+Module `teachers` has the kinds of teacher and their requests.
 """
 
 import contextlib
@@ -21,19 +21,19 @@ from lorapar_utils.machine import lock
 from lorapar_utils.records import fingerprint
 
 CONTENT_FREE = {"prompt": "N/A", "answer": "N/A"}
-# A teacher that never answers is stopped before it has been paid for the whole pool.
+# A teacher that never answers is stopped after so many calls, before the whole pool is paid for.
 PROBATION = 16
-CHARACTERS_PER_TOKEN = 4  # English, by the usual rule of thumb: only the dry run uses it
+CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English, used by the dry run only
 
 
 @dataclass(frozen=True)
 class Ballot:
-    """One teacher's answer about one example.
+    """One teacher's answer for one example.
 
-    `system` is 1, 2, or 0 for an abstention, whose `reason` says why. A local teacher leaves `system` open (None)
-    and gives a `margin` > 0 where it leans to System 2, decided once calibrated. `final` is False for a call that
-    failed: it counts as an abstention now and is asked again by the next run. An answer that was cut off has the
-    `limit` (in tokens) that cut it, and is asked again under a higher one only.
+    `system` is 1, 2, or 0 for an abstention with a `reason`. For a local teacher it is None, because the vote follows
+    from the `margin` (log-odds of System 2) after calibration. `final` is False for a failed call, which counts as an
+    abstention and is asked again by the next run. `limit` is the token limit that cut an answer off; a run with a
+    higher limit asks again.
     """
 
     system: int | None = None
@@ -52,12 +52,11 @@ def _nothing_to_check() -> None:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A named judge.
+    """A teacher with a name.
 
-    `key` identifies all that shapes its answers but the prompt (the cache keeps ballots under key and prompt; None:
-    not worth caching). `ask(examples, answered)` calls `answered(i, ballot)` as each answer comes in, in any order.
-    `check()` raises InputError if it is known beforehand that asking is in vain. `max_tokens` is 0 for a teacher that
-    costs nothing.
+    `key` hashes everything but the prompt that shapes the answers; the cache keeps ballots under key and prompt. A key
+    of None means no caching. `ask(examples, answered)` calls `answered(i, ballot)` for each answer, in any order.
+    `check()` raises InputError if asking must fail. `max_tokens` is 0 for a teacher that costs nothing.
     """
 
     name: str
@@ -79,10 +78,10 @@ def vote(
     quorum: int | None = None,
     tie: str | None = None,
 ) -> datasets.Dataset:
-    """Ask every teacher about every example, once, and count.
+    """Ask every teacher about every example once, and count the votes.
 
-    Before the first question, every prompt is written and every teacher is checked; those that cost nothing are asked
-    first. Two teachers with one key are one: a question that both get is asked once.
+    Before the first question, all prompts are rendered and all teachers checked. Teachers that cost nothing are asked
+    first. Teachers with equal keys share their answers.
 
     Parameters
     ----------
@@ -91,11 +90,11 @@ def vote(
     teachers
         At least one.
     cache
-        Keeps each ballot as it comes in: an interrupted run asks only what is missing. Of several processes that share
-        it, one at a time asks a teacher; the others then find its answers there.
+        Keeps each ballot on arrival, so that an interrupted run asks only the missing questions. If several processes
+        share the cache, one at a time asks a teacher, and the others wait and read the answers.
     calibration
-        What to subtract from a local teacher's margins: `pool`, their mean over the pool; `content-free`, the margin
-        on an empty example; `none`, nothing.
+        Subtracted from a local teacher's margins: `pool`, the mean over the pool; `content-free`, the margin of an
+        empty example; `none`, nothing.
     quorum, tie
         See `decide`.
 
@@ -103,15 +102,14 @@ def vote(
     -------
     datasets.Dataset
         The pool's columns and, per example: `votes` (list of 1 | 2, 0 = abstained), `reasons` (of abstentions, else
-        ""), `failed` (calls that got no answer), `margin_NAME` of each local teacher (calibrated; log-odds of
-        System 2), `system` (1 | 2 | 0 = undecided), `agreement` (share of the votes cast that went to the more
-        frequent system).
+        ""), `failed` (number of failed calls), `margin_NAME` of each local teacher (calibrated; log-odds of System 2),
+        `system` (1 | 2 | 0 = undecided), `agreement` (share of the more frequent system among the votes cast).
 
     Raises
     ------
     InputError
-        No teacher, duplicate ids, a margin that is not finite, a teacher that only ever abstains, a server that only
-        ever fails.
+        No teacher, duplicate ids, a margin that is not finite, a teacher that abstains on all examples, a server that
+        fails on all calls.
     """
     if not teachers:
         raise InputError("voting.teachers: the list is empty; name at least one")
@@ -148,16 +146,16 @@ def vote(
 
 
 def decide(votes: np.ndarray, *, quorum: int | None = None, tie: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Each example's system, and how far the teachers agree on it.
+    """Each example's system, and the teachers' agreement.
 
     Parameters
     ----------
     votes
-        Examples x teachers, of 1, 2, or 0 for an abstention.
+        Examples x teachers; 1, 2, or 0 for an abstention.
     quorum
-        Votes that the larger side needs; None: more than half of the teachers.
+        Number of votes that the larger side needs; None stands for more than half of the teachers.
     tie
-        As many votes for 1 as for 2, and at least one of each: `system1`, `system2`, or `undecided` (also None).
+        The decision if both systems have equally many votes, at least one: `system1`, `system2`, `undecided` or None.
 
     Returns
     -------
@@ -174,11 +172,10 @@ def decide(votes: np.ndarray, *, quorum: int | None = None, tie: str | None = No
 
 
 def plan(pool: datasets.Dataset, teachers: Sequence[Teacher], cache: diskcache.Cache) -> pd.DataFrame:
-    """What `vote` would ask: one row a teacher, with calls, tokens and cost at most. Asks nothing.
+    """The cost of `vote` without asking: one row per teacher, with calls, tokens and maximal cost.
 
-    Prompt tokens are estimated from characters; completion tokens are bounded by `max_tokens`, and estimated from
-    this teacher's cached answers where there are any. A question that an earlier teacher of the same identity, or an
-    earlier example, asks already is not asked again.
+    Prompt tokens are estimated from characters. Completion tokens are bounded by `max_tokens`, and estimated from the
+    teacher's cached answers, if any. A question that two examples or teachers share counts once.
     """
     rows = []
     planned: set[str] = set()
@@ -212,7 +209,7 @@ def plan(pool: datasets.Dataset, teachers: Sequence[Teacher], cache: diskcache.C
 def _ballots(
     teacher: Teacher, examples: Sequence[dict], keys: Sequence[str | None], cache: diskcache.Cache
 ) -> list[Ballot]:
-    """The teacher's ballot on every example, from the cache where it is there."""
+    """The teacher's ballot on every example, from the cache if possible."""
     known = _known(teacher, keys, cache)
     if len(known) < len(examples):
         with _asking_alone(teacher, cache):
@@ -224,7 +221,7 @@ def _ballots(
 
 @contextlib.contextmanager
 def _asking_alone(teacher: Teacher, cache: diskcache.Cache) -> Iterator[None]:
-    """No other process asks this teacher meanwhile: it would pay for the same answers."""
+    """Keep other processes from asking this teacher, because they would pay for the same answers."""
     if teacher.key is None:
         yield
         return
@@ -245,12 +242,12 @@ def _ask(
     known: dict[int, Ballot],
     cache: diskcache.Cache,
 ) -> None:
-    """Add to `known` the ballots that are missing there.
+    """Ask for the ballots missing from `known`, and add them.
 
-    Some servers call their own faults bad requests. So a refusal is kept only where the server answered a question
-    after it, and more questions than it refused; else it is a call that failed.
+    Some servers report their own faults as bad requests. So a refusal is cached only if the server answered a question
+    after it, and answered more questions than it refused. Otherwise it counts as a failed call.
     """
-    # Examples with one prompt are one question.
+    # Examples with equal prompts share one question.
     questions: dict[str | int, list[int]] = {}
     for i, key in enumerate(keys):
         if i not in known:
@@ -307,7 +304,7 @@ def _keys(teacher: Teacher, examples: Sequence[dict]) -> list[str | None]:
 
 
 def _kept(teacher: Teacher, key: str | None, cache: diskcache.Cache) -> Ballot | None:
-    """The answer kept under `key`, unless there is none, or it was cut off under a lower limit than now."""
+    """The answer cached under `key`; None if missing, or cut off under a lower limit than the teacher's."""
     kept = None if key is None else cache.get(key)
     if kept is None:
         return None
@@ -316,7 +313,7 @@ def _kept(teacher: Teacher, key: str | None, cache: diskcache.Cache) -> Ballot |
 
 
 def _is_answer(ballot: Ballot) -> bool:
-    """Whether the teacher said something, if not a verdict: not a failure, and not a refusal by its server."""
+    """Whether the teacher answered, with or without a verdict; False for failed calls and the server's refusals."""
     return ballot.system != 0 or bool(ballot.text or ballot.tokens_out or ballot.limit)
 
 
@@ -341,7 +338,7 @@ def _refuse_silence(teacher: Teacher, ballots: Sequence[Ballot]) -> None:
 
 @contextlib.contextmanager
 def _progress(teacher: Teacher, total: int) -> Iterator[Callable[[Ballot], None]]:
-    """A bar with count, time left and, for a teacher with a price, tokens and cost so far."""
+    """A progress bar; for a teacher that costs something, with tokens and cost so far."""
     spent = [0, 0]
     with tqdm(total=total, desc=f"teacher {teacher.name}", leave=False) as bar:
 

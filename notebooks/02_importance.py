@@ -66,7 +66,7 @@ figure = plots.pipeline("importance", "theta")
 
 # %%
 base, tokenizer = models.load_base(settings)
-model = models.attach_adapter(base, settings)
+model = models.attach_adapter(base, settings).eval()  # without dropout
 examples = encode_examples(splits.system_examples(settings, 2)[:8], tokenizer, settings)[:2]
 
 # %%

@@ -1,123 +1,112 @@
-"""The plan: what is traced without memory is what really happens, and a profile that cannot fit is refused."""
-
-from collections import Counter
-from dataclasses import replace
+"""The plan: its memory is that of real tensors, any architecture has one, and what cannot fit is refused."""
 
 import pytest
 import torch
-from conftest import make_tiny_model
+from transformers import AutoConfig, DynamicCache
 
-from lorapar_utils import build, costs, plans
-from lorapar_utils.costs import Machine, Operation, Shaped, Work, traced
+from lorapar_utils import build, plans, preflight
 from lorapar_utils.errors import InputError
-from lorapar_utils.plans import Passes
+from lorapar_utils.generation import answering
 from lorapar_utils.settings import load_profile
 
-
-def step(model):
-    ids = torch.ones(4, 12, dtype=torch.long, device=model.device)
-    mask = torch.zeros(4, 1, 12, 12, device=model.device)
-    positions = torch.ones(4, 12, dtype=torch.long, device=model.device)
-
-    def go():
-        model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.sum().backward()
-        model.zero_grad(set_to_none=True)
-
-    return go
-
-
-def test_a_pass_without_memory_is_traced_as_the_real_one():
-    real, hollow = (traced(step(make_tiny_model().to(device))) for device in ("cpu", "meta"))
-    # Attention is one operation on a CPU, whose arithmetic torch does not count, and several without a device.
-    products = [
-        sum(count * operation.flops for operation, count in work.operations.items() if "mm" in str(operation.function))
-        for work in (real, hollow)
-    ]
-    assert 0 < products[0] <= products[1] < 1.25 * products[0]
-    assert hollow.peak == pytest.approx(real.peak, rel=0.1)
+LAPTOP = plans.Machine("a laptop", 8e9, 0.6e9, cpu=True)
+GPU = plans.Machine("one X", 48e9, 0.8e9, flops=100e12, flops32=10e12, bandwidth=1e12)
+SIZES = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+# kind of model -> (its configuration, layers that get adapters)
+KINDS = {
+    "llama": (GROUPED, ["q_proj", "k_proj", "v_proj"]),
+    "gpt2": ({"n_embd": 64, "n_layer": 2, "n_head": 4}, ["c_attn"]),
+    "gemma2": (GROUPED, ["q_proj", "down_proj"]),
+    "mixtral": (GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}, ["q_proj"]),
+    "mamba": (SIZES | {"state_size": 8}, ["in_proj"]),
+    "lfm2": (GROUPED | {"layer_types": ["conv", "full_attention"]}, ["w1", "q_proj"]),
+    "falcon_h1": (GROUPED | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}, ["q_proj"]),
+}
 
 
-def test_arithmetic_of_a_matrix_product_and_the_bytes_it_moves():
-    a, b = torch.empty(3, 5, device="meta"), torch.empty(5, 7, device="meta")
-    work = traced(lambda: (a @ b).add_(1))
-    assert work.flops == 2 * 3 * 5 * 7
-    assert work.peak == 4 * 3 * 7
-    [moved] = [operation.moved for operation in work.operations if operation.flops]
-    assert moved == 4 * (3 * 5 + 5 * 7 + 3 * 7)
+def planned(monkeypatch, kind="llama", adapter=(), **changes) -> plans.Model:
+    """The plan's model of a small configuration."""
+    widths, modules = KINDS[kind]
+    config = AutoConfig.for_model(kind, vocab_size=512, **widths)
+    monkeypatch.setattr(plans, "configuration", lambda settings: config)
+    return plans.Model(load_profile("smoke", threads=1, adapter={"modules": modules} | dict(adapter), **changes))
 
 
-def test_an_operation_takes_its_arithmetic_or_its_bytes_whichever_is_longer():
-    machine = Machine("one X", 1.0, 0.0, overhead=0.0, flops=10.0, bandwidth=4.0, flops32=1.0)
-    assert machine.seconds(Operation(None, (), None, flops=20, moved=4)) == 2.0
-    assert machine.seconds(Operation(None, (), None, flops=20, moved=40)) == 10.0
-    exact = (Shaped((2, 2), (2, 1), torch.float32),)
-    assert machine.seconds(Operation(None, exact, None, flops=20, moved=4)) == 20.0
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapter", [{}, {"modules": "QKVGUD"}, {"modules": "QKVGUD", "dropout": 0.1}], ids=str)
+def test_activations_are_what_autograd_keeps(monkeypatch, dtype, adapter):
+    plan = planned(monkeypatch, adapter=adapter, model={"dtype": dtype})
+    model, kept = plan._built().train(), {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    embedded = torch.randn(4, 64, plan.hidden, dtype=plan.dtype).requires_grad_(True)
+    with answering(model), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.get_base_model().base_model(inputs_embeds=embedded, use_cache=False)
+    real = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+    held = plan.passes(GPU, "sft", 4, 64, 1).held * plan.layers / (plan.layers + 1)  # one more is at work
+    assert held == pytest.approx(real, rel=0.1)
 
 
-def test_calls_run_ahead_of_a_gpu_and_come_on_top_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(costs, "timed_here", lambda operation: 2.0)
-    work = Work(Counter({Operation(None, (), None, flops=20, moved=4): 3}), peak=0, pace=5.0)
-    gpu = Machine("one X", 1.0, 0.0, overhead=0.25, flops=10.0, bandwidth=4.0)
-    assert work.seconds(gpu) == 6.0
-    assert work.seconds(replace(gpu, overhead=1.0)) == 15.0
-    assert work.seconds(replace(gpu, flops=None)) == 6.75
+def test_the_cache_of_completions_is_that_of_transformers(monkeypatch):
+    plan = planned(monkeypatch, model={"dtype": "float32"})
+    cache = DynamicCache(config=plan.config)
+    with torch.no_grad():
+        plan._built()(input_ids=torch.ones(3, 40, dtype=torch.long), past_key_values=cache)
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    held = plan.passes(GPU, "decode", 3, 1, 1, before=30, times=20).held
+    assert held == pytest.approx(real * (1 + 1 / plan.layers) + 16 * 3 * plan.vocabulary)  # a layer's is written anew
 
 
-def test_layers_that_were_not_traced_cost_what_traced_ones_do():
-    settings = load_profile("smoke", model={"dtype": "float32"})
-    passes = Passes(settings, bundles=True)
-    whole = plans._Shallow(settings, True, passes.lengths, plans.configuration(settings), 30)
-    assert passes.elements == whole.elements
-    assert passes.weights == whole.weights
-    for kind, arguments in (("train_sft", ()), ("complete", (2, 12, 2))):
-        found, expected = passes.work(kind, *arguments), getattr(whole, kind)(*arguments)
-        assert found.operations == expected.operations
-        assert found.peak + passes.weights == pytest.approx(expected.peak + whole.weights, rel=0.02)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_build_has_a_plan_and_layers_that_are_run(monkeypatch, kind):
+    plan = planned(monkeypatch, kind, model={"dtype": "float32"})
+    parameters = list(plan._built().parameters())
+    weights = plan.passes(LAPTOP, "read", 1, 8, 1).weights
+    assert weights == 4 * sum(p.numel() for p in parameters if not p.requires_grad)
+    assert plan.elements == sum(p.numel() for p in parameters if p.requires_grad)
+    run, taken = plans.Model._seconds, []
+    monkeypatch.setattr(plans.Model, "_seconds", lambda *given: taken.append(run(*given)) or taken[-1])
+    for machine in (GPU, LAPTOP._replace(flops=None)):
+        phases = plans.phases_of(plan, machine)
+        assert all(0 < phase.seconds < 1e4 and machine.libraries < phase.bytes < 8e9 for phase in phases)
+    assert len(taken) == 8  # of every kind and size of pass
+    monkeypatch.setattr(plans.Model, "_seconds", lambda *_: 1 / 0)
+    assert 0 < plan.passes(machine, "sft", 3, 31, 5).seconds < 100  # by a product
 
 
-def test_a_gpu_has_one_kernel_for_attention_and_one_for_dropout():
-    settings = load_profile("smoke", model={"dtype": "bfloat16"}, adapter={"dropout": 0.1})
-    passes = Passes(settings, bundles=False)
-    for kind in ("train_sft", "train_grpo", "score"):
-        names = Counter(str(operation.function) for operation in passes.work(kind, *[4] * (kind == "score")).operations)
-        assert any("efficient_attention" in name for name in names) and not any(
-            "softmax.default" in n and "log" not in n for n in names
-        )
-        assert any("native_dropout" in name for name in names) == (kind == "train_sft")
+def test_what_is_saved_by_four_bits_shares_and_activations_computed_again():
+    changes = {}, {"model": {"quantization": "nf4"}}, {"processes": 4, "model": {"sharded": True}}
+    whole, four_bits, shared = (plans.Model(load_profile("llama2-7b", **change)) for change in changes)
+    sizes = [model.passes(GPU, "sft", 1, 8, 1).weights for model in (whole, four_bits, shared)]
+    assert sizes[0] == pytest.approx(2 * 6.738e9, rel=0.001)
+    assert 0.27 < sizes[1] / sizes[0] < 0.32 and 0.25 < sizes[2] / sizes[0] < 0.30
+    assert shared.passes(GPU, "decode", 1, 1, 1, before=8).weights == sizes[0]  # whole while completions are written
+    [lean], [part] = (model.batches(GPU)["sft"] for model in (whole, shared))
+    assert part.held == pytest.approx(lean.held / 4)  # a process's share of a step
+    whole.settings = whole.settings.changed(sft={"gradient_checkpointing": False})
+    [plain] = whole.batches(GPU)["sft"]
+    assert lean.held < plain.held / 5 and 1.4 < lean.seconds / plain.seconds < 1.7
 
 
-def test_what_a_batch_adds_and_what_checkpointing_saves():
-    settings = load_profile("smoke", model={"dtype": "float32"})
-    small = Passes(settings, bundles=False)
-    large = Passes(settings.changed(sft={"batch_size": 16}), bundles=False)
-    lean = Passes(settings.changed(sft={"batch_size": 16, "gradient_checkpointing": True}), bundles=False)
-    one, four, saved = (passes.work("train_sft") for passes in (small, large, lean))
-    assert four.peak == pytest.approx(4 * one.peak, rel=0.05)
-    assert saved.peak < four.peak / 2
-    assert four.flops < saved.flops < 1.6 * four.flops
+def test_a_cpu_reads_once_what_sequences_share(monkeypatch):
+    plan = planned(monkeypatch)
+    plan.shared = 30
+    padded, together = (plan.passes(machine._replace(flops=1e9), "sft", 8, 50, 1).seconds for machine in (GPU, LAPTOP))
+    assert together / padded == pytest.approx((30 + 8 * 20) / (8 * 50), rel=0.2)  # but longer rows to attend to
 
 
-def test_a_process_takes_its_share_of_a_step():
-    alone = Passes(load_profile("smoke", sft={"batch_size": 8}), bundles=False).work("train_sft")
-    halved = Passes(load_profile("smoke", sft={"batch_size": 8}, processes=2), bundles=False).work("train_sft")
-    assert halved.flops == pytest.approx(alone.flops / 2, rel=0.01)
-
-
-def test_a_profile_that_cannot_fit_is_refused_with_the_arithmetic():
-    laptop = Machine("a laptop", 8e9, 0.6e9, 0.0, 1.0, 1.0)
-    large, small = load_profile("llama2-7b"), load_profile("smoke")
+def test_a_profile_that_cannot_fit_is_refused_with_the_arithmetic(monkeypatch, capsys):
+    build.print_plan("llama2-7b", "H100")
+    assert "on one H100" in capsys.readouterr().out
+    monkeypatch.setattr(plans, "memory_here", lambda: LAPTOP)
+    monkeypatch.setattr(preflight, "check", lambda settings: None)
     with pytest.raises(InputError, match=r"llama2-7b: .* needs \d+\.\d GB \(libraries 0.6 \+ weights 13.5 .* has 8.0"):
-        plans.check_fits(large, laptop, Passes(large, bundles=False))
-    plans.check_fits(small, laptop, Passes(small, bundles=True))
-
-
-def test_four_bits_and_shares_take_less_memory():
-    whole = Passes(load_profile("llama2-7b"), bundles=False).weights
-    four_bits = Passes(load_profile("llama2-7b", model={"quantization": "nf4"}), bundles=False).weights
-    shared = Passes(load_profile("llama2-7b", processes=4, model={"sharded": True}), bundles=False).weights
-    assert whole == pytest.approx(2 * 6.738e9, rel=0.001)
-    assert 0.27 < four_bits / whole < 0.32
-    assert 0.25 < shared / whole < 0.30
+        build._check_before(load_profile("llama2-7b"), here=True)
 
 
 def test_unknown_machines_and_models_are_named(monkeypatch):
@@ -125,25 +114,8 @@ def test_unknown_machines_and_models_are_named(monkeypatch):
         raise OSError("We couldn't connect")
 
     monkeypatch.setattr(plans.AutoConfig, "from_pretrained", unreachable)
-    settings = load_profile("smoke")
     with pytest.raises(InputError, match="MACHINE = 'abacus': choose one of here, H200, H100"):
-        plans.machine_named("abacus", settings)
-    lost = settings.changed(model={"source": "nobody/nothing-7b"})
+        plans.machine_named("abacus")
+    lost = load_profile("smoke", model={"source": "nobody/nothing-7b"})
     with pytest.raises(InputError, match=r"no configuration there .* no profiles/architectures/nothing-7b.json"):
         plans.configuration(lost)
-
-
-def test_a_model_that_cannot_be_traced_stops_neither_the_plan_nor_the_build(project, tmp_path, capsys):
-    """Gemma-2 with capped attention knows no sdpa, which the tracing wants."""
-    from conftest import make_tiny_tokenizer
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 8, "num_attention_heads": 4, "head_dim": 4}
-    config = Gemma2Config(vocab_size=11, num_key_value_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=0, **sizes)
-    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma")
-    make_tiny_tokenizer().save_pretrained(tmp_path / "gemma")
-    chosen = load_profile("smoke", publishable=True, model={"source": str(tmp_path / "gemma"), "dtype": "float32"})
-    with pytest.raises(plans.NotTraced, match="gemma cannot be traced"):
-        plans.traced_passes(chosen, plans.memory_here())
-    build._check_before(chosen, here=True)
-    assert "whether its memory suffices is not known" in capsys.readouterr().out
