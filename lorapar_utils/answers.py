@@ -63,9 +63,9 @@ def mentions(completion: str, reference: str) -> bool:
         )
     name = _unmarked(reference) if len(reference) <= LONGEST else ""
     if len(name) <= 2 and name.isalpha() and name[0].isupper():
-        named = AS_NAME + ("" if name == "I" else WITHIN_SENTENCE)
+        before = AS_NAME + ("" if name == "I" else WITHIN_SENTENCE)
         alone = name == text.strip(" \t\n.,*_`'\"$()")
-        return alone or re.search(rf"(?:{named}){name}{NO_MORE}(?!['’]\w)", text) is not None
+        return alone or re.search(rf"(?:{before}){name}{NO_MORE}(?!['’]\w)", text) is not None
     words = _words(reference)
     words_apart = r"\s+".join(map(re.escape, words.split()))
     searched = text if "\\" in words else _caseless(text, _is_formula(words))
@@ -305,8 +305,8 @@ def _number(text: str) -> Quantity | None:
     if len(text) > LONGEST:
         return None
     text = _in_line(_unmarked(text)).strip()
-    named = NAME.match(text)
-    match = NUMBER.match(text, named.end() if named else 0)
+    label = NAME.match(text)
+    match = NUMBER.match(text, label.end() if label else 0)
     if match is None or (match["sign"] and match["inner"]):
         return None
     value, rest = _magnitude(match), text[match.end() :].rstrip()
@@ -323,19 +323,19 @@ def _number(text: str) -> Quantity | None:
     if currency and unit[1:] == ("meter",):
         return None  # $18m is in millions
     sign = -1 if "-" in (match["sign"], match["inner"]) else 1
-    return Quantity(sign * value, unit, (named and named["name"]) or "")
+    return Quantity(sign * value, unit, (label and label["name"]) or "")
 
 
 def _constant(text: str) -> Quantity | None:
     """The constant of a text that contains nothing else but a name and a unit; None otherwise."""
     text = _unmarked(text)
-    named = NAME.match(text)
-    value, rest = leading_constant(text[named.end() if named else 0 :]) or (None, "")
+    label = NAME.match(text)
+    value, rest = leading_constant(text[label.end() if label else 0 :]) or (None, "")
     # A letter after a constant is usually a variable, as in 2πh, and a plural a word, as `radius`.
     unit = None if re.match(r"\s*[^\W\d_m](?![^\W\d_])", rest) else _unit(rest.rstrip())
     if value is None or unit is None or not all(map(is_spelled_out, unit)):
         return None
-    return Quantity(value, unit, (named and named["name"]) or "")
+    return Quantity(value, unit, (label and label["name"]) or "")
 
 
 def _magnitude(match: re.Match) -> Fraction | None:

@@ -42,7 +42,7 @@ def scoreboard(
     for claim in load_claims() if claims is None else claims:
         verdict, effect, n = judge(claim, records)
         sides = [side["record"] for side in claim["test"].values() if isinstance(side, dict)]
-        named = {name: _named(records, name) for name in dict.fromkeys(sides)}
+        evidence = {name: _named(records, name) for name in dict.fromkeys(sides)}
         rows.append(
             {
                 "claim": claim["claim"],
@@ -50,7 +50,7 @@ def scoreboard(
                 "verdict": verdict,
                 "effect": effect,
                 "n": "–" if n is None else f"{n:,}",
-                "evidence": "; ".join(cite(name, runs, link) for name, runs in named.items()) or "–",
+                "evidence": "; ".join(cite(name, runs, link) for name, runs in evidence.items()) or "–",
             }
         )
     return pd.DataFrame(rows)

@@ -176,10 +176,10 @@ def _symbols(seed: int) -> Iterator[dict]:
 
 def _sums(seed: int, terms: int) -> Iterator[dict]:
     """Sums of one-digit terms from `reasoning-gym`; the solution has one running total per line."""
-    generated = reasoning_gym.create_dataset(
+    items = reasoning_gym.create_dataset(
         "chain_sum", min_terms=terms, max_terms=terms, min_digits=1, max_digits=1, seed=seed, size=20_000
     )
-    for item in generated:
+    for item in items:
         expression = item["metadata"]["expression"]
         yield _example("sum", f"What is {expression}?", item["answer"], _running_totals(expression))
 
@@ -307,8 +307,8 @@ def _object(record: object) -> dict:
 
 
 def _short(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:79]}…"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _external(pool: PoolSection) -> list[dict]:

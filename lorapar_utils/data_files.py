@@ -23,7 +23,7 @@ import pyarrow.parquet
 
 from lorapar_utils.errors import InputError
 
-# Word in a file name -> split. `dev` is a split of its own, because MMLU has it beside validation.
+# Word in a file name -> split. `dev` is a separate split, because MMLU has both `dev` and `validation`.
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -80,7 +80,7 @@ def read_rows(
     field
         The setting that named the path, for messages.
     path
-        A folder, a single file (the training split, whatever it is called), or None for the hub.
+        A folder, a single file (the training split, under any name), or None for the hub.
     repository, config
         The data set's id on the hub, and the configuration to take, which can be a folder under `path`.
     splits
@@ -219,12 +219,12 @@ def _choose(
         for split in files_of
         if splits is None or split in splits
     }
-    read = [file for shards in shards_of.values() for file in shards]
-    paths = {file.path for file in read}
-    left_out = [file for file in files if file.path not in paths and (file.split in shards_of or file.split is None)]
-    if left_out and read:
-        print(f"{field}: {_names(read)} read, {_names(left_out)} left out")
-    if len(files_of) > 1 and any(file.split is None for file in read):
+    read_files = [file for shards in shards_of.values() for file in shards]
+    paths = {file.path for file in read_files}
+    other_files = [file for file in files if file.path not in paths and (file.split in shards_of or file.split is None)]
+    if other_files and read_files:
+        print(f"{field}: {_names(read_files)} read, {_names(other_files)} left out")
+    if len(files_of) > 1 and any(file.split is None for file in read_files):
         print(f"{field}: {_names(shards_of['train'])} read as the training split, of which no file has the name")
     for split, shards in shards_of.items():
         _check_complete(field, split, shards)
@@ -318,8 +318,8 @@ def _check_complete(field: str, split: str, shards: list[_File]) -> None:
 
 
 def _names(files: list[_File]) -> str:
-    shown = ", ".join(file.name for file in files[:6])
-    return shown if len(files) <= 6 else f"{shown}, … ({len(files)} files)"
+    names = ", ".join(file.name for file in files[:6])
+    return names if len(files) <= 6 else f"{names}, … ({len(files)} files)"
 
 
 # --- reading the files ---------------------------------------------------------------------------------------
@@ -327,8 +327,8 @@ def _names(files: list[_File]) -> str:
 
 def _read(field: str, path: Path, name: str) -> list[Row]:
     try:
-        with path.open("rb") as opened:
-            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+        with path.open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise InputError(f"{field}: {name} is a Git LFS pointer, not the file; run `git lfs pull` beside it")
         suffix = path.name.lower().removesuffix(".gz").rsplit(".", 1)[1]
         if suffix == "parquet":

@@ -39,20 +39,20 @@ def without_repeats(examples: dict[str, list[dict]]) -> dict[str, list[dict]]:
     """
     first_split: dict[str, str] = {}
     repeats: Counter[tuple[str, str]] = Counter()
-    kept = {}
+    examples_of = {}
     for split in reversed(SPLITS):
-        kept[split] = []
+        examples_of[split] = []
         for example in examples[split]:
             question = normalised(example["prompt"])
             if question in first_split:
                 repeats[split, first_split[question]] += 1
             else:
                 first_split[question] = split
-                kept[split].append(example)
+                examples_of[split].append(example)
     if repeats:
         counts = [f"{count} of {split} that repeat {first}" for (split, first), count in repeats.items()]
         print(f"pool: left out {', '.join(counts)}")
-    return kept
+    return examples_of
 
 
 def normalised(prompt: str) -> str:
@@ -164,12 +164,12 @@ def _draw(rows: list[dict], sizes: dict[str, dict[int, int]]) -> dict[str, list[
     strata = {system: [] for size in sizes.values() for system in size}
     for number, row in enumerate(rows):
         strata[row["system"]].append(number)
-    taken = {split: [] for split in sizes}
+    numbers_of = {split: [] for split in sizes}
     lacking = {split: sum(size.values()) for split, size in sizes.items()}
 
     def take(system: int, counts: dict[str, int]) -> None:
         for split, share in _shares(len(strata[system]), counts).items():
-            taken[split] += strata[system][:share]
+            numbers_of[split] += strata[system][:share]
             del strata[system][:share]
             lacking[split] -= share
 
@@ -177,7 +177,7 @@ def _draw(rows: list[dict], sizes: dict[str, dict[int, int]]) -> dict[str, list[
         take(system, {split: size[system] for split, size in sizes.items()})
     for system in strata:
         take(system, lacking)
-    return {split: [rows[number] for number in sorted(numbers)] for split, numbers in taken.items()}
+    return {split: [rows[number] for number in sorted(numbers)] for split, numbers in numbers_of.items()}
 
 
 def _shares(available: int, sizes: dict[str, int]) -> dict[str, int]:

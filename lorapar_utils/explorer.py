@@ -51,7 +51,7 @@ def theta_explorer(record: Record) -> alt.VConcatChart:
 
 
 def _sliders(thetas: int, shares: int) -> list[alt.Parameter]:
-    """Sliders over the record's grid, which is evenly spaced up to 1, and the choice of what the map shows."""
+    """Sliders over the record's grid, which is evenly spaced up to 1, and the choice of the map's quantity."""
 
     def slider(name: str, value: float, low: float, step: float) -> alt.Parameter:
         return alt.param(name=name, value=value, bind=alt.binding_range(min=low, max=1, step=step, name=f"{name} "))
@@ -127,13 +127,13 @@ class Page:
         plt.close(picture)  # a notebook shows open figures a second time
 
     def _repr_html_(self) -> str:
-        drawn = self.chart.to_html(inline=True, embed_options={"actions": False, "renderer": "svg"})
+        chart = self.chart.to_html(inline=True, embed_options={"actions": False, "renderer": "svg"})
         png = io.BytesIO()
         self.picture.savefig(png, format="png", dpi=80)
         source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
         text = html.escape(self.alt_text)
         fallback = f'<noscript><img alt="{text}" style="max-width: 100%" src="{source}"></noscript>'
-        inside = drawn.replace("<html>", '<html lang="en">').replace("<head>", f"<head><title>{text}</title>{STYLE}", 1)
+        inside = chart.replace("<html>", '<html lang="en">').replace("<head>", f"<head><title>{text}</title>{STYLE}", 1)
         inside = inside.replace("</body>", f"{fallback}</body>")
         # In single quotes, because scripts and data contain many double quotes.
         quoted = inside.replace("&", "&amp;").replace("'", "&#x27;")

@@ -53,8 +53,8 @@ def save_all(records: dict[str, Record], varied: dict[str, Record], folder: Path
             print(f"{name}: skipped, there is no record of it")
             continue
         frame = make(inputs)
-        shown = frame.drop(columns="records", errors="ignore")  # only the .csv names the records of each row
-        texts = {"html": shown.to_html(index=False, border=0), "csv": frame.to_csv(index=False), "tex": _latex(shown)}
+        table = frame.drop(columns="records", errors="ignore")  # only the .csv names the records of each row
+        texts = {"html": table.to_html(index=False, border=0), "csv": frame.to_csv(index=False), "tex": _latex(table)}
         for suffix, text in texts.items():
             write_atomically(folder / f"{name}.{suffix}", text)
             paths.append(folder / f"{name}.{suffix}")

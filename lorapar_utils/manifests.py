@@ -147,11 +147,11 @@ def made_from(folder: Path) -> dict | None:
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         sizes, hashes = content.pop(SIZES, {}), content.pop(HASHES, {})
-        whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
-        whole = whole and all(file_hash(folder / name) == digest for name, digest in hashes.items())
+        intact = all((folder / name).stat().st_size == size for name, size in sizes.items())
+        intact = intact and all(file_hash(folder / name) == digest for name, digest in hashes.items())
     except (ValueError, AttributeError, TypeError, OSError):
         return {}
-    return content if whole else {}
+    return content if intact else {}
 
 
 def is_current(folder: Path, inputs: dict) -> bool:

@@ -125,11 +125,11 @@ def _reject_unknown_parameters() -> None:
     if injected is None:
         return
     before = cells[: cells.index(injected)]
-    known = set().union(*(_assigned(cell) for cell in before))
-    unknown = sorted(_assigned(injected) - known)
+    parameters = set().union(*(_assigned(cell) for cell in before))
+    unknown = sorted(_assigned(injected) - parameters)
     if unknown:
         raise InputError(
-            f"papermill: {', '.join(unknown)} is no parameter of this notebook; it has {', '.join(sorted(known))}"
+            f"papermill: {', '.join(unknown)} is no parameter of this notebook; it has {', '.join(sorted(parameters))}"
         )
 
 

@@ -522,8 +522,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("records", type=Path)
     parser.add_argument("figures", type=Path)
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="FIGURE")
-    known = FigureCanvasBase.get_supported_filetypes()
-    parser.add_argument("--formats", nargs="+", choices=known, default=list(FORMATS), metavar="FORMAT")
+    formats = FigureCanvasBase.get_supported_filetypes()
+    parser.add_argument("--formats", nargs="+", choices=formats, default=list(FORMATS), metavar="FORMAT")
     options = parser.parse_args(arguments)
     records = read_records(options.records)
     if not records:

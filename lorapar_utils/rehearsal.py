@@ -130,16 +130,16 @@ def _toy_profile(settings: Settings, durations: list) -> Iterator[tuple[Settings
 
 def make_toy(settings: Settings, folder: Path) -> Path:
     """A model folder of a few megabytes: the profile's tokenizer, and random weights of the model's architecture."""
-    wide = models.load_config(settings)
+    full_config = models.load_config(settings)
     torch.manual_seed(settings.seed)
     try:
-        config = toy_config(wide)
+        config = toy_config(full_config)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             model(input_ids=torch.tensor([[0, 1, 2]]), use_cache=False)
     except Exception as error:  # an architecture may have unknown constraints between sizes
         raise InputError(
-            f"rehearse: no toy can be made of {wide.model_type} ({str(error).splitlines()[0][:200]}); "
+            f"rehearse: no toy can be made of {full_config.model_type} ({str(error).splitlines()[0][:200]}); "
             "rehearse with a small model of the same family, or go without"
         ) from None
     source, options = source_of(settings, weights=False)

@@ -49,8 +49,8 @@ def overlap(completion: str, reference: str | None) -> float | None:
 def layout(completion: str) -> float:
     """0.5 for a completion that ends with exactly one `#### answer` line, else 0.0 (paper's format rewards)."""
     lines = completion.strip().splitlines()
-    marked = [line for line in lines if line.startswith("####")]
-    return 0.5 if len(marked) == 1 and lines[-1] == marked[0] and extract_answer(completion) else 0.0
+    answers = [line for line in lines if line.startswith("####")]
+    return 0.5 if len(answers) == 1 and lines[-1] == answers[0] and extract_answer(completion) else 0.0
 
 
 def step_share(completion: str, solution: str | None) -> float | None:

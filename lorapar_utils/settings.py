@@ -182,7 +182,7 @@ class ApiTeacher(Section):
     persona: str = ""
     question: str = API_QUESTION
     model: str
-    base_url: str | None = None  # null = what OPENAI_BASE_URL says, else OpenAI's own
+    base_url: str | None = None  # null = OPENAI_BASE_URL, else OpenAI's own
     api_key_env: str = "OPENAI_API_KEY"
     temperature: float | None = 0.0  # null = not sent: some reasoning models refuse it
     max_tokens: Positive = 2048  # raised later, only answers that it cut off are asked for again
@@ -564,9 +564,9 @@ def _parent(chain: Sequence[Path], named: object) -> Path:
     if named == "defaults" or (parent and parent.samefile(defaults)):
         raise InputError(f"{where}: every profile starts from the defaults; leave the line out ({trail})")
     if parent is None:
-        missing = f"profiles/{named}.yaml" if Path(named).name == named and not _is_yaml(named) else named
-        known = f"one of {', '.join(_known_profiles())}"
-        raise InputError(f"{where}: there is no {missing} ({trail}); name {known}, or a path from {child.parent}")
+        file = f"profiles/{named}.yaml" if Path(named).name == named and not _is_yaml(named) else named
+        profiles = f"one of {', '.join(_known_profiles())}"
+        raise InputError(f"{where}: there is no {file} ({trail}); name {profiles}, or a path from {child.parent}")
     if any(parent.samefile(path) for path in chain):
         raise InputError(f"{where}: the profiles extend each other in a circle ({trail}); take one `extends` out")
     return parent
@@ -625,14 +625,14 @@ class _ProfileLoader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
-        seen = set()
+        keys = set()
         for key, _ in node.value:
             # `<<` merges another section and may be repeated.
             if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 continue
-            if (key.tag, key.value) in seen:
+            if (key.tag, key.value) in keys:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
-            seen.add((key.tag, key.value))
+            keys.add((key.tag, key.value))
         return node
 
 
@@ -710,7 +710,7 @@ def _with_grids(experiments: dict, grids: list[dict], where: str) -> dict:
         raise InputError(f"{where}: experiments is {_kind(experiments)}; write a line `name: {{sweep: …}}` for each")
     if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
         raise InputError(f"{where}: grids is no list of sections; write `- {{name: …, title: …, over: …}}` for each")
-    everything = dict(experiments)
+    all_experiments = dict(experiments)
     for grid in grids:
         if missing := {"name", "title", "over"} - set(grid):
             raise InputError(f"{where}: grids: {grid} lacks {', '.join(sorted(missing))}")
@@ -720,21 +720,21 @@ def _with_grids(experiments: dict, grids: list[dict], where: str) -> dict:
             raise InputError(f"{where}: grids: {grid['name']}: over.{loose[0]} is no list; write [a, b, …]")
         common = {key: value for key, value in grid.items() if key not in ("name", "title", "over")}
         for values in itertools.product(*grid["over"].values()):
-            cell = dict(zip(grid["over"], values, strict=True))
+            combination = dict(zip(grid["over"], values, strict=True))
             try:
-                name, title = (str(grid[key]).format(**cell) for key in ("name", "title"))
+                name, title = (str(grid[key]).format(**combination) for key in ("name", "title"))
             except KeyError as unknown:
                 raise InputError(
-                    f"{where}: grids: {grid['name']} uses {unknown}; its `over` has {', '.join(cell)}"
+                    f"{where}: grids: {grid['name']} uses {unknown}; its `over` has {', '.join(combination)}"
                 ) from None
             except (AttributeError, IndexError, ValueError) as error:
                 raise InputError(
                     f"{where}: grids: {grid['name']}: {error}; write {{theta}} where a value of `over` belongs"
                 ) from None
-            if name in everything:
+            if name in all_experiments:
                 raise InputError(f"{where}: grids: {name!r} is there twice; give each grid its own names")
-            everything[name] = {**common, **cell, "title": title}
-    return everything
+            all_experiments[name] = {**common, **combination, "title": title}
+    return all_experiments
 
 
 def _expand(overrides: dict) -> dict:
@@ -759,8 +759,8 @@ def _explain(item: dict, where: str) -> str:
     key = ".".join(str(part) for part in item["loc"] if "[" not in str(part)) or "profile"
     if item["type"] == "extra_forbidden":
         section = _section_at(item["loc"][:-1])
-        own = (name for name in getattr(section, "model_fields", {}) if name not in ("profile", "profile_file"))
-        allowed = ", ".join(own) or "see profiles/defaults.yaml"
+        names = (name for name in getattr(section, "model_fields", {}) if name not in ("profile", "profile_file"))
+        allowed = ", ".join(names) or "see profiles/defaults.yaml"
         return f"{where}: {key} is not a setting; allowed here: {allowed}"
     if item["type"] == "missing":
         return f"{where}: {key} is missing; give it a value, as profiles/defaults.yaml does"

@@ -269,8 +269,8 @@ def _explorer(scores: Sequence[dict[str, torch.Tensor]]) -> dict[str, list]:
             if i == 0:
                 columns |= {region: region for region in ("system1_only", "system2_only", "shared")}
             counts.append(table[list(columns)].mul(table["elements"], axis=0).rename(columns=columns))
-        whole = pd.concat([table[["layer", "module", "elements"]], *counts], axis=1)
-        summed = whole.groupby(["layer", "module"], sort=False).sum().round().astype(int).reset_index()
+        table = pd.concat([table[["layer", "module", "elements"]], *counts], axis=1)
+        summed = table.groupby(["layer", "module"], sort=False).sum().round().astype(int).reset_index()
         frames.append(summed.assign(theta=theta))
     return pd.concat(frames).to_dict("list")
 

@@ -88,7 +88,7 @@ def over(source: str | None, gguf_file: str | None, settings: Settings) -> Setti
     return settings.changed(model={"source": source, "gguf_file": gguf_file, "revision": None})
 
 
-# --- what a teacher reads, and what it answers ---------------------------------------------------------------
+# --- questions and answers ---------------------------------------------------------------
 
 
 def teacher_prompt(section: LocalTeacher | ApiTeacher, example: dict, settings: Settings) -> str:
@@ -182,8 +182,8 @@ def parse_vote(text: str) -> tuple[int, str]:
 def _verdict(bare: str) -> tuple[int, bool]:
     """The system that a bare line names, else 0, and whether the line is labelled as the answer."""
     label = LABEL.match(bare)
-    named = SYSTEM.fullmatch(_bare(bare[label.end() :]) if label else bare)
-    return (0 if named is None else 1 if named[1] else 2), label is not None
+    match = SYSTEM.fullmatch(_bare(bare[label.end() :]) if label else bare)
+    return (0 if match is None else 1 if match[1] else 2), label is not None
 
 
 def _bare(line: str) -> str:
@@ -537,35 +537,35 @@ def _count(tokens: object) -> int:
 def _judged(server: _Server, status: int, body: object, prompt: str, *, page: bool = False) -> Ballot | InputError:
     """The meaning of an error: an abstention, final or to be asked again; or an InputError that ends the run."""
     section, where = server.section, server.where
-    said = _said(server, status, body)
+    text = _said(server, status, body)
     words = _words(body).replace(prompt, " ")  # servers may quote the question
     money = [] if RATE.search(words) and "insufficient_quota" not in words else MONEY.findall(words)
     if status == 402 or (status in MONEY_STATUSES and any(word.lower() not in prompt.lower() for word in money)):
         return InputError(
-            f"{where}: the account has no credit left ({said}); answered votes are kept, so add credit and run again"
+            f"{where}: the account has no credit left ({text}); answered votes are kept, so add credit and run again"
         )
     if status == 401:
         return _refused(server, status, body)
     if page and (status in ABOUT_THE_QUESTION or status in (403, 404, 405, 410)):
         return _web_page(server)
     if FILTER.search(words) and (status in ABOUT_THE_QUESTION or status in (200, 403)):
-        return Ballot(system=0, reason=f"refused: {said}")
+        return Ballot(system=0, reason=f"refused: {text}")
     if status == 403 or (status in (200, 400) and KEY.search(words)):
         return _refused(server, status, body)
     if status in (200, 400, 404, 410) and (UNKNOWN_MODEL.search(words) or (status == 404 and "model" in words.lower())):
         return InputError(
-            f"{where}: the server at {server.address} does not know model {section.model!r} ({said}); "
+            f"{where}: the server at {server.address} does not know model {section.model!r} ({text}); "
             f"{_models_there(server)}"
         )
     if status in (404, 405, 410) or (status == 200 and NO_ENDPOINT.search(words)):
         return InputError(
-            f"{where}: there is nothing at {server.address}/chat/completions ({said}); correct base_url, which often "
+            f"{where}: there is nothing at {server.address}/chat/completions ({text}); correct base_url, which often "
             "ends with /v1"
         )
     if status in (200, 400, 422) and (remedy := _refused_setting(section, body, words, prompt)):
-        return InputError(f"{where}: the server refuses {remedy} ({said}); answered votes are kept")
+        return InputError(f"{where}: the server refuses {remedy} ({text}); answered votes are kept")
     final = status in ABOUT_THE_QUESTION and not money and not PASSING.search(words)
-    return Ballot(system=0, reason=f"refused: {said}", final=final)
+    return Ballot(system=0, reason=f"refused: {text}", final=final)
 
 
 def _refused_setting(section: ApiTeacher, body: object, words: str, prompt: str) -> str | None:
@@ -602,7 +602,7 @@ def _message(body: object) -> str:
     """The readable text of an error body."""
     error = _unwrapped(body)
     if not isinstance(error, dict):
-        return " ".join(re.sub(r"<[^<>]*>", " ", str(error or "")).split())  # a page of HTML without its tags
+        return " ".join(re.sub(r"<[^<>]*>", " ", str(error or "")).split())  # a page of HTML without tags
     text = next((error[key] for key in ("message", "detail", "msg") if error.get(key)), error)
     if isinstance(text, list) and all(isinstance(item, dict) for item in text):
         # FastAPI's errors, without `input`, which repeats the whole request.
@@ -678,24 +678,24 @@ def _read_votes(section: RecordedTeacher, ids: Sequence[str]) -> dict[str, int]:
             )
         lines[identifier] = line
     unknown = sorted(lines.keys() - set(ids))
-    strangers = f"{len(unknown)} ids are not of this pool's training split, first {unknown[0]!r}" if unknown else ""
+    unknown_ids = f"{len(unknown)} ids are not of this pool's training split, first {unknown[0]!r}" if unknown else ""
     if unknown and re.fullmatch(r"[\d.,:/+\-eE]+", unknown[0]):
-        strangers += " (did a spreadsheet turn ids into numbers or dates? format the column as text)"
+        unknown_ids += " (did a spreadsheet turn ids into numbers or dates? format the column as text)"
     if missing := sorted(set(ids) - lines.keys()):
         raise InputError(
             f"{where}: {len(missing)} of {len(ids)} examples have no vote, first {missing[0]!r}"
-            f"{'; ' if strangers else ''}{strangers}; add a line for each, with 0 for an abstention"
+            f"{'; ' if unknown_ids else ''}{unknown_ids}; add a line for each, with 0 for an abstention"
         )
     if unknown:
-        raise InputError(f"{where}: {strangers}; was it recorded on another pool or seed?")
+        raise InputError(f"{where}: {unknown_ids}; was it recorded on another pool or seed?")
     pattern = max(CELLS, key=lambda cells: sum(bool(cells.fullmatch(cell)) for _, _, cell in rows))
     votes = {}
     for line, identifier, cell in rows:
         vote = pattern.fullmatch(cell)
         if vote is None:
-            seen = f"has system = {cell}" if cell else "has no system"
+            problem = f"has system = {cell}" if cell else "has no system"
             raise InputError(
-                f"{where}: id {identifier!r} {seen}; use 1, 2, or 0 for an abstention, in every line (line {line})"
+                f"{where}: id {identifier!r} {problem}; use 1, 2, or 0 for an abstention, in every line (line {line})"
             )
         votes[identifier] = int(vote[1] or 0)
     return votes

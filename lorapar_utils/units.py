@@ -47,8 +47,8 @@ CHANGING_PLURAL = re.compile(
 
 def unit_name(word: str) -> str:
     """The standard name of a unit (`foot` for `ft`), or the word itself if the table has none."""
-    known = _folded(word)
-    return UNIT_NAMES.get(known) or UNIT_NAMES.get(known.removesuffix("s"), word)
+    symbol = _folded(word)
+    return UNIT_NAMES.get(symbol) or UNIT_NAMES.get(symbol.removesuffix("s"), word)
 
 
 def is_spelled_out(word: str) -> bool:

@@ -164,8 +164,8 @@ def decide(votes: np.ndarray, *, quorum: int | None = None, tie: str | None = No
     """
     ones, twos = (votes == 1).sum(1), (votes == 2).sum(1)
     larger = np.maximum(ones, twos)
-    reached = larger >= (votes.shape[1] // 2 + 1 if quorum is None else quorum)
-    system = np.select([(ones > twos) & reached, (twos > ones) & reached], [1, 2], 0)
+    has_quorum = larger >= (votes.shape[1] // 2 + 1 if quorum is None else quorum)
+    system = np.select([(ones > twos) & has_quorum, (twos > ones) & has_quorum], [1, 2], 0)
     if tie in ("system1", "system2"):
         system[(ones == twos) & (ones > 0)] = int(tie[-1])
     return system, larger / np.maximum(ones + twos, 1)
@@ -181,21 +181,21 @@ def plan(pool: datasets.Dataset, teachers: Sequence[Teacher], cache: diskcache.C
     planned: set[str] = set()
     for teacher in teachers:
         keys = _keys(teacher, list(pool))
-        kept = [_kept(teacher, key, cache) for key in keys]
+        ballots = [_kept(teacher, key, cache) for key in keys]
         texts = []
-        for example, key, ballot in zip(pool, keys, kept, strict=True):
+        for example, key, ballot in zip(pool, keys, ballots, strict=True):
             if ballot is None and (key is None or key not in planned):
                 texts.append(teacher.prompt(example))
                 planned |= {key} - {None}
-        answered = [ballot for ballot in kept if ballot is not None]
+        answers = [ballot for ballot in ballots if ballot is not None]
         prompts = round(sum(map(len, texts)) / CHARACTERS_PER_TOKEN)
         bound = len(texts) * teacher.max_tokens
-        mean = np.mean([ballot.tokens_out for ballot in answered]) if answered else teacher.max_tokens
+        mean = np.mean([ballot.tokens_out for ballot in answers]) if answers else teacher.max_tokens
         rows.append(
             {
                 "teacher": teacher.name,
                 "examples": len(keys),
-                "already answered": len(answered),
+                "already answered": len(answers),
                 "calls": len(texts) if teacher.max_tokens else 0,
                 "prompt tokens, about": prompts if teacher.max_tokens else 0,
                 "completion tokens, at most": bound,
@@ -227,11 +227,11 @@ def _asking_alone(teacher: Teacher, cache: diskcache.Cache) -> Iterator[None]:
         return
     file = Path(cache.directory) / f"{teacher.key}.lock"
     try:
-        held = lock(file, timeout=0)
+        file_lock = lock(file, timeout=0)
     except Timeout:
         print(f"teacher {teacher.name}: another process is asking it; this one waits for the answers", flush=True)
-        held = lock(file)
-    with held:
+        file_lock = lock(file)
+    with file_lock:
         yield
 
 
@@ -257,7 +257,7 @@ def _ask(
     members = list(questions.values())
     answers = sum(map(_is_answer, known.values()))
     refused: dict[int, Ballot] = {}  # by position, since the last answer
-    passed_over: dict[int, Ballot] = {}  # those before it
+    passed_over: dict[int, Ballot] = {}  # refusals before the last answer
     outcomes: Counter[bool] = Counter()  # answers (True) and failures
     with _progress(teacher, len(members)) as update:
 
@@ -305,10 +305,10 @@ def _keys(teacher: Teacher, examples: Sequence[dict]) -> list[str | None]:
 
 def _kept(teacher: Teacher, key: str | None, cache: diskcache.Cache) -> Ballot | None:
     """The answer cached under `key`; None if missing, or cut off under a lower limit than the teacher's."""
-    kept = None if key is None else cache.get(key)
-    if kept is None:
+    fields = None if key is None else cache.get(key)
+    if fields is None:
         return None
-    ballot = Ballot(**kept)
+    ballot = Ballot(**fields)
     return None if ballot.limit is not None and ballot.limit < teacher.max_tokens else ballot
 
 
@@ -329,9 +329,9 @@ def _refuse_silence(teacher: Teacher, ballots: Sequence[Ballot]) -> None:
             f"examples ({count} times: {reason}){others}; no failure is kept as an answer: once the server is mended, "
             "run again, and those examples are asked again"
         )
-    said = next((f"; for example it said {b.text[-200:]!r}" for b in ballots if b.text), "")
+    example = next((f"; for example it said {b.text[-200:]!r}" for b in ballots if b.text), "")
     raise InputError(
-        f"teacher {teacher.name!r} abstained on all of its {len(ballots)} examples ({count} times: {reason}){said}; "
+        f"teacher {teacher.name!r} abstained on all of its {len(ballots)} examples ({count} times: {reason}){example}; "
         "change its question, raise its max_tokens, or leave it out"
     )
 
@@ -339,15 +339,15 @@ def _refuse_silence(teacher: Teacher, ballots: Sequence[Ballot]) -> None:
 @contextlib.contextmanager
 def _progress(teacher: Teacher, total: int) -> Iterator[Callable[[Ballot], None]]:
     """A progress bar; for a teacher that costs something, with tokens and cost so far."""
-    spent = [0, 0]
+    tokens = [0, 0]
     with tqdm(total=total, desc=f"teacher {teacher.name}", leave=False) as bar:
 
         def update(ballot: Ballot) -> None:
-            spent[0] += ballot.tokens_in
-            spent[1] += ballot.tokens_out
+            tokens[0] += ballot.tokens_in
+            tokens[1] += ballot.tokens_out
             if teacher.max_tokens:
-                cost = (spent[0] * teacher.price_in + spent[1] * teacher.price_out) / 1e6
-                bar.set_postfix({"tokens": f"{sum(spent):,}", "cost": f"{cost:.4f}"}, refresh=False)
+                cost = (tokens[0] * teacher.price_in + tokens[1] * teacher.price_out) / 1e6
+                bar.set_postfix({"tokens": f"{sum(tokens):,}", "cost": f"{cost:.4f}"}, refresh=False)
             bar.update(1)
 
         yield update
