@@ -14,7 +14,7 @@ from lorapar_utils.errors import InputError
 class Metric(NamedTuple):
     """A measured value with the number of outcomes and a 95 % interval.
 
-    Attributes
+    Parameters
     ----------
     value
         A share in [0, 1], a difference of two shares, or another number.
