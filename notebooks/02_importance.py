@@ -67,18 +67,24 @@ figure = plots.pipeline("importance", "theta")
 # %%
 base, tokenizer = models.load_base(settings)
 model = models.attach_adapter(base, settings).eval()  # without dropout
-examples = encode_examples(splits.system_examples(settings, 2)[:8], tokenizer, settings)[:2]
+rows = splits.system_examples(settings, 2)[:8]
+examples = encode_examples(rows, tokenizer, settings)[:2]
 
 # %%
 phi = models.lora_parameters(model)
-g, F = ({name: torch.zeros_like(p) for name, p in phi.items()} for _ in range(2))
+g = {name: torch.zeros_like(p) for name, p in phi.items()}
+F = {name: torch.zeros_like(p) for name, p in phi.items()}
 for example in examples:
-    ids, labels = (torch.tensor([example[key]], device=model.device) for key in ("input_ids", "labels"))
-    gradients = torch.autograd.grad(model(input_ids=ids, labels=labels).loss, list(phi.values()))
+    ids = torch.tensor([example["input_ids"]], device=model.device)
+    labels = torch.tensor([example["labels"]], device=model.device)
+    loss = model(input_ids=ids, labels=labels).loss
+    gradients = torch.autograd.grad(loss, list(phi.values()))
     for name, gradient in zip(phi, gradients, strict=True):
         g[name] += gradient / len(examples)
         F[name] += gradient**2 / len(examples)
-I = {name: (g[name] * p - F[name] * p**2 / 2).abs().detach() for name, p in phi.items()}  # noqa: E741
+I = {}  # noqa: E741
+for name, p in phi.items():
+    I[name] = (g[name] * p - F[name] * p**2 / 2).abs().detach()
 
 # %% [markdown]
 # The package scores whole batches in one pass, without keeping any example's gradient. It has to come to the same numbers; in bf16, to the
@@ -86,11 +92,12 @@ I = {name: (g[name] * p - F[name] * p**2 / 2).abs().detach() for name, p in phi.
 
 # %%
 scores = importance.score_importance(model, examples, batch_size=2)
-packages, plain = (torch.cat([values.flatten() for values in each.values()]) for each in (scores, I))
-difference = float((packages - plain).norm() / plain.norm())
-assert difference < (1e-4 if base.dtype == torch.float32 else 0.1), difference
-print(f"relative difference over all {len(plain):,} elements: {difference:.1e}")
-del base, model, scores, packages, plain, phi, g, F, I
+fast = torch.cat([scores[name].flatten() for name in phi])
+plain = torch.cat([I[name].flatten() for name in phi])
+difference = float((fast - plain).norm() / plain.norm())
+assert difference < (1e-4 if base.dtype == torch.float32 else 0.1)
+print(f"relative difference over {len(plain):,} elements: {difference:.1e}")
+del base, model, phi, g, F, I, scores, fast, plain
 
 # %% [markdown]
 # ### All examples

@@ -53,7 +53,7 @@ figure = plots.pipeline("theta", "stage1")
 
 # %%
 generator = torch.Generator().manual_seed(0)
-system1, system2 = (torch.rand(1000, generator=generator, dtype=torch.float64) ** 8 for _ in range(2))
+system1, system2 = torch.rand(2, 1000, generator=generator).double() ** 8
 
 
 def elements(scores, theta):
@@ -61,7 +61,9 @@ def elements(scores, theta):
     order = scores.argsort(descending=True, stable=True)
     held = scores[order].cumsum(0)
     count = int((held < theta * held[-1]).sum()) + 1
-    return torch.zeros(len(scores), dtype=torch.bool).index_fill(0, order[:count], True)
+    selected = torch.zeros(len(scores), dtype=torch.bool)
+    selected[order[:count]] = True
+    return selected
 
 
 # %% [markdown]
@@ -69,14 +71,12 @@ def elements(scores, theta):
 
 # %%
 first, second = elements(system1, 0.9), elements(system2, 0.9)
-partition = build_partition({"A": system1}, {"A": system2}, theta=0.9)
-for plain, region in ((first & ~second, "system1_only"), (second & ~first, "system2_only"), (first & second, "shared")):
-    assert torch.equal(plain, partition.regions()[region])
-pd.Series(
-    [int(elements(system1, theta).sum()) for theta in (0.5, 0.7, 0.9, 0.99)],
-    [0.5, 0.7, 0.9, 0.99],
-    name="elements of 1000",
-)
+regions = build_partition({"A": system1}, {"A": system2}, theta=0.9).regions()
+assert torch.equal(regions["system1_only"], first & ~second)
+assert torch.equal(regions["system2_only"], second & ~first)
+assert torch.equal(regions["shared"], first & second)
+counts = {theta: int(elements(system1, theta).sum()) for theta in (0.5, 0.7, 0.9, 0.99)}
+pd.Series(counts, name="elements of 1000").to_frame().rename_axis("theta")
 
 # %% [markdown]
 # ## Accuracy by theta

@@ -51,7 +51,8 @@ figure = plots.pipeline("stage1", "stage2")
 # The first step of AdamW written out, for the active elements only. An inactive element has a gradient here too, and it is never written.
 
 # %%
-values, gradient = torch.linspace(-1, 1, 6), torch.tensor([0.3, -0.2, 0.5, 0.1, -0.4, 0.2])
+values = torch.linspace(-1, 1, 6)
+gradient = torch.tensor([0.3, -0.2, 0.5, 0.1, -0.4, 0.2])
 active = torch.tensor([True, True, False, True, False, True])
 lr, beta1, beta2, eps, decay = 0.01, 0.9, 0.999, 1e-8, 0.1
 m, v = (1 - beta1) * gradient, (1 - beta2) * gradient**2
@@ -59,13 +60,15 @@ step = lr * (m / (1 - beta1)) / ((v / (1 - beta2)).sqrt() + eps)
 expected = torch.where(active, values * (1 - lr * decay) - step, values)
 
 # %%
-element = torch.nn.Parameter(values.clone())
-optimizer = ActiveAdamW([("A", element)], {"A": active}, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay)
-(element * gradient).sum().backward()
+options = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": decay}
+elements = torch.nn.Parameter(values.clone())
+optimizer = ActiveAdamW([("A", elements)], {"A": active}, **options)
+(elements * gradient).sum().backward()
 optimizer.step()
-torch.testing.assert_close(element.data, expected)
-assert torch.equal(element.data[~active].view(torch.int32), values[~active].view(torch.int32))  # to the bit
-pd.DataFrame({"active": active, "before": values, "after": element.data})
+after = elements.data
+torch.testing.assert_close(after, expected)
+assert after[~active].numpy().tobytes() == values[~active].numpy().tobytes()  # to the bit
+pd.DataFrame({"active": active, "before": values, "after": after})
 
 # %% [markdown]
 # ## The advantage of eight completions
@@ -75,13 +78,24 @@ pd.DataFrame({"active": active, "before": values, "after": element.data})
 
 # %%
 solution = "3 * 4 = 12\n12 + 5 = 17\n#### 17"
-texts = [solution, "#### 17", "3 * 4 = 12\n#### 12", "17", "3 * 4 = 12\n12 + 5 = 18\n#### 18", solution, "", "#### 7"]
-rewards = torch.tensor(
-    [correctness(text, "17") + layout(text) + step_share(text, solution) for text in texts]  # the package's own
-)
+completions = [
+    solution,
+    "#### 17",
+    "3 * 4 = 12\n#### 12",
+    "17",
+    "3 * 4 = 12\n12 + 5 = 18\n#### 18",
+    solution,
+    "",
+    "#### 7",
+]
+
+# %%
+rewards = [correctness(c, "17") + layout(c) + step_share(c, solution) for c in completions]
+rewards = torch.tensor(rewards)
 advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-assert advantages.argmax() in (0, 5) and abs(float(advantages.sum())) < 1e-4
-pd.DataFrame({"completion": texts, "reward": rewards, "advantage": advantages}).round(2)
+assert abs(float(advantages.sum())) < 1e-4
+assert advantages[0] == advantages[5] == advantages.max()
+pd.DataFrame({"completion": completions, "reward": rewards, "advantage": advantages}).round(2)
 
 # %% [markdown]
 # ## What the stages did
