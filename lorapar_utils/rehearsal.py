@@ -52,15 +52,6 @@ SIZES = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
-PAGES = (
-    "00_tour",
-    "01_voting",
-    "02_importance",
-    "03_theta_ablation",
-    "04_two_stage",
-    "05_benchmarks",
-    "06_claims",
-)
 
 
 def rehearse(profile: str, *, pages: bool = True) -> list[tuple[str, float]]:
@@ -90,7 +81,7 @@ def rehearse(profile: str, *, pages: bool = True) -> list[tuple[str, float]]:
             with _timed(durations, f"experiment {name} ({', then '.join(spec.stages) or 'no training'})"):
                 phases.experiment(toy, name, toy.seeds[0])
         if pages:
-            for page in PAGES:
+            for page in sorted(path.stem for path in (project_root() / "notebooks").glob("[0-9]*.ipynb")):
                 with _timed(durations, f"page {page}"):
                     _run_page(page, path)
     return durations

@@ -46,6 +46,7 @@ def test_counts_are_those_of_the_partition_at_each_setting(scores, record):
 
 
 def test_the_chart_is_one_block_of_html_that_fetches_nothing_and_has_a_picture_for_readers_without_scripts(record):
+    plots.plt.close("all")  # other tests' figures
     shown = explorer.Page(explorer.theta_explorer(record), plots.importance_map(record), 'A "map"')._repr_html_()
     assert not re.search(r'(src|href)="https?:', shown) and "cdn." not in shown
     assert shown.startswith('<iframe title="A &quot;map&quot;"') and len(shown) < 2_000_000
