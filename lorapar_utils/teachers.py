@@ -256,6 +256,7 @@ FILTER = re.compile(
 PASSING = re.compile(
     r"overloaded|temporar|try again|timed? ?out|unavailable|capacity|loading|unloaded|crash|out of memory", re.I
 )
+TOO_LONG = re.compile(r"context.?(?:length|window|size)|too long|too many tokens|resulted in \d+ tokens", re.I)
 KEY = re.compile(r"(?<![a-z])api.?key", re.I)
 UNKNOWN_MODEL = re.compile(
     r"model_not_found|model[^.]{0,80}(?:not exist|not found)|(?:invalid|unknown|no such) model"
@@ -488,9 +489,10 @@ def _complete(server: _Server, prompt: str) -> Ballot | InputError:
 def _ballot(server: _Server, message: dict, finish_reason: object, usage: object) -> Ballot:
     text, ended = _text(message.get("content")), str(finish_reason).lower()
     system, reason, final, limit = 0, "", True, None
+    filtered = bool(message.get("refusal")) or ended in FILTERED
     if message.get("refusal"):
         reason = f"refused: {server.shown(message['refusal'])}"
-    elif ended in FILTERED:
+    elif filtered:
         reason = "refused: the provider's filter"
     elif ended in CUT:
         reason, limit = "reached max_tokens before a verdict", server.section.max_tokens
@@ -514,6 +516,7 @@ def _ballot(server: _Server, message: dict, finish_reason: object, usage: object
         tokens_out=_count(counts.get("completion_tokens")),
         final=final,
         limit=limit,
+        certain=filtered,
     )
 
 
@@ -549,7 +552,7 @@ def _judged(server: _Server, status: int, body: object, prompt: str, *, page: bo
     if page and (status in ABOUT_THE_QUESTION or status in (403, 404, 405, 410)):
         return _web_page(server)
     if FILTER.search(words) and (status in ABOUT_THE_QUESTION or status in (200, 403)):
-        return Ballot(system=0, reason=f"refused: {text}")
+        return Ballot(system=0, reason=f"refused: {text}", certain=True)
     if status == 403 or (status in (200, 400) and KEY.search(words)):
         return _refused(server, status, body)
     if status in (200, 400, 404, 410) and (UNKNOWN_MODEL.search(words) or (status == 404 and "model" in words.lower())):
@@ -565,7 +568,7 @@ def _judged(server: _Server, status: int, body: object, prompt: str, *, page: bo
     if status in (200, 400, 422) and (remedy := _refused_setting(section, body, words, prompt)):
         return InputError(f"{where}: the server refuses {remedy} ({text}); answered votes are kept")
     final = status in ABOUT_THE_QUESTION and not money and not PASSING.search(words)
-    return Ballot(system=0, reason=f"refused: {text}", final=final)
+    return Ballot(system=0, reason=f"refused: {text}", final=final, certain=final and bool(TOO_LONG.search(words)))
 
 
 def _refused_setting(section: ApiTeacher, body: object, words: str, prompt: str) -> str | None:

@@ -33,7 +33,8 @@ class Ballot:
     `system` is 1, 2, or 0 for an abstention with a `reason`. For a local teacher it is None, because the vote follows
     from the `margin` (log-odds of System 2) after calibration. `final` is False for a failed call, which counts as an
     abstention and is asked again by the next run. `limit` is the token limit that cut an answer off; a run with a
-    higher limit asks again.
+    higher limit asks again. `certain` marks a refusal that is surely about the question: by a content filter, or of a
+    prompt that is too long.
     """
 
     system: int | None = None
@@ -44,6 +45,7 @@ class Ballot:
     tokens_out: int = 0
     final: bool = True
     limit: int | None = None
+    certain: bool = False
 
 
 def _nothing_to_check() -> None:
@@ -245,7 +247,8 @@ def _ask(
     """Ask for the ballots missing from `known`, and add them.
 
     Some servers report their own faults as bad requests. So a refusal is cached only if the server answered a question
-    after it, and answered more questions than it refused. Otherwise it counts as a failed call.
+    after it, and answered more questions than it refused. Otherwise it counts as a failed call. A refusal that
+    is `certain` is cached as soon as the server has answered anything.
     """
     # Examples with equal prompts share one question.
     questions: dict[str | int, list[int]] = {}
@@ -258,6 +261,7 @@ def _ask(
     answers = sum(map(_is_answer, known.values()))
     refused: dict[int, Ballot] = {}  # by position, since the last answer
     passed_over: dict[int, Ballot] = {}  # refusals before the last answer
+    certain: dict[int, Ballot] = {}  # before the first answer
     outcomes: Counter[bool] = Counter()  # answers (True) and failures
     with _progress(teacher, len(members)) as update:
 
@@ -274,7 +278,9 @@ def _ask(
                 passed_over.update(refused)
                 refused.clear()
             elif teacher.key is not None and ballot.final:
-                refused[position] = ballot
+                (certain if ballot.certain else refused)[position] = ballot
+            while answers and certain:
+                keep(*certain.popitem())
             update(ballot)
             outcomes[ballot.final] += 1
             if outcomes[ballot.final] == PROBATION:

@@ -437,6 +437,21 @@ def test_a_definite_refusal_is_an_abstention_that_is_kept(tmp_path):
                 assert ask(settings, cache, EXAMPLES[:3])["votes"] == voted["votes"] and len(server.asked) == asked
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        (400, {"error": {"message": "The response was filtered", "code": "content_filter"}}),
+        (400, {"error": {"message": "This model's maximum context length is 4096 tokens", "param": "messages"}}),
+        (200, completion_with("content_filter", content=None) | {"usage": None}),
+    ],
+)
+def test_a_certain_refusal_is_kept_when_no_answer_comes_after_it(cache, refusal):
+    with Server(fault=lambda number: refusal if number == 2 else None).running() as server:
+        settings = settings_for(api(server.address, retries=0, concurrency=1))
+        assert ask(settings, cache, EXAMPLES[:3])["votes"] == [[1], [1], [0]]
+        assert ask(settings, cache, EXAMPLES[:3])["votes"] == [[1], [1], [0]] and len(server.asked) == 3
+
+
 def test_a_server_that_refuses_every_question_is_asked_again_once_it_is_mended(cache):
     mended = False
     no_template = (400, {"error": {"message": "you must provide a chat template"}})
