@@ -246,7 +246,8 @@ def check_fit(settings: Settings, model: torch.nn.Module) -> None:
             "save the model by save_pretrained"
         )
     for name in sorted(wanted.keys() & stored.keys()):
-        if wanted[name] != stored[name]:
+        # transformers may store a weight transposed, as it does for some experts.
+        if sorted(wanted[name]) != sorted(stored[name]):
             raise InputError(
                 f"model.source: {name} in {folder} has shape {stored[name]}, by config.json it has {wanted[name]}; "
                 "put the config.json of these weights there"
@@ -255,15 +256,30 @@ def check_fit(settings: Settings, model: torch.nn.Module) -> None:
 
 
 def check_layers(settings: Settings, model: torch.nn.Module, names: Iterable[str]) -> None:
-    """Refuse weights of layers that the model, by its configuration, does not have: they would be left out unsaid."""
-    layers = [int(number) for name in names for number in re.findall(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", name)]
-    count = model.config.get_text_config().num_hidden_layers
-    extra = getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0) or 0  # DeepSeek's, GLM's: left out
-    if layers and max(layers) >= count + extra:
+    """Refuse weights of decoder layers beyond those of the configuration, because loading drops them silently.
+
+    Layers of other parts, such as a vision tower, have other names and are not counted.
+    """
+    name = decoder_layers_name(model)
+    if name is None:
+        return
+    prefix, text = re.escape(f"{model.base_model_prefix}."), model.config.get_text_config()
+    pattern = re.compile(rf"(?:{prefix})?{re.escape(name.removeprefix(f'{model.base_model_prefix}.'))}\.(\d+)\.")
+    stored = max((int(match[1]) + 1 for match in map(pattern.match, names) if match), default=0)
+    # DeepSeek's and GLM's files end with layers that predict further tokens. Models do not load these.
+    further = getattr(text, "num_nextn_predict_layers", 0) or 0
+    if stored > text.num_hidden_layers + further:
         raise InputError(
-            f"model.source = {settings.model.source!r}: its files have {max(layers) + 1} layers, its config.json "
-            f"{count}; put the config.json of these weights there"
+            f"model.source = {settings.model.source!r}: its files have {stored} layers, its config.json "
+            f"{text.num_hidden_layers}; put the config.json of these weights there"
         )
+
+
+def decoder_layers_name(model: torch.nn.Module) -> str | None:
+    """Name of the module list with the decoder layers, in any architecture; None if there is no such list."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = ((name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList))
+    return next((name for name, layers in lists if len(layers) == count), None)
 
 
 def cache_folder() -> Path:

@@ -39,7 +39,7 @@ from transformers.pytorch_utils import Conv1D
 from lorapar_utils import machine, processes
 from lorapar_utils.encoding import check_prompts, continuation_ids, question_ids, turn_end
 from lorapar_utils.errors import InputError, require
-from lorapar_utils.model_files import ADAPTER_NOTE, check_layers, read_note, source_of
+from lorapar_utils.model_files import ADAPTER_NOTE, check_layers, decoder_layers_name, read_note, source_of
 from lorapar_utils.settings import Settings
 from lorapar_utils.shortcuts import shortcuts_of
 
@@ -331,9 +331,7 @@ def share_out(model: PeftModel) -> None:
 
 def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     """The decoder layers of a base model of any architecture."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-    return next(layers for layers in lists if len(layers) == count)
+    return model.get_submodule(decoder_layers_name(model))
 
 
 def _adapter_config(settings: Settings) -> PeftConfig:

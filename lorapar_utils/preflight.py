@@ -42,7 +42,9 @@ def check_data(settings: Settings) -> None:
         raise InputError("voting.teachers: the list is empty; name at least one, or set voting.split_by: construction")
     for teacher in settings.voting.teachers:
         if teacher.kind == "local" and teacher.source:
-            models.load_tokenizer(teachers.over(teacher.source, teacher.gguf_file, settings))
+            own_model = teachers.over(teacher.source, teacher.gguf_file, settings)
+            source_of(own_model)
+            models.load_tokenizer(own_model)
     rows = [row for row in data.load_pool(settings) if row["split"] == "train"]
     teachers.build_teachers(settings, rows)
     evaluation.check_benchmarks(settings)
