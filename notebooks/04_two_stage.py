@@ -74,7 +74,8 @@ pd.DataFrame({"active": active, "before": values, "after": after})
 # ## The advantage of eight completions
 #
 # GRPO asks one question eight times. A completion's reward is the sum of three: the right answer, the layout, and the share of right steps. Its
-# advantage is the reward less the group's mean, over the group's standard deviation; so a group of equal rewards teaches nothing.
+# advantage is the reward less the group's mean, over the group's standard deviation; so a group of equal rewards teaches nothing. In training TRL
+# computes it; a test compares TRL's with this one.
 
 # %%
 solution = "3 * 4 = 12\n12 + 5 = 17\n#### 17"

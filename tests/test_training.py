@@ -292,6 +292,30 @@ def test_grpo_loss_gradients_and_metrics_equal_those_of_trl(tmp_path, loss_type,
         assert measured[name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
 
 
+def test_advantages_are_those_that_chapter_4_computes(monkeypatch):
+    """The reward less the mean of the group, over the standard deviation of the group: two prompts, four completions."""
+    rewards, advantages = [], []
+
+    def uneven(completions, **_):
+        rewards.extend([0.0, 1.0, 3.5, 1.0, 2.0, 2.0, 2.0, 2.0])
+        return rewards[-len(completions) :]
+
+    compute_loss = training.LeanGRPOTrainer._compute_loss
+
+    def noting(self, model, inputs):
+        advantages.extend(inputs["advantages"].tolist())
+        return compute_loss(self, model, inputs)
+
+    monkeypatch.setitem(training.REWARDS, "answer", [uneven])
+    monkeypatch.setattr(training.LeanGRPOTrainer, "_compute_loss", noting)
+    train("grpo", grpo={"steps": 1})
+    groups = torch.tensor(rewards).view(2, 4)
+    expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    # TRL shuffles the rows of a step.
+    assert sorted(advantages) == pytest.approx(sorted(expected.flatten().tolist()), abs=1e-5)
+    assert max(advantages) > 1
+
+
 def test_completions_written_in_parts_train_the_same(monkeypatch):
     whole, _, _ = train("grpo")
     together = []
