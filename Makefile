@@ -19,7 +19,7 @@ plan: $(VENV)/.installed
 	@$(PY) -m lorapar_utils.build $(profile) $(if $(CORES),--cores $(CORES)) --dry-run $(if $(MACHINE),--machine $(call quoted,MACHINE))
 
 rehearse: $(VENV)/.installed
-	@$(PY) -m lorapar_utils.rehearsal $(profile)
+	@$(PY) -m lorapar_utils.planning.rehearsal $(profile)
 
 test: $(VENV)/.installed
 	$(PY) -m pytest
@@ -32,8 +32,8 @@ lab: $(VENV)/.installed
 	JUPYTER_CONFIG_PATH="$$PWD/.jupyter" $(VENV)/bin/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
 
 figures: $(VENV)/.installed
-	@$(PY) -m lorapar_utils.plots "results/$$(basename $(profile) .yaml)" figures
-	@$(PY) -m lorapar_utils.exports "results/$$(basename $(profile) .yaml)" tables
+	@$(PY) -m lorapar_utils.report.figures "results/$$(basename $(profile) .yaml)" figures
+	@$(PY) -m lorapar_utils.report.exports "results/$$(basename $(profile) .yaml)" tables
 
 bench: $(VENV)/.installed
 	$(PY) benchmarks/scoring.py
@@ -45,7 +45,7 @@ bench: $(VENV)/.installed
 	$(if $(DATA),$(PY) benchmarks/harness.py $(call quoted,DATA))
 
 publish: $(VENV)/.installed
-	@$(PY) -m lorapar_utils.publish $(profile)
+	@$(PY) -m lorapar_utils.report.publish $(profile)
 
 # Complete or not at all: the mark is written last, and an interrupted install is continued.
 # torch comes first and alone: where a registry offers a CPU build under the same version, it is taken.

@@ -1,15 +1,15 @@
-# The book's DAG: which notebook makes what, from what. `make book` runs it; `snakemake -n` shows the plan.
+# The book's DAG: which page is made from what. `make book` runs it; `snakemake -n` shows the plan.
 # Every torch job claims `threads` cores and torch uses just those, so jobs never fight over the same core.
-# A phase keeps its artefacts under runs/<profile>/ with a manifest of what they were made from, and makes them again
-# only if that changed. Stamps order the phases, and are `ancient`: each rule names every source that can change
-# its result, so a notebook that runs again to redraw a figure does not set off the training that follows it.
+# A job that runs again reads back what earlier jobs kept under runs/<profile>/ (see `lorapar_utils.cache`): a new page
+# text, metric or plot trains nothing. What a job's code is follows from its imports.
 # Paths are quoted where a shell reads them: the clone, or a profile outside it, may lie in a folder with spaces.
 import shlex
 import sys
 from glob import glob
+from pathlib import Path
 from urllib.parse import unquote
 
-from lorapar_utils.manifests import with_imports
+from lorapar_utils.cache import code_files
 from lorapar_utils.settings import load_profile, profile_files, project_root
 
 SETTINGS = load_profile(unquote(str(config.get("profile", "cpu"))))
@@ -17,31 +17,26 @@ PROFILE = SETTINGS.profile
 RUNS = f"runs/{PROFILE}"
 PAPERMILL = f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar -k python3"
 EXPERIMENTS = [f"{name}-seed{seed}" for name, seed in SETTINGS.experiment_runs()]
-PHASES = ["00_tour", "01_voting", "02_importance", "03_theta_ablation", "04_two_stage", "05_benchmarks", "06_claims"]
+PAGES = sorted(Path(path).stem for path in glob("notebooks/[0-9]*.ipynb"))
+# The one experiment whose page is in the book: LoRA-PAR, where the profile has it beside the base model.
+SHOWN = (EXPERIMENTS * 2)[1]
+PREPARED = [f"{RUNS}/records/voting.json", f"{RUNS}/records/importance.json"]
 # The longer and varied runs that pages show beside this one's.
 LONGER = sorted({*glob("results/cpu-*/*.json"), *glob(f"results/{PROFILE}-*/*.json")})
-# From the root, or in full where a profile lies outside the clone.
-PROFILE_FILES = [
-    str(path.relative_to(project_root()) if path.is_relative_to(project_root()) else path)
-    for path in profile_files(SETTINGS.profile_argument)
-]
 
 
-# How the phases are put together, and what every one of them reads.
-FRAME = {"settings", "data", "data_files", "data_splits", "manifests", "splits", "records", "machine", "processes"}
+def from_root(path):
+    """A path as Snakemake shows it: from the root, or in full outside the clone."""
+    return str(path.relative_to(project_root()) if path.is_relative_to(project_root()) else path)
 
 
-def code(*modules):
-    """The files of these modules and of all that they import."""
-    used = with_imports(*modules) | FRAME
-    return [f"lorapar_utils/{name}.py" for name in sorted(used)] + ["lorapar_utils/lorapar.mplstyle"] * ("plots" in used)
+PROFILE_FILES = [from_root(path) for path in profile_files(SETTINGS.profile_argument)]
 
 
-PHASES_CODE = ["lorapar_utils/phases.py"]
-SHOW = code("notebook", "plots", "tables", "partition", "optim", "rewards")
-VOTE = code("voting", "teachers", "label_scores", "models", "summaries", "notebook")
-SCORE = PHASES_CODE + code("importance", "partition", "models", "summaries", "notebook", "explorer")
-TRAIN = PHASES_CODE + code("importance", "partition", "models", "training", "evaluation")
+def code(*files):
+    """The package's files that these files import, directly or indirectly, and those beside them."""
+    used = code_files(*map(Path, files))
+    return [from_root(path) for path in used] + glob("lorapar_utils/report/*.mplstyle")
 
 
 # What every job is told; in `params`, so that a change of one reruns what it concerns. Notebooks get profile and name
@@ -56,6 +51,7 @@ COMMON = {
 
 wildcard_constraints:
     run=r"[\w.-]+-seed\d+",
+    page=r"\d\d_\w+",
 
 
 rule all:
@@ -63,57 +59,28 @@ rule all:
         f"book/_build/{PROFILE}.stamp",
 
 
-rule voting:
+rule prepare:
     input:
-        notebook="notebooks/01_voting.ipynb",
-        code=VOTE,
+        code=code("lorapar_utils/pipeline/prepare.py"),
         profile=PROFILE_FILES,
-        longer=LONGER,
     output:
-        notebook=f"{RUNS}/notebooks/01_voting.ipynb",
-        record=f"{RUNS}/records/voting.json",
-        stamp=f"{RUNS}/stamps/votes.json",
+        PREPARED,
     conda:
         "environment.yml"
     log:
-        f"{RUNS}/logs/01_voting.log",
+        f"{RUNS}/logs/prepare.log",
     params:
         common=COMMON,
     threads: SETTINGS.threads
     shell:
-        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook:q} {output.notebook:q} -r profile {params.common[profile]:q} > {log:q} 2>&1"
-        " && cp {params.common[runs]:q}/votes/manifest.json {output.stamp:q}"
-
-
-rule importance:
-    input:
-        notebook="notebooks/02_importance.ipynb",
-        votes=ancient(f"{RUNS}/stamps/votes.json"),
-        longer=[path for path in LONGER if path.endswith("stability.json")],
-        code=SCORE,
-        profile=PROFILE_FILES,
-    output:
-        notebook=f"{RUNS}/notebooks/02_importance.ipynb",
-        record=f"{RUNS}/records/importance.json",
-        stamp=f"{RUNS}/stamps/scores.json",
-    conda:
-        "environment.yml"
-    log:
-        f"{RUNS}/logs/02_importance.log",
-    params:
-        common=COMMON,
-        scores=SETTINGS.scores_folder.relative_to(project_root()),
-    threads: SETTINGS.threads
-    shell:
-        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook:q} {output.notebook:q} -r profile {params.common[profile]:q} > {log:q} 2>&1"
-        " && cp {params.scores:q}/manifest.json {output.stamp:q}"
+        "OMP_NUM_THREADS={threads} {params.common[python]:q} -m lorapar_utils.pipeline.prepare {params.common[profile]:q} > {log:q} 2>&1"
 
 
 rule experiment:
     input:
         notebook="notebooks/experiment.ipynb",
-        scores=ancient(f"{RUNS}/stamps/scores.json"),
-        code=TRAIN,
+        prepared=PREPARED,
+        code=code("notebooks/experiment.py"),
         profile=PROFILE_FILES,
     output:
         notebook=f"{RUNS}/notebooks/experiments/{{run}}.ipynb",
@@ -132,58 +99,39 @@ rule experiment:
         " -r profile {params.common[profile]:q} -r name {params.name:q} -p seed {params.seed} > {log:q} 2>&1"
 
 
-rule tour:
+rule page:
     input:
-        notebook="notebooks/00_tour.ipynb",
-        records=expand(f"{RUNS}/records/{{run}}.json", run=EXPERIMENTS),
+        notebook="notebooks/{page}.ipynb",
+        records=[*PREPARED, *expand(f"{RUNS}/records/{{run}}.json", run=EXPERIMENTS)],
         longer=LONGER,
-        code=[*SCORE, *code("evaluation", "tables")],
+        claims=["book/claims.yaml", "book/paper_tables.yaml"],
+        code=lambda wildcards: code(f"notebooks/{wildcards.page}.py"),
         profile=PROFILE_FILES,
     output:
-        notebook=f"{RUNS}/notebooks/00_tour.ipynb",
+        notebook=f"{RUNS}/notebooks/{{page}}.ipynb",
     conda:
         "environment.yml"
     log:
-        f"{RUNS}/logs/00_tour.log",
+        f"{RUNS}/logs/{{page}}.log",
     params:
         common=COMMON,
+        # Everything after the votes rests on them, so a page does not ask again for those that failed.
+        more=lambda wildcards: "-p retry False" if wildcards.page == "01_voting" else "",
     threads: SETTINGS.threads
     shell:
-        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook:q} {output.notebook:q} -r profile {params.common[profile]:q} > {log:q} 2>&1"
-
-
-rule show:
-    input:
-        notebook="notebooks/{phase}.ipynb",
-        records=expand(f"{RUNS}/records/{{run}}.json", run=EXPERIMENTS),
-        others=[f"{RUNS}/records/voting.json", f"{RUNS}/records/importance.json"],
-        longer=LONGER,
-        claims=["book/claims.yaml", "lorapar_utils/claims.py", "book/paper_tables.yaml"],
-        code=SHOW,
-    output:
-        notebook=f"{RUNS}/notebooks/{{phase}}.ipynb",
-    conda:
-        "environment.yml"
-    log:
-        f"{RUNS}/logs/{{phase}}.log",
-    wildcard_constraints:
-        phase="03_theta_ablation|04_two_stage|05_benchmarks|06_claims",
-    params:
-        common=COMMON,
-    threads: 1
-    shell:
-        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook:q} {output.notebook:q} -r profile {params.common[profile]:q} > {log:q} 2>&1"
+        "OMP_NUM_THREADS={threads} {params.common[papermill]} {input.notebook:q} {output.notebook:q}"
+        " -r profile {params.common[profile]:q} {params.more} > {log:q} 2>&1"
 
 
 rule book:
     input:
-        notebooks=expand(f"{RUNS}/notebooks/{{phase}}.ipynb", phase=PHASES),
-        experiment=f"{RUNS}/notebooks/experiments/{EXPERIMENTS[min(1, len(EXPERIMENTS) - 1)]}.ipynb",
-        pages=glob_wildcards("book/{page}.md").page and expand("book/{page}.md", page=glob_wildcards("book/{page,[^/]+}.md").page),
+        notebooks=expand(f"{RUNS}/notebooks/{{page}}.ipynb", page=PAGES),
+        experiment=f"{RUNS}/notebooks/experiments/{SHOWN}.ipynb",
+        pages=glob("book/*.md"),
         longer=LONGER,
         setup=["book/_config.yml", "book/_toc.yml", "book/references.bib", *glob("book/_static/*")],
-        # All of it: the API reference is made from the docstrings.
-        code=[*glob("lorapar_utils/*.py"), *glob("lorapar_utils/sandboxed/*.py"), "lorapar_utils/lorapar.mplstyle"],
+        # All of it, because the API reference is made from the docstrings.
+        code=glob("lorapar_utils/**/*.py", recursive=True) + glob("lorapar_utils/report/*.mplstyle"),
     output:
         f"book/_build/{PROFILE}.stamp",
     conda:
@@ -194,5 +142,5 @@ rule book:
         common=COMMON,
     threads: 1
     shell:
-        "OMP_NUM_THREADS={threads} {params.common[python]:q} -m lorapar_utils.book {params.common[profile]:q}"
+        "OMP_NUM_THREADS={threads} {params.common[python]:q} -m lorapar_utils.report.book {params.common[profile]:q}"
         " --experiment {input.experiment:q} > {log:q} 2>&1"

@@ -25,9 +25,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorapar_utils import models, plans, training
-from lorapar_utils.encoding import encode_examples
+from lorapar_utils import importance, models, training
+from lorapar_utils.data.encoding import encode_examples
 from lorapar_utils.importance import score_importance
+from lorapar_utils.planning import plan
 from lorapar_utils.settings import load_profile
 
 WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -83,7 +84,7 @@ def measure(folder: str, phase: str, steps: str) -> None:
     training.REWARDS["answer"] = [alternating]
     base, tokenizer = models.load_base(chosen)
     model = models.attach_adapter(base, chosen)
-    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in models.lora_parameters(model).items()}
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in importance.lora_parameters(model).items()}
 
     def seconds(count: int) -> float:
         encoded = encode_examples(examples(16 * count), tokenizer, chosen)
@@ -111,7 +112,7 @@ def measured(folder: str, phase: str, steps: int, what: str, **environment: str)
 
 def planned(folder: str, phase: str) -> tuple[float, float]:
     """Seconds of a step and GB, as the plan has them; layers are run now."""
-    machine, model = plans.machine_named("here"), plans.Model(settings(Path(folder)), (PROMPT, SOLUTION, SHARED))
+    machine, model = plan.machine_named("here"), plan.Model(settings(Path(folder)), (PROMPT, SOLUTION, SHARED))
     needs = model.batches(machine)[phase]
     memory = model.memory(machine, needs, (8 if phase == "importance" else 21) * model.elements)
     return sum(need.seconds for need in needs), sum(memory.values()) / 1e9
@@ -129,7 +130,7 @@ def compared(folder: str, size: str, phase: str) -> dict:
 
 
 def main() -> None:
-    plans.clock = time.process_time
+    plan.clock = time.process_time
     rows = []
     for size in sys.argv[1:] or SIZES:
         with tempfile.TemporaryDirectory() as folder:

@@ -20,10 +20,10 @@ from training import StepTimes
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorapar_utils import importance, models, training
-from lorapar_utils.generation import complete, uniform
+from lorapar_utils.fast.completions import complete, uniform
 from lorapar_utils.optim import ActiveAdamW
 from lorapar_utils.partition import build_partition
-from lorapar_utils.plans import Model, Need, machine_named
+from lorapar_utils.planning.plan import Model, Need, machine_named
 from lorapar_utils.settings import load_profile, project_root
 
 REPEATS, STEPS = 5, 4
@@ -99,7 +99,7 @@ def scoring(model, examples, plan: Model) -> tuple[dict, dict]:
 
 def one_step(model, batch, partition, settings) -> dict:
     """A step of LoRA-PAR's SFT against one of plain LoRA with fused AdamW."""
-    named = list(models.lora_parameters(model).items())
+    named = list(importance.lora_parameters(model).items())
     everything = [parameter for _, parameter in named]
     active = ActiveAdamW(named, partition.stage_mask(1))
     for parameter in everything:

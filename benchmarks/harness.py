@@ -13,7 +13,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from lorapar_utils import models
-from lorapar_utils.harness import LeanLM, score_harness
+from lorapar_utils.evaluation.benchmarks import score_harness
+from lorapar_utils.fast.lm_eval_model import LeanLM
 from lorapar_utils.settings import load_profile
 
 REPEATS, BATCH_SIZE = 3, 32

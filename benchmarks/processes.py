@@ -14,7 +14,10 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 
-from lorapar_utils import models, phases
+from lorapar_utils import importance, models
+from lorapar_utils.pipeline.examples import Examples
+from lorapar_utils.pipeline.experiment import experiment
+from lorapar_utils.pipeline.scores import partition, scores
 from lorapar_utils.settings import Settings, load_profile
 
 STAGES = ("stage1", "stage2")
@@ -40,12 +43,13 @@ def ran(count: int) -> dict:
     """What a run by `count` processes ends with."""
     chosen = settings(count)
     shutil.rmtree(chosen.runs, ignore_errors=True)
-    record = phases.experiment(chosen, "lorapar", 0)
+    record = experiment(chosen, "lorapar", 0)
+    both = scores(chosen, Examples(chosen).systems)
     folder = chosen.runs / "experiments" / "lorapar-seed0"
     adapters = {stage: load_file(folder / stage / "adapter" / "adapter_model.safetensors") for stage in STAGES}
     return {
-        "scores": phases.scores(chosen),
-        "partition": phases.partition(chosen),
+        "scores": both,
+        "partition": partition(chosen, both),
         "adapters": adapters,
         "rewards": [
             round(entry["reward"], 4) for entry in record.result["tables"]["history_stage2"] if "reward" in entry
@@ -84,7 +88,7 @@ def main() -> None:
         apart = max(float((a - b).abs().max() / a.max()) for a, b in pairs)
         rows.append({"what": f"scores, System {system}", "apart": f"{apart:.1e}"})
     chosen = settings(1)
-    fresh = models.lora_parameters(models.attach_adapter(models.load_base(chosen)[0], chosen))
+    fresh = importance.lora_parameters(models.attach_adapter(models.load_base(chosen)[0], chosen))
     starts = [{saved_name(name): p.detach() for name, p in fresh.items()}] * 2
     for number, stage in enumerate(STAGES, start=1):
         masks = [run["partition"].stage_mask(number) for run in runs]

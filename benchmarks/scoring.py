@@ -15,8 +15,8 @@ import torch
 from measure import peak_bytes, timed
 from scipy.stats import spearmanr
 
-from lorapar_utils import data, models
-from lorapar_utils.encoding import encode_examples
+from lorapar_utils import data, importance, models
+from lorapar_utils.data.encoding import encode_examples
 from lorapar_utils.importance import _batches, _summed_loss, score_importance
 from lorapar_utils.settings import load_profile
 
@@ -37,7 +37,7 @@ def spread(rows: list, count: int) -> list:
 
 
 def plain_pass(model, examples) -> None:
-    parameters = list(models.lora_parameters(model).values())
+    parameters = list(importance.lora_parameters(model).values())
     for parameter in parameters:
         parameter.requires_grad_(True)
     for batch in _batches(examples, BATCH):

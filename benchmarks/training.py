@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from lorapar_utils import data, models, training
-from lorapar_utils.encoding import encode_examples, prompt_ids
+from lorapar_utils.data.encoding import encode_examples, prompt_ids
 from lorapar_utils.settings import load_profile
 
 REPEATS, SFT_STEPS, GRPO_STEPS = 3, 6, 2

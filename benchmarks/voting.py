@@ -14,15 +14,15 @@ from pathlib import Path
 
 import datasets
 import diskcache
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from api_server import Server, transformers_serve
 
-from lorapar_utils import model_files
 from lorapar_utils.errors import InputError
+from lorapar_utils.models import files
 from lorapar_utils.settings import load_profile
-from lorapar_utils.teachers import build_teachers
 from lorapar_utils.voting import vote
+from lorapar_utils.voting.teachers import build_teachers
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 GOAL, REPEATS, LATENCY, CONCURRENCY = 20.0, 3, 0.2, 32
 
@@ -42,7 +42,7 @@ def main() -> None:
     median = statistics.median(ratios)
     print(f"throughput ratio, median of {REPEATS}: {median:.1f} (goal: at least {GOAL})")
     with tempfile.TemporaryDirectory() as scratch:
-        model = model_files.packaged_model()
+        model = files.packaged_model()
         with transformers_serve(model, Path(scratch) / "serve.log") as address:
             for concurrency in (1, 4):
                 counts: Counter[str] = Counter()

@@ -15,11 +15,11 @@ from filelock import Timeout
 
 from lorapar_utils.errors import InputError
 from lorapar_utils.machine import lock, usable_cores
+from lorapar_utils.planning import plan, preflight
 from lorapar_utils.records import claim_runs
 from lorapar_utils.settings import Settings, load_profile, profile_files, project_root
 
 FREE_BYTES = 1_000_000_000
-ANCIENT_EDGES = 2  # votes -> scores -> experiments
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,9 +52,9 @@ def build(profile: str, cores: int, *, cluster: str = "", dry_run: bool = False)
     Raises
     ------
     InputError
-        An invalid profile, one without experiments or that this machine has no memory for, one whose runs another
-        file's are, an unknown cluster or one whose executor is not installed, a `runs/` that cannot be written or has
-        no space, or another build under way.
+        A profile that is invalid, has no experiments, needs more memory than there is, or has another file's runs; a
+        cluster that is unknown or whose executor is not installed; a `runs/` that cannot be written or is full; another
+        build under way.
     """
     settings = load_profile(profile)
     if not settings.experiment_runs():
@@ -78,12 +78,6 @@ def build(profile: str, cores: int, *, cluster: str = "", dry_run: bool = False)
     try:
         with lock(runs / ".lock", timeout=0):
             code = subprocess.run(command, cwd=root).returncode
-            # Snakemake 9 leaves out what lies behind an `ancient` edge of a job that runs, even if it is missing: plan
-            # again, once for each such edge of the longest path at most.
-            for _ in range(ANCIENT_EDGES):
-                if code or dry_run or _is_done(command):
-                    break
-                code = subprocess.run(command, cwd=root).returncode
     except Timeout:
         raise InputError(f"another build is running in {root}; wait for it, or stop it") from None
     if code:
@@ -95,34 +89,32 @@ def build(profile: str, cores: int, *, cluster: str = "", dry_run: bool = False)
 
 def _check_before(settings: Settings, here: bool) -> None:
     """Whether this machine has the memory, and of a first run whether all that it reads can be read."""
-    first = not (settings.runs / "votes" / "manifest.json").is_file()
+    first = not (settings.runs / "records" / "voting.json").is_file()
     # A cluster's nodes are not this machine, and the test profile fits any.
     memory = settings.publishable and here
     if not first and not memory:
         return
-    from lorapar_utils import plans, preflight  # they import torch and transformers, which nothing else here needs
 
     if first:
         print("checking the model's files, the data, the teachers' files and keys …", flush=True)
         preflight.check(settings)
     if memory:
-        machine = plans.memory_here()
-        plans.check_fits(settings, machine, plans.phases_of(plans.Model(settings), machine))
+        machine = plan.memory_here()
+        plan.check_fits(settings, machine, plan.phases_of(plan.Model(settings), machine))
 
 
 def print_plan(profile: str, machine_name: str) -> None:
     """Memory and time of every phase on a machine; an `InputError` if it has no memory for one of them."""
-    from lorapar_utils import plans
 
     settings = load_profile(profile)
-    machine = plans.machine_named(machine_name)
-    model = plans.Model(settings)
-    untimed = plans.memory_here() if machine_name == "here" else machine
-    plans.check_fits(settings, untimed, plans.phases_of(model, untimed))
+    machine = plan.machine_named(machine_name)
+    model = plan.Model(settings)
+    untimed = plan.memory_here() if machine_name == "here" else machine
+    plan.check_fits(settings, untimed, plan.phases_of(model, untimed))
     if machine.flops is None:
         print("running a few layers on this machine …", flush=True)
-    phases = plans.phases_of(model, machine)
-    print(f"{plans.table(phases).round(2).to_string()}\n\n{plans.summary(settings, machine, phases)}\n")
+    phases = plan.phases_of(model, machine)
+    print(f"{plan.table(phases).round(2).to_string()}\n\n{plan.summary(settings, machine, phases)}\n")
 
 
 def _cluster_profile(name: str) -> Path:
@@ -134,11 +126,6 @@ def _cluster_profile(name: str) -> Path:
     if not importlib.util.find_spec(f"snakemake_executor_plugin_{executor}"):
         raise InputError(f"cluster: the executor {executor!r} is not installed; .venv/bin/pip install -e '.[cluster]'")
     return folder
-
-
-def _is_done(command: list[str]) -> bool:
-    plan = subprocess.run([*command, "--dry-run"], cwd=project_root(), capture_output=True, text=True)
-    return "Nothing to be done" in plan.stdout + plan.stderr
 
 
 def _check_writable(runs: Path) -> None:

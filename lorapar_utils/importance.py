@@ -20,11 +20,11 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from lorapar_utils import processes
-from lorapar_utils.encoding import IGNORED
+from lorapar_utils import distributed
 from lorapar_utils.errors import InputError
-from lorapar_utils.models import lora_parameters
 
+# The label of a token without a loss, as in torch's cross_entropy.
+IGNORED = -100
 # Score of an element from g, F and phi as above: the paper's score first, then those of the ablation.
 SCORES = {
     "second_order": lambda g, f, phi: (g * phi - 0.5 * f * phi.square()).abs(),
@@ -39,8 +39,18 @@ ROUNDING, LOW_PRECISION = {torch.float32: 1e-3, torch.float64: 1e-6}, 0.1
 WITHOUT_GRADIENTS = ("magnitude", "random")
 
 
+def lora_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """Parameter name -> LoRA matrix (A: rank x in, B: out x rank), in model order."""
+    return {name: p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+
+
 def score_importance(
-    model: PeftModel, examples: Sequence[dict[str, list[int]]], *, batch_size: int, score: str = "second_order"
+    model: PeftModel,
+    examples: Sequence[dict[str, list[int]]],
+    *,
+    batch_size: int,
+    score: str = "second_order",
+    in_batches: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Importance of each LoRA element of the active adapters, exact per example whatever the batch size.
 
@@ -56,6 +66,8 @@ def score_importance(
     score
         `second_order`, the paper's score. For the ablation `first_order` (`|g phi|`), `fisher` (F), `magnitude`
         (`|phi|`) or `random` (uniform, from torch's global generator).
+    in_batches
+        False computes one example after the other by plain autograd, in about twice the time.
 
     Returns
     -------
@@ -85,7 +97,7 @@ def score_importance(
         try:
             for p in model.parameters():
                 p.requires_grad_(False)
-            _add_gradients(model, parameters, examples, batch_size, gradient, fisher)
+            _add_gradients(model, parameters, examples, batch_size if in_batches else None, gradient, fisher)
         finally:
             for p, requires_grad in trainable.items():
                 p.requires_grad_(requires_grad)
@@ -100,12 +112,12 @@ def score_importance(
 
 
 def _add_gradients(
-    model: PeftModel, parameters: dict, examples: Sequence[dict], batch_size: int, gradient: dict, fisher: dict
+    model: PeftModel, parameters: dict, examples: Sequence[dict], batch_size: int | None, gradient: dict, fisher: dict
 ) -> None:
-    """Add the gradients, and squared gradients, of this process's share of the examples."""
-    in_batches = _batches_are_exact(model, parameters, examples)
+    """Add the gradients, and squared gradients, of this process's share of the examples, one by one without a size."""
+    in_batches = batch_size is not None and _batches_are_exact(model, parameters, examples)
     batches = _batches(examples, batch_size if in_batches else 1)
-    state = processes.state()
+    state = distributed.state()
     share = batches[state.process_index :: state.num_processes]
     # With FSDP every process must take part in each all-gather. A process with fewer batches therefore makes extra
     # passes whose gradients are not counted.
@@ -186,7 +198,7 @@ def _batches_are_exact(model: PeftModel, parameters: dict, examples: Sequence[di
     finally:
         for hook in hooks:
             hook.remove()
-    exact = processes.by_first(lambda: exact)  # every process must make the same passes
+    exact = distributed.by_first(lambda: exact)  # every process must make the same passes
     if not exact:
         print(f"{type(base).__name__}: importance is scored one example at a time, because padded batches differ there")
     base._scores_in_batches = exact

@@ -1,7 +1,9 @@
-"""Cores, threads and file locks of the machine that a job runs on."""
+"""Cores, threads, hardware and file locks of the machine that a job runs on."""
 
 import errno
 import os
+import platform
+import sys
 from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, SoftFileLock
@@ -26,6 +28,19 @@ def threads_from_environment(default: int) -> int:
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     threads = int(first) if first.isascii() and first.isdigit() else 0
     return min(threads or default, usable_cores())
+
+
+def hardware() -> dict:
+    """The processor, its number of cores, and the GPU, None without one or before torch is imported."""
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        models = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+        cpu = models[0] if models else cpu
+    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu}
 
 
 def lock(path: Path, timeout: float = -1) -> AcquireReturnProxy:

@@ -70,6 +70,9 @@ PATHS = (
 # Values of `source` that are never read as a folder, even if a folder has that name.
 KEYWORDS = ("packaged", "gemma3-270m")
 
+# What `speed` can switch. Each computes what PyTorch, TRL, transformers or lm-eval compute, in less time.
+SHORTCUTS = ("importance", "answer_head", "shared_prefix", "completions", "grpo_trainer", "lm_eval_model")
+
 # Names become file and folder names, parts of shell commands, and Snakemake's wildcards.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 NAME_RULE = "use up to 100 of a-z, A-Z, 0-9, '_', '.' and '-', with neither '.' nor '-' at the beginning"
@@ -404,6 +407,7 @@ class Settings(Section):
     processes: Positive
     checkpoint_every: Positive
     show_rollouts: Annotated[int, Field(ge=0)]
+    speed: Literal["fast", "plain"] | tuple[Literal[SHORTCUTS], ...]
     model: ModelSection
     pool: PoolSection
     voting: VotingSection
@@ -461,15 +465,14 @@ class Settings(Section):
         return "overlap" if self.has_free_text else "answer"
 
     @property
-    def scores_folder(self) -> Path:
-        """The folder of the importance scores under these settings."""
-        modules = self.adapter.modules if isinstance(self.adapter.modules, str) else "+".join(self.adapter.modules)
-        parts = (self.importance.score, self.adapter.init, modules, self.split_name, f"seed{self.seed}")
-        return self.runs / "scores" / "-".join(parts)
+    def shortcuts(self) -> tuple[str, ...]:
+        """The shortcuts that may be taken, in the order of `SHORTCUTS`: all if `speed` is `fast`, none if `plain`."""
+        wanted = {"fast": SHORTCUTS, "plain": ()}.get(self.speed, self.speed)
+        return tuple(name for name in SHORTCUTS if name in wanted)
 
     @property
     def split_name(self) -> str:
-        """The panel or rule that splits the examples into System 1 and System 2, for folder names."""
+        """The panel or rule that splits the examples into System 1 and System 2, by name."""
         by_votes = self.voting.panel or "votes"
         return by_votes if self.voting.split_by == "votes" else self.voting.split_by
 

@@ -28,20 +28,20 @@ examples = 4  # of each system, to score
 theta = 0.9
 
 # %% tags=["hide-input"]
-from lorapar_utils import notebook, plots, tables
 from lorapar_utils.records import evidence, published_records
+from lorapar_utils.report import figures, notebook, tables
 
 settings = notebook.start(profile=profile)
-from lorapar_utils import data, evaluation, models, splits
-from lorapar_utils.encoding import encode_examples
+from lorapar_utils import data, evaluation, models
 from lorapar_utils.importance import score_importance
 from lorapar_utils.partition import build_partition
+from lorapar_utils.pipeline.examples import Examples
 
 # %% [markdown]
 # ## The idea
 
 # %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO."}, "figure": {"caption": "Each numbered notebook shows one part of it.", "name": "fig-pipeline-tour"}}
-figure = plots.pipeline()
+figure = figures.pipeline()
 
 # %% [markdown]
 # ## What has been found so far
@@ -51,7 +51,7 @@ figure = plots.pipeline()
 
 # %%
 records = {record.name: record for record in published_records(settings.profile)} | evidence(settings)
-main = [r for r in plots.two_stage_records(records) if r.run["parameters"]["sweep"] in ("baseline", "two_stage")]
+main = [r for r in figures.two_stage_records(records) if r.run["parameters"]["sweep"] in ("baseline", "two_stage")]
 notebook.linked(tables.stage_table(main), main, settings)
 
 # %% [markdown]
@@ -61,11 +61,11 @@ notebook.linked(tables.stage_table(main), main, settings)
 
 # %%
 model, tokenizer = models.load_base(settings)
-pool = [row for row in data.load_pool(settings) if row["split"] == "train"]
+drawn = Examples(settings)
+pool = [row for row in drawn.pool if row["split"] == "train"]
 # By how many steps a question was made with; where its source does not tell, by the teachers' votes.
 systems = [
-    [row for row in pool if data.construction_system(row["steps"]) == k][:examples]
-    or splits.system_examples(settings, k)[:examples]
+    [row for row in pool if data.construction_system(row["steps"]) == k][:examples] or drawn.systems[k][:examples]
     for k in (1, 2)
 ]
 asked = [rows[-1]["prompt"] for rows in systems]
@@ -80,7 +80,7 @@ for question, [(answer, _)] in zip(asked, evaluation.generate(model, tokenizer, 
 # %%
 model = models.attach_adapter(model, settings)
 scores = [
-    score_importance(model, encode_examples(rows, tokenizer, settings), batch_size=settings.importance.batch_size)
+    score_importance(model, data.encode_examples(rows, tokenizer, settings), batch_size=settings.importance.batch_size)
     for rows in systems
 ]
 

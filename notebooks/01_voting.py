@@ -25,15 +25,19 @@
 
 # %% tags=["parameters"]
 profile = "cpu"  # a file of profiles/, or a path
+retry = True  # ask again where a call failed the last time
 
 # %% tags=["hide-input"]
 import pandas as pd
 
-from lorapar_utils import notebook, plots, splits, summaries, tables
-from lorapar_utils.records import published_records, write_record
-from lorapar_utils.statistics import Metric
+from lorapar_utils.records import published_records
+from lorapar_utils.records.intervals import Metric
+from lorapar_utils.report import figures, notebook, tables
 
 settings = notebook.start(profile=profile)
+from lorapar_utils.pipeline.examples import Examples
+from lorapar_utils.pipeline.prepare import record_votes
+from lorapar_utils.voting import split
 
 # %% [markdown]
 # ## The idea
@@ -42,7 +46,7 @@ settings = notebook.start(profile=profile)
 # what most of them call fast trains stage 1, what they call slow trains stage 2.
 
 # %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: voting and the two sets of examples."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-01_voting"}}
-figure = plots.pipeline("voting", "system1", "system2")
+figure = figures.pipeline("voting", "system1", "system2")
 
 # %% [markdown]
 # ## What will be asked
@@ -50,7 +54,7 @@ figure = plots.pipeline("voting", "system1", "system2")
 # Nothing is asked twice: an answer is kept under teacher, prompt and example, as soon as it comes in.
 
 # %%
-splits.voting_plan(settings)
+split.voting_plan(settings)
 
 # %% [markdown]
 # ## Ask
@@ -60,9 +64,9 @@ splits.voting_plan(settings)
 # of its two labels, less its mean over the pool. The larger side wins if it reaches the quorum; the rest is undecided and left out.
 
 # %%
-voted = splits.votes(settings, retry=True)
-record = summaries.voting_record(voted, settings)
-path = write_record(record, settings.runs / "records" / "voting.json")
+examples = Examples(settings)
+record = record_votes(settings, examples, retry=retry)
+voted = split.votes(settings, pool=examples.pool)
 voted.select_columns(["prompt", "answer", "steps", "votes", "system"]).to_pandas().head(8)
 
 # %% [markdown]
@@ -104,7 +108,7 @@ pd.DataFrame(
 ).set_index("teacher")
 
 # %% mystnb={"image": {"alt": "Line and bar chart of the share of examples voted System 2 for each number of reasoning steps, by teacher and for the majority."}, "figure": {"caption": "A teacher that sees the steps rises from left to right. Bars: the majority of the panel.", "name": "fig-votes-by-steps"}}
-figure = plots.votes_by_steps(record)
+figure = figures.votes_by_steps(record)
 
 # %% [markdown]
 # ## How far can a margin be trusted?
@@ -116,7 +120,7 @@ figure = plots.votes_by_steps(record)
 
 # %% mystnb={"image": {"alt": "Reliability curves: share of System 2 examples against the probability that each teacher's margin states."}, "figure": {"caption": "Above the diagonal a teacher is too cautious about System 2, below it too eager; a flat line carries no information.", "name": "fig-reliability"}}
 if record.result["tables"]["reliability"]:
-    figure = plots.reliability(record)
+    figure = figures.reliability(record)
 
 # %%
 print("Summed margins, AUC:", tables.written(metrics.get("auc/margins"), Metric.number))
@@ -128,7 +132,7 @@ tables.certain_table(record)
 # `moved` is the share of examples whose system differs from the profile's own split.
 
 # %% mystnb={"image": {"alt": "Dot plot of agreement with the construction labels, one row a teacher and a panel, with intervals."}, "figure": {"caption": "Single teachers (circles) and panels (squares) against the construction labels. Voting helps where the teachers are right more often than not, and err on different examples.", "name": "fig-split-accuracy"}}
-figure = plots.split_accuracy(record)
+figure = figures.split_accuracy(record)
 
 # %%
 panels = pd.DataFrame(record.result["tables"]["panels"])
@@ -170,7 +174,7 @@ notebook.linked(tables.voting_table(splits_compared), splits_compared, settings)
 # What a profile's teachers would cost, and voting alone.
 #
 # ```bash
-# python -m lorapar_utils.splits cpu --dry-run
+# python -m lorapar_utils.voting.split cpu --dry-run
 # papermill notebooks/01_voting.ipynb out.ipynb -p profile smoke
 # ```
 

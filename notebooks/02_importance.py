@@ -19,7 +19,7 @@
 # - **Question.** Which LoRA elements matter to System 1, to System 2, to both, to neither?
 # - **Paper.** Sections 3.2 and 3.3, the importance figure.
 # - **Inputs.** Votes.
-# - **Outputs.** `runs/<profile>/scores/`, `runs/<profile>/partitions/`, records `importance` and, where asked for, `stability`.
+# - **Outputs.** `runs/<profile>/scores/`, records `importance` and, where asked for, `stability`.
 # - **Cost.** About one training pass over the scored examples.
 
 # %% tags=["parameters"]
@@ -34,12 +34,15 @@ modules = None  # QKV, GUD or QKVGUD
 import pandas as pd
 import torch
 
-from lorapar_utils import explorer, notebook, plots, summaries
-from lorapar_utils.records import published_records, write_record
+from lorapar_utils.records import published_records
+from lorapar_utils.report import explorer, figures, notebook
 
 settings = notebook.start(profile=profile, seed=seed, theta=theta, alpha=alpha, beta=beta, modules=modules)
-from lorapar_utils import importance, models, phases, splits
-from lorapar_utils.encoding import encode_examples
+from lorapar_utils import data, importance, models
+from lorapar_utils.partition import build_partition
+from lorapar_utils.pipeline.examples import Examples
+from lorapar_utils.pipeline.prepare import record_scores
+from lorapar_utils.pipeline.scores import scores
 
 # %% [markdown]
 # ## The idea
@@ -49,7 +52,7 @@ from lorapar_utils.encoding import encode_examples
 # that both systems choose are shared.
 
 # %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: scoring and choosing elements."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-02_importance"}}
-figure = plots.pipeline("importance", "theta")
+figure = figures.pipeline("importance", "theta")
 
 # %% [markdown]
 # ## Score
@@ -67,21 +70,21 @@ figure = plots.pipeline("importance", "theta")
 # %%
 base, tokenizer = models.load_base(settings)
 model = models.attach_adapter(base, settings).eval()  # without dropout
-rows = splits.system_examples(settings, 2)[:8]
-examples = encode_examples(rows, tokenizer, settings)[:2]
+examples = Examples(settings)
+two = data.encode_examples(examples.systems[2][:8], tokenizer, settings)[:2]
 
 # %%
-phi = models.lora_parameters(model)
+phi = importance.lora_parameters(model)
 g = {name: torch.zeros_like(p) for name, p in phi.items()}
 F = {name: torch.zeros_like(p) for name, p in phi.items()}
-for example in examples:
+for example in two:
     ids = torch.tensor([example["input_ids"]], device=model.device)
     labels = torch.tensor([example["labels"]], device=model.device)
     loss = model(input_ids=ids, labels=labels).loss
     gradients = torch.autograd.grad(loss, list(phi.values()))
     for name, gradient in zip(phi, gradients, strict=True):
-        g[name] += gradient / len(examples)
-        F[name] += gradient**2 / len(examples)
+        g[name] += gradient / len(two)
+        F[name] += gradient**2 / len(two)
 I = {}  # noqa: E741
 for name, p in phi.items():
     I[name] = (g[name] * p - F[name] * p**2 / 2).abs().detach()
@@ -91,28 +94,23 @@ for name, p in phi.items():
 # same up to that format's rounding.
 
 # %%
-scores = importance.score_importance(model, examples, batch_size=2)
-fast = torch.cat([scores[name].flatten() for name in phi])
+batched = importance.score_importance(model, two, batch_size=2)
+fast = torch.cat([batched[name].flatten() for name in phi])
 plain = torch.cat([I[name].flatten() for name in phi])
 difference = float((fast - plain).norm() / plain.norm())
 assert difference < (1e-4 if base.dtype == torch.float32 else 0.1)
 print(f"relative difference over {len(plain):,} elements: {difference:.1e}")
-del base, model, phi, g, F, I, scores, fast, plain
+del base, model, phi, g, F, I, batched, fast, plain
 
 # %% [markdown]
 # ### All examples
 
 # %%
-scores = phases.scores(settings)
-partition = phases.partition(settings)
-values = settings.partition
-partition.save(
-    settings.runs / "partitions" / f"theta{values.theta}-alpha{values.alpha}-beta{values.beta}-seed{settings.seed}"
-)
-record = summaries.importance_record(scores, partition, settings)
-custom = any(v is not None for v in (seed, theta, alpha, beta, modules))
-records = settings.runs / ("explored" if custom else "records")
-path = write_record(record, records / "importance.json")
+system1, system2 = scores(settings, examples.systems)
+partition = build_partition(system1, system2, **settings.partition.model_dump())
+# Records of other settings than the profile's are kept apart from those that the book is made of.
+is_profile = all(value is None for value in (seed, theta, alpha, beta, modules))
+record, *stable = record_scores(settings, examples, "records" if is_profile else "explored")
 
 # %%
 partition.summary().groupby(["module", "matrix"])[
@@ -125,21 +123,21 @@ partition.summary().groupby(["module", "matrix"])[
 # Scores are divided by their mean over all elements, so a value of one is average.
 
 # %% mystnb={"image": {"alt": "Three heat maps of layer against module: System 1 importance, System 2 importance, and their difference."}, "figure": {"caption": "Where importance concentrates; the third panel shows where the systems part.", "name": "fig-importance-map"}}
-figure = plots.importance_map(record)
+figure = figures.importance_map(record)
 
 # %% mystnb={"image": {"alt": "Bars of mean importance by module for matrix A and matrix B, System 1 beside System 2."}, "figure": {"caption": "A above B or B above A: which of a layer's two factors the importance sits in. The dashed line is the average element.", "name": "fig-importance-matrix"}}
-figure = plots.importance_by_matrix(record)
+figure = figures.importance_by_matrix(record)
 
 # %% mystnb={"image": {"alt": "Lines of mean importance against rank for matrices A and B, one line a system."}, "figure": {"caption": "Under a random initialisation the ranks are exchangeable, so the lines should be flat; olora and pissa order them.", "name": "fig-importance-rank"}}
-figure = plots.importance_by_rank(record)
+figure = figures.importance_by_rank(record)
 
 # %% [markdown]
 # ## Two systems, four regions
 
 # %% mystnb={"image": {"alt": "Scatter of System 1 against System 2 importance of LoRA elements, coloured by region."}, "figure": {"caption": "Elements near the diagonal serve both systems. Compare the Jaccard index with what chance gives.", "name": "fig-importance-scatter"}}
-figure = plots.importance_scatter(record)
+figure = figures.importance_scatter(record)
 # %% mystnb={"image": {"alt": "Curves of the share of importance held by the most important share of elements, one for each system."}, "figure": {"caption": "The steeper the curve, the fewer elements a given theta needs.", "name": "fig-concentration"}}
-figure = plots.concentration(record)
+figure = figures.concentration(record)
 
 # %% [markdown]
 # ## Move theta, alpha and beta
@@ -150,7 +148,7 @@ figure = plots.concentration(record)
 # %%
 explorer.Page(
     explorer.theta_explorer(record),
-    plots.importance_map(record),
+    figures.importance_map(record),
     "Heat maps of layer against module: importance to System 1, to System 2, and their difference.",
 )
 
@@ -164,14 +162,9 @@ explorer.Page(
 # published record is shown where this run has none of its own.
 
 # %% mystnb={"image": {"alt": "Three panels against the number of scored examples, by system: rank correlation of elements, of matrix means, and Jaccard index, for two samples of examples and for two adapters."}, "figure": {"caption": "The curves level off where more examples stop changing the selection. Where the crosses lie far below the lines, importance hangs on the draw of the adapter.", "name": "fig-stability"}}
-rows = phases.stability(settings)
-if rows:
-    stable = [summaries.stability_record(rows, settings)]
-    write_record(stable[0], records / "stability.json")
-else:
-    stable = [record for record in published_records("cpu-full") if record.name == "stability"]
+stable = stable or [record for record in published_records("cpu-full") if record.name == "stability"]
 steady = pd.DataFrame(stable[0].result["tables"]["stability"] if stable else [])
-figure = plots.stability(steady) if len(steady) else print("No stability record yet.")
+figure = figures.stability(steady) if len(steady) else print("No stability record yet.")
 
 # %%
 agreements = ["rank_correlation", "by_matrix", "jaccard"]
@@ -196,5 +189,5 @@ steady.groupby(["differ", "n", "system"])[agreements].mean().round(3).unstack() 
 
 # %% tags=["hide-input"]
 # What was explored here is kept apart from the records, in `explored`.
-behind = [r for r in (record, *stable) if not custom or r.run["profile"] != settings.profile]
+behind = [r for r in (record, *stable) if is_profile or r.run["profile"] != settings.profile]
 notebook.sources(behind, settings)

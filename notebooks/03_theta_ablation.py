@@ -30,11 +30,11 @@ profile = "cpu"  # a file of profiles/, or a path
 import pandas as pd
 import torch
 
-from lorapar_utils import claims, notebook, plots, tables
-from lorapar_utils.partition import build_partition
 from lorapar_utils.records import evidence
+from lorapar_utils.report import claims, figures, notebook, tables
 
 settings = notebook.start(profile=profile)
+from lorapar_utils.partition import build_partition
 
 # %% [markdown]
 # ## The idea
@@ -43,7 +43,7 @@ settings = notebook.start(profile=profile)
 # as many should do worse.
 
 # %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: choosing elements, and stage 1."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-03_theta_ablation"}}
-figure = plots.pipeline("theta", "stage1")
+figure = figures.pipeline("theta", "stage1")
 
 # %% [markdown]
 # ## The rule
@@ -83,11 +83,11 @@ pd.Series(counts, name="elements of 1000").to_frame().rename_axis("theta")
 
 # %%
 notebook.experiment_records(settings, lambda spec: spec.stages[:1] == ("sft",) and spec.sweep in ("theta", "two_stage"))
-records = plots.stage1_records(evidence(settings))
+records = figures.stage1_records(evidence(settings))
 notebook.linked(tables.theta_table(records), records, settings)
 
 # %% mystnb={"image": {"alt": "Test accuracy with error bars against the share of active elements, one line for each way of selecting."}, "figure": {"caption": "At equal size (the same place from left to right), does importance beat the other ways of selecting?", "name": "fig-theta"}}
-figure = plots.theta_curve(records) if records else None
+figure = figures.theta_curve(records) if records else None
 
 # %% [markdown]
 # ## How to read it

@@ -29,12 +29,12 @@ profile = "cpu"  # a file of profiles/, or a path
 import pandas as pd
 import torch
 
-from lorapar_utils import notebook, plots, tables
-from lorapar_utils.optim import ActiveAdamW
 from lorapar_utils.records import published_records
-from lorapar_utils.rewards import correctness, layout, step_share
+from lorapar_utils.report import figures, notebook, tables
 
 settings = notebook.start(profile=profile)
+from lorapar_utils.optim import ActiveAdamW
+from lorapar_utils.training.rewards import correctness, layout, step_share
 
 # %% [markdown]
 # ## The idea
@@ -43,7 +43,7 @@ settings = notebook.start(profile=profile)
 # System 2 questions, and is rewarded for right ones; it moves the elements of System 2. All other elements stay as they are, to the bit.
 
 # %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: stage 1 and stage 2."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-04_two_stage"}}
-figure = plots.pipeline("stage1", "stage2")
+figure = figures.pipeline("stage1", "stage2")
 
 # %% [markdown]
 # ## One step of AdamW that leaves an element alone
@@ -128,7 +128,7 @@ notebook.linked(tables.budget_table(records), records, settings)
 # ## Learning curves
 
 # %% mystnb={"image": {"alt": "Six panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "A group whose completions all earn the same reward has no advantage and teaches nothing.", "name": "fig-learning"}}
-figure = plots.learning_curves(records[0]) if records else None
+figure = figures.learning_curves(records[0]) if records else None
 # %% [markdown]
 # ## Room to learn
 #

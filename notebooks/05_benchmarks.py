@@ -26,8 +26,8 @@
 profile = "cpu"  # a file of profiles/, or a path
 
 # %% tags=["hide-input"]
-from lorapar_utils import notebook, plots, tables
 from lorapar_utils.records import evidence, published_records
+from lorapar_utils.report import figures, notebook, tables
 
 settings = notebook.start(profile=profile)
 
@@ -38,7 +38,7 @@ settings = notebook.start(profile=profile)
 # questions, and compared question by question.
 
 # %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: everything from the examples to stage 2."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-05_benchmarks"}}
-figure = plots.pipeline("system1", "system2", "importance", "theta", "stage1", "stage2")
+figure = figures.pipeline("system1", "system2", "importance", "theta", "stage1", "stage2")
 
 # %%
 records = notebook.experiment_records(settings, lambda spec: spec.sweep in ("baseline", "two_stage"))
@@ -55,7 +55,7 @@ longer = list(evidence(settings).values())
 notebook.linked(tables.benchmark_table(longer), longer, settings)
 
 # %% mystnb={"image": {"alt": "Dot plot with error bars of System 1 and System 2 accuracy for every method and stage."}, "figure": {"caption": "Overlapping intervals are not a ranking.", "name": "fig-stage-accuracy"}}
-figure = plots.stage_accuracy(records) if records else None
+figure = figures.stage_accuracy(records) if records else None
 
 # %% [markdown]
 # ## What accuracy costs
@@ -64,7 +64,7 @@ figure = plots.stage_accuracy(records) if records else None
 # of runs at other hours and on like machines: read the order of magnitude.
 
 # %% mystnb={"image": {"alt": "Three panels of accuracy with error bars for every trained method, against active elements, training time and peak memory, with the Pareto front drawn."}, "figure": {"caption": "Intervals that overlap the front's are not behind it.", "name": "fig-pareto"}}
-figure = plots.pareto(longer)
+figure = figures.pareto(longer)
 
 # %% [markdown]
 # ## Table 4: GSM8K, MMLU and HumanEval

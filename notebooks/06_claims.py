@@ -26,8 +26,8 @@
 profile = "cpu"  # a file of profiles/, or a path
 
 # %% tags=["hide-input"]
-from lorapar_utils import notebook
 from lorapar_utils.records import companions, evidence
+from lorapar_utils.report import notebook
 
 settings = notebook.start(profile=profile)
 

@@ -31,10 +31,10 @@ show_rollouts = 0  # completions to print at each GRPO step, with their rewards
 # %% tags=["hide-input"]
 import pandas as pd
 
-from lorapar_utils import notebook, plots, tables
+from lorapar_utils.report import figures, notebook, tables
 
 settings = notebook.start(profile=profile, show_rollouts=show_rollouts)
-from lorapar_utils import phases
+from lorapar_utils.pipeline.experiment import experiment
 
 # %% [markdown]
 # ## The idea
@@ -42,7 +42,7 @@ from lorapar_utils import phases
 # One line of the profile's experiments: a method, its stages, a seed. All that came before, votes and scores, is read back.
 
 # %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: stage 1 and stage 2."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-experiment"}}
-figure = plots.pipeline("stage1", "stage2")
+figure = figures.pipeline("stage1", "stage2")
 
 # %%
 settings.for_experiment(name, seed).partition, settings.experiments[name]
@@ -53,7 +53,7 @@ settings.for_experiment(name, seed).partition, settings.experiments[name]
 # Stages that an earlier, interrupted run finished are read back; one that it had begun goes on from its last checkpoint.
 
 # %%
-record = phases.experiment(settings, name, seed)
+record = experiment(settings, name, seed)
 
 # %%
 notebook.linked(tables.stage_table([record]), [record], settings)
@@ -62,7 +62,7 @@ notebook.linked(tables.stage_table([record]), [record], settings)
 # ## Learning curves
 
 # %% mystnb={"image": {"alt": "Six panels by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "Panels of a stage that this experiment does not have stay empty.", "name": "fig-experiment-curves"}}
-figure = plots.learning_curves(record)
+figure = figures.learning_curves(record)
 # %% [markdown]
 # ## The same prompts after each stage
 

@@ -141,3 +141,15 @@ def make_tiny_policy(dtype=torch.float32):
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def why_not() -> str:
+    """Why there is no sandbox on this machine; empty where there is one."""
+    from lorapar_utils.errors import InputError
+    from lorapar_utils.evaluation import sandbox
+
+    try:
+        sandbox.require_sandbox()
+    except InputError as error:
+        return str(error)
+    return ""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_tiny_examples, make_tiny_model, make_tiny_policy, make_tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from test_training import settings, train, train_interrupted
+from tiny_training import settings, train, train_interrupted
 
 from lorapar_utils import evaluation
 from lorapar_utils.importance import score_importance

@@ -3,17 +3,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
 
-from lorapar_utils import data, models
-from lorapar_utils.encoding import encode_examples
+from lorapar_utils import data, importance, models
+from lorapar_utils.data.encoding import encode_examples
 from lorapar_utils.errors import InputError
 from lorapar_utils.importance import SCORES, score_importance
-from lorapar_utils.models import lora_parameters
 from lorapar_utils.settings import load_profile
 
 
 def brute_force(model, examples, score="second_order"):
     """One example at a time, plain autograd, the paper's formula (or its Fisher alone)."""
-    parameters = lora_parameters(model)
+    parameters = importance.lora_parameters(model)
     gradient = {n: torch.zeros_like(p) for n, p in parameters.items()}
     fisher = {n: torch.zeros_like(p) for n, p in parameters.items()}
     for example in examples:
@@ -46,7 +45,7 @@ def test_the_fisher_is_of_per_example_gradients(tiny_model, tiny_examples, batch
     exact = brute_force(tiny_model, tiny_examples, "fisher")
     found = score_importance(tiny_model, tiny_examples, batch_size=batch_size, score="fisher")
     assert worst_gap(found, exact) <= 1e-4
-    phi = {name: p.detach() for name, p in lora_parameters(tiny_model).items()}
+    phi = {name: p.detach() for name, p in importance.lora_parameters(tiny_model).items()}
     first = score_importance(tiny_model, tiny_examples, batch_size=batch_size, score="first_order")
     of_the_batch = {name: (first[name] / phi[name]) ** 2 for name in phi}
     assert all((of_the_batch[n] - exact[n]).abs().max() > 0.1 * exact[n].max() for n in exact)
@@ -68,7 +67,7 @@ def test_equals_the_loop_for_other_adapters(tiny_model, tiny_examples, options):
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
     model = get_peft_model(base, LoraConfig(**config | options))
     if "init_lora_weights" not in options:
-        for parameter in lora_parameters(model).values():
+        for parameter in importance.lora_parameters(model).values():
             torch.nn.init.normal_(parameter, std=0.3)
     model.eval()
     expected = brute_force(model, tiny_examples)
@@ -91,7 +90,7 @@ def test_works_with_gradient_checkpointing(tiny_model, tiny_examples):
 
 
 def test_alternatives_are_what_they_say(tiny_model, tiny_examples):
-    parameters = lora_parameters(tiny_model)
+    parameters = importance.lora_parameters(tiny_model)
     score = {s: score_importance(tiny_model, tiny_examples, batch_size=4, score=s) for s in SCORES}
     for name, p in parameters.items():
         phi = p.detach()
@@ -156,7 +155,7 @@ def test_zero_b_is_an_error_that_names_the_remedy(tiny_model, tiny_examples):
 
 
 def test_nan_weights_are_an_error(tiny_model, tiny_examples):
-    next(iter(lora_parameters(tiny_model).values())).data[0, 0] = float("nan")
+    next(iter(importance.lora_parameters(tiny_model).values())).data[0, 0] = float("nan")
     with pytest.raises(InputError, match="NaN"):
         score_importance(tiny_model, tiny_examples, batch_size=4)
 

@@ -18,10 +18,14 @@ import pytest
 import torch
 from conftest import ROOT, copy_project
 
-from lorapar_utils import build, machine, model_files, models, processes, publish, records, splits
+from lorapar_utils import build, machine, models, records
 from lorapar_utils.errors import InputError
+from lorapar_utils.models import files
+from lorapar_utils.pipeline import launch
 from lorapar_utils.records import claim_runs, new_record, write_record
+from lorapar_utils.report import publish
 from lorapar_utils.settings import load_profile, project_root
+from lorapar_utils.voting import split
 
 RECORDED = "{panel: null, panels: {}, teachers: [{name: colleague, kind: recorded, path: votes.csv}]}"
 MINE = (
@@ -219,7 +223,7 @@ def test_clone_and_profile_may_lie_in_folders_with_awkward_names(tmp_path, monke
     packages = os.pathsep.join([str(clone), *(path for path in sys.path if path.endswith("site-packages"))])
     monkeypatch.setenv("PYTHONPATH", packages)
     monkeypatch.delenv("MAKEFLAGS", raising=False)
-    for module in ("papermill", "lorapar_utils.book"):
+    for module in ("papermill", "lorapar_utils.report.book"):
         rules = (clone / "Snakefile").read_text()
         assert f"-m {module}" in rules
         (clone / "Snakefile").write_text(rules.replace(f"-m {module}", "notes.py"))
@@ -292,9 +296,9 @@ def test_a_model_loads_and_processes_start_whatever_a_cluster_set(monkeypatch, s
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
     started = {}
-    monkeypatch.setattr(processes.subprocess, "Popen", lambda *_, **options: started.update(options) or 1 / 0)
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda *_, **options: started.update(options) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        processes.launch("scores", load_profile("smoke", processes=2))
+        launch.launch("scores", load_profile("smoke", processes=2))
     assert started["env"]["OMP_NUM_THREADS"] == "1"
 
 
@@ -330,8 +334,8 @@ def test_one_build_at_a_time_and_one_conversion_of_the_model_with_locks_and_with
         monkeypatch.setenv("LORAPAR_CACHE", str(home / "cache"))
         target = home / "cache" / "SmolLM2-135M-Instruct"
         target.mkdir(parents=True, exist_ok=True)
-        monkeypatch.setattr(model_files, "_is_intact", lambda folder: True)
-        assert model_files.packaged_model() == target
+        monkeypatch.setattr(files, "_is_intact", lambda folder: True)
+        assert files.packaged_model() == target
         monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks")))
 
 
@@ -344,18 +348,18 @@ def test_votes_are_kept_without_a_write_ahead_log_and_old_ones_are_read(home):
     folder = home / "clone" / "runs" / "vote_cache"
     with diskcache.Cache(folder, disk=diskcache.JSONDisk) as cache:
         cache["paid"] = {"system": 2}
-    with splits._vote_cache() as cache:
+    with split._vote_cache() as cache:
         assert cache["paid"] == {"system": 2}
         cache["new"] = {"system": 1}
         # A reader beside the writer, as `--dry-run` is.
-        with splits._vote_cache() as second:
+        with split._vote_cache() as second:
             assert second["new"] == {"system": 1}
     assert sqlite3.connect(folder / "cache.db").execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
 def test_votes_may_be_kept_elsewhere(home, monkeypatch):
     monkeypatch.setenv("LORAPAR_VOTES", "~/votes")
-    with splits._vote_cache() as cache:
+    with split._vote_cache() as cache:
         cache["paid"] = 1
     assert (home / "votes" / "cache.db").is_file() and not (home / "clone" / "runs").exists()
 
@@ -365,16 +369,16 @@ def test_nothing_is_asked_where_votes_cannot_be_kept(home, monkeypatch, reason):
     def refused(*_, **__):
         raise sqlite3.OperationalError(reason)
 
-    monkeypatch.setattr(splits.diskcache, "Cache", refused)
-    monkeypatch.setattr(splits.voting, "vote", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(split.diskcache, "Cache", refused)
+    monkeypatch.setattr(split.voting, "vote", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(
         InputError, match=rf"vote_cache cannot keep them \({reason}\).*set LORAPAR_VOTES to where it is"
     ):
-        splits.votes(load_profile("smoke"))
+        split.votes(load_profile("smoke"))
 
 
 def test_a_vote_that_cannot_be_kept_stops_the_asking(home):
-    with pytest.raises(InputError, match="database or disk is full"), splits._vote_cache():
+    with pytest.raises(InputError, match="database or disk is full"), split._vote_cache():
         raise sqlite3.OperationalError("database or disk is full")
 
 

@@ -8,9 +8,9 @@ import torch
 from accelerate import PartialState
 from conftest import make_tiny_examples, make_tiny_model, make_tiny_policy, make_tiny_tokenizer
 from safetensors.torch import save_file
-from test_training import settings, train
+from tiny_training import settings, train
 
-from lorapar_utils import evaluation, processes
+from lorapar_utils import distributed, evaluation
 from lorapar_utils.importance import score_importance
 from lorapar_utils.models import share_out
 
@@ -50,7 +50,7 @@ def main(folder: str) -> None:
             save_file(trained(stage, sharded), mine / stage)
         (mine / "completions").write_text(json.dumps([completions(samples, sharded) for samples in (0, 3)]))
     state.wait_for_everyone()
-    processes.end(0)
+    distributed.end(0)
 
 
 if __name__ == "__main__":

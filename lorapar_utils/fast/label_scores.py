@@ -1,0 +1,70 @@
+"""Log-likelihoods of given replies: a local teacher's two labels, and the reference solutions (held-out loss).
+
+`transformers` also scores labels (`pipeline("decision")`), with one prompt per pass and one token per label. Here
+prompts are batched, a shared prefix is read once, and a label may have several tokens. A test checks that both agree.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorapar_utils.data.encoding import PLAIN_TEMPLATE, question_ids
+from lorapar_utils.fast.architecture import rotation_limit
+from lorapar_utils.fast.checks import answer_logits, shortcuts_of
+from lorapar_utils.fast.decoding import answering, has_virtual_tokens
+from lorapar_utils.fast.shared_prefix import hidden_before
+
+TOKENS = 1024  # scored at a time, to limit the memory for logits
+
+
+def label_margins(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    labels: tuple[str, str],
+    plain_template: str = PLAIN_TEMPLATE,
+) -> list[float]:
+    """log p(second label) - log p(first label) as the reply to each question, summed over a label's tokens.
+
+    A question becomes one user turn, or fills `plain_template` if the model has no chat template.
+    """
+    prompts = [question_ids(question, tokenizer, plain_template=plain_template) for question in questions]
+    replies = [tokenizer(label, add_special_tokens=False).input_ids for label in labels]
+    # Bundles read a question once for both labels, and the teacher's persona once for many questions.
+    totals = reply_log_probs(model, [(prompt, reply) for reply in replies for prompt in prompts])
+    return [second - first for first, second in zip(totals[: len(prompts)], totals[len(prompts) :], strict=True)]
+
+
+@torch.inference_mode()
+def reply_log_probs(model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+    """log p(reply | prompt) for each (prompt, reply) pair of token ids, summed over the reply's tokens."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with answering(model):
+        longest = max(len(prompt) + len(reply) for prompt, reply in pairs)
+        if has_virtual_tokens(model) or not shortcuts_of(model).shared_prefix or longest > rotation_limit(model):
+            return [_alone(model, prompt, reply) for prompt, reply in pairs]
+        rows = [prompt + reply for prompt, reply in pairs]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        scored = torch.zeros(len(rows), width - 1, dtype=torch.bool)
+        for row, (prompt, reply) in enumerate(pairs):
+            scored[row, len(prompt) - 1 : len(prompt) - 1 + len(reply)] = True
+        ids, mask, scored = (part.to(model.device) for part in (ids, mask, scored))
+        hidden, targets = hidden_before(base.base_model, ids, mask, scored), ids[:, 1:][scored]
+        # In parts, because fp32 logits of a whole batch of long replies would fill a GPU.
+        log_probs = torch.cat(
+            [
+                answer_logits(base, states).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+                for states, tokens in zip(hidden.split(TOKENS), targets.split(TOKENS), strict=True)
+            ]
+        )
+        return torch.zeros(len(rows), device=model.device).index_add(0, scored.nonzero()[:, 0], log_probs).tolist()
+
+
+def _alone(model: PreTrainedModel, prompt: list[int], reply: list[int]) -> float:
+    ids = torch.tensor([prompt + reply], device=model.device)
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+    log_probs = logits[-len(reply) - 1 : -1].float().log_softmax(-1)
+    return log_probs.gather(1, ids[0, -len(reply) :, None]).sum().item()

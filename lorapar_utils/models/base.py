@@ -1,0 +1,388 @@
+"""Load the base model (packaged GGUF, local folder or hub id) and attach, save or restore an adapter."""
+
+import copy
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    ShiraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
+from tokenizers.processors import TemplateProcessing
+from torch.distributed.fsdp import fully_shard
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from lorapar_utils import distributed, machine
+from lorapar_utils.data.encoding import check_prompts, continuation_ids, question_ids, turn_end
+from lorapar_utils.errors import InputError, require
+from lorapar_utils.fast.checks import shortcuts_of
+from lorapar_utils.models.files import ADAPTER_NOTE, check_layers, decoder_layers_name, read_note, source_of
+from lorapar_utils.settings import Settings
+
+IA3_MODULES = ("k_proj", "v_proj", "down_proj")
+
+
+def load_base(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen base model and the tokenizer that `model.source` names.
+
+    Returns
+    -------
+    (model, tokenizer)
+        The model in evaluation mode, every parameter frozen, in `compute_dtype(settings)`.
+
+    Raises
+    ------
+    InputError
+        A folder without weights, an unknown hub id, a broken download or a corrupted cache.
+    """
+    torch.set_num_threads(machine.threads_from_environment(settings.threads))
+    source, options = source_of(settings)
+    if (Path(source) / ADAPTER_NOTE).is_file():
+        model = _merged(Path(source), settings)
+    else:
+        model = _whole(source, options, settings)
+    tokenizer = load_tokenizer(settings)
+    check_prompts(tokenizer, settings.model.plain_template)
+    _prepare_tokenizer(tokenizer, model, settings)
+    if torch.cuda.is_available() and settings.model.quantization is None:
+        model = model.to(distributed.state().device)
+    # Hidden states of the last tokens are strided. For these torch copies the whole bf16 head once per row, which
+    # doubles the time of a CPU step. A contiguous copy of the few hidden states avoids this.
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    model.requires_grad_(False).eval()
+    shortcuts_of(model, settings.shortcuts)
+    return model, tokenizer
+
+
+def load_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    """The unchanged tokenizer of `model.source`. If an adapter has no tokenizer, it is the tokenizer of the base."""
+    source, options = source_of(settings, weights=False)
+    if (Path(source) / ADAPTER_NOTE).is_file() and not (Path(source) / "tokenizer_config.json").is_file():
+        source, options = source_of(_adapter_base(Path(source), settings), weights=False)
+    return _read(AutoTokenizer, source, settings, "tokenizer", **options)
+
+
+def load_config(settings: Settings) -> PreTrainedConfig:
+    """The configuration of `model.source`. For an adapter it is the configuration of the base."""
+    source, options = source_of(settings, weights=False)
+    if (Path(source) / ADAPTER_NOTE).is_file():
+        source, options = source_of(_adapter_base(Path(source), settings), weights=False)
+    return _read(AutoConfig, source, settings, "configuration", **options)
+
+
+def _whole(source: str, options: dict, settings: Settings) -> PreTrainedModel:
+    options = options | {"dtype": compute_dtype(settings), "output_loading_info": True} | _quantized(settings)
+    model, report = _read(AutoModelForCausalLM, source, settings, "weights", **options)
+    # transformers initializes missing layers at random and only logs a warning.
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"model.source = {settings.model.source!r}: {len(missing)} of the model's weights are not in its files, "
+            f"first {missing[0]}; save the whole model there, and see that config.json is that of these weights"
+        )
+    check_layers(settings, model, report["unexpected_keys"])
+    return model
+
+
+def _merged(folder: Path, settings: Settings) -> PreTrainedModel:
+    """The base of an adapter with the adapter merged into the weights."""
+    if settings.model.quantization:
+        raise InputError(
+            f"model.quantization: an adapter cannot be added to a 4-bit base; merge {folder} first, or set null"
+        )
+    base = _adapter_base(folder, settings)
+    source, options = source_of(base)
+    wrapped = _read(partial(PeftModel.from_pretrained, _whole(source, options, base)), str(folder), settings, "adapter")
+    expected = set(get_peft_model_state_dict(wrapped))
+    if unmatched := sorted(expected ^ set(load_peft_weights(str(folder)))):
+        raise InputError(
+            f"model.source: the adapter in {folder} does not fit {base.model.source}: {len(unmatched)} weights have "
+            f"no counterpart, first {unmatched[0]}; name the base that it was trained over"
+        )
+    print(f"model.source: {folder} is an adapter; it is added to the weights of {base.model.source}")
+    return _read(lambda _: wrapped.merge_and_unload(), str(folder), settings, "adapter")
+
+
+def _adapter_base(folder: Path, settings: Settings) -> Settings:
+    """The settings with the adapter's base as the model."""
+    name = read_note(folder / ADAPTER_NOTE).get("base_model_name_or_path") or ""
+    path = folder / name
+    base = settings.changed(model={"source": str(path.resolve()) if name and path.is_dir() else name or "nowhere"})
+    if not name or (Path(base.model.source) / ADAPTER_NOTE).is_file():
+        raise InputError(
+            f"model.source: {folder} is an adapter over {name!r}, which is no base; merge it into its base"
+        )
+    return base
+
+
+def _read(reader, source: str, settings: Settings, what: str, **options):
+    """Call `reader.from_pretrained`. Any error about damaged, unknown or missing files becomes an InputError."""
+    load = getattr(reader, "from_pretrained", reader)
+    try:
+        return load(source, **options)
+    except (torch.OutOfMemoryError, MemoryError, InputError):
+        raise
+    except Exception as error:  # each file format raises other errors
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"model.source = {settings.model.source!r}: its {what} could not be loaded: {reason.strip()[:300]} "
+            "Give 'packaged', a folder with config.json, tokenizer and weights, or a hub id that you can reach."
+        ) from error
+
+
+def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings: Settings) -> None:
+    """Make the token that ends a turn the tokenizer's end token, and keep only token ids of the generation config.
+
+    Sampling settings in a model's generation config (repetition penalty, temperature) are dropped.
+    """
+    where = f"model.source = {settings.model.source!r}"
+    _check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, settings)
+    declared = model.generation_config.eos_token_id
+    declared = [token for token in (declared if isinstance(declared, list) else [declared]) if token is not None]
+    for token in declared:
+        if not isinstance(token, int) or not 0 <= token < len(tokenizer):
+            raise InputError(
+                f"{where}: eos_token_id = {token!r} of its generation config is no id of its tokenizer; correct it in "
+                "generation_config.json"
+            )
+    end = turn_end(tokenizer)
+    if end in declared:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    elif tokenizer.eos_token_id is None and declared:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(declared[0])
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"{where}: neither its tokenizer (eos_token) nor its generation_config.json (eos_token_id) names an end "
+            "token, so no answer would end; set eos_token in tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # Add the template's turn end, because a base model's generation config often does not list it.
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, *declared, *([] if end is None else [end])]))
+    # Decoding keeps end tokens that were added as ordinary tokens, so make them special.
+    ordinary = [token.content for i, token in tokenizer.added_tokens_decoder.items() if i in ends and not token.special]
+    tokenizer.add_special_tokens({"extra_special_tokens": ordinary}, replace_extra_special_tokens=False)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
+    _leave_texts_open(tokenizer)
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, settings: Settings) -> None:
+    """Check that every token that a prompt can contain has a row in the embedding.
+
+    Control tokens without a row (images, infilling) do no harm, because questions that quote them are read as text.
+    """
+    where = f"model.source = {settings.model.source!r}"
+    without_row = {token for token in tokenizer.get_vocab().values() if token >= rows}
+    control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    used |= set(question_ids("1 + 1?", tokenizer, plain_template=settings.model.plain_template))
+    if reachable := (without_row - control) | (without_row & used):
+        raise InputError(
+            f"{where}: its tokenizer has tokens up to id {max(reachable)}, its embedding only {rows} rows; save the "
+            "tokenizer that the model was trained with, or resize the model's embedding and train the new rows first"
+        )
+    if not tokenizer("1 + 1").input_ids:
+        raise InputError(f"{where}: its tokenizer reads nothing of '1 + 1'; save the one that belongs to the model")
+
+
+def _leave_texts_open(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Stop a tokenizer from adding an end token to every text, as those of some fine-tunes do (`add_eos_token`)."""
+    if tokenizer("1").input_ids[-1:] != [tokenizer.eos_token_id]:
+        return
+    if not tokenizer.is_fast:
+        raise InputError(
+            "model.source: its tokenizer ends every text with its end token; save it as a fast one, without"
+        )
+    front = [(tokenizer.convert_ids_to_tokens(token), token) for token in continuation_ids("", tokenizer)]
+    words = [word for word, _ in front]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*words, "$A"], pair=[*words, "$A", "$B"], special_tokens=front
+    )
+    print("tokenizer: it ended every text with its end token; it no longer does")
+
+
+def _quantized(settings: Settings) -> dict:
+    """Options to load the base in 4 bits, as QLoRA does. Empty without `model.quantization`."""
+    if settings.model.quantization is None:
+        return {}
+    require("bitsandbytes", f"model.quantization = {settings.model.quantization!r}", "qlora")
+    return {
+        "device_map": {"": distributed.state().device},
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.model.quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype(settings),
+        ),
+    }
+
+
+def compute_dtype(settings: Settings) -> torch.dtype:
+    """The dtype of `model.dtype`. `auto` is bfloat16 if the hardware multiplies bfloat16 natively, else float32."""
+    if settings.model.dtype != "auto":
+        return getattr(torch, settings.model.dtype)
+    native = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
+    """Wrap the base in a new fp32 adapter.
+
+    Deviation from PEFT's default: `init: normal` draws A and B from N(0, 0.01^2), as the paper's script does. With
+    B = 0 (`lora`, `gaussian`) every importance score is 0, so there is no partition.
+
+    Parameters
+    ----------
+    settings
+        `adapter`: kind, init, r, lora_alpha, dropout, modules, virtual_tokens; `seed` fixes the initial weights.
+
+    Raises
+    ------
+    InputError
+        `adapter.modules` names layers that the model does not have.
+    """
+    check_modules(model, settings)
+    torch.manual_seed(settings.seed)
+    try:
+        wrapped = get_peft_model(model, _adapter_config(settings), autocast_adapter_dtype=True)
+    except Exception as error:  # PEFT raises many types, depending on method and layers
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(
+            f"adapter.kind = {settings.adapter.kind!r}, init = {settings.adapter.init!r}: PEFT cannot attach that to "
+            f"{type(model).__name__} ({reason}); take another kind, or name other adapter.modules"
+        ) from None
+    if settings.adapter.kind == "lora" and settings.adapter.init == "normal":
+        for module in wrapped.modules():
+            if isinstance(module, LoraLayer):
+                for part in (*module.lora_A.values(), *module.lora_B.values()):
+                    torch.nn.init.normal_(part.weight, std=0.01)
+    if settings.model.sharded and distributed.state().num_processes > 1:
+        share_out(wrapped)
+    return wrapped
+
+
+def check_modules(model: PreTrainedModel, settings: Settings) -> None:
+    """Check that `model` has at least one layer for each module name of the adapter.
+
+    PEFT silently skips names without a layer.
+
+    Raises
+    ------
+    InputError
+        A name has no layer. The message lists the linear layers that the model has.
+    """
+    if settings.adapter.kind in ("prompt_tuning", "p_tuning", "prefix_tuning"):
+        return
+    targets = IA3_MODULES if settings.adapter.kind == "ia3" else settings.target_modules
+    head = model.get_output_embeddings()
+    names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    missing = [word for word in targets if not any(name == word or name.endswith(f".{word}") for name in names)]
+    if missing:
+        linear = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+        setting, remedy = (
+            f"adapter.modules = {settings.adapter.modules!r}",
+            (f"name those to train in adapter.modules, such as [{', '.join(list(linear)[:2])}]"),
+        )
+        if settings.adapter.kind == "ia3":
+            setting, remedy = "method: ia3", "leave this method out for such a model"
+        raise InputError(
+            f"{setting}: {type(model).__name__} has no {', '.join(missing)}; its linear layers are "
+            f"{', '.join(linear)}: {remedy}"
+        )
+
+
+def share_out(model: PeftModel) -> None:
+    """Shard the frozen weights of every decoder layer over the processes (FSDP2).
+
+    Adapters, embeddings and head are not sharded. DDP averages the adapters' gradients as usual, and masks and
+    optimizer state are the same as in one process.
+    """
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    trained = {p for p in model.parameters() if p.requires_grad}
+    for layer in decoder_layers(model.get_base_model()):
+        fully_shard(layer, ignored_params=trained)
+    model._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in model.named_buffers())]
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The decoder layers of a base model of any architecture."""
+    return model.get_submodule(decoder_layers_name(model))
+
+
+def _adapter_config(settings: Settings) -> PeftConfig:
+    adapter = settings.adapter
+    task = {"task_type": "CAUSAL_LM"}
+    modules = list(settings.target_modules)
+    virtual = {"num_virtual_tokens": adapter.virtual_tokens, **task}
+    if adapter.kind == "prompt_tuning":
+        return PromptTuningConfig(prompt_tuning_init="RANDOM", **virtual)
+    if adapter.kind == "p_tuning":
+        return PromptEncoderConfig(encoder_hidden_size=128, **virtual)
+    if adapter.kind == "prefix_tuning":
+        return PrefixTuningConfig(prefix_projection=False, **virtual)
+    if adapter.kind == "ia3":
+        return IA3Config(target_modules=list(IA3_MODULES), feedforward_modules=["down_proj"], **task)
+    if adapter.kind == "shira":
+        return ShiraConfig(r=adapter.r, target_modules=modules, random_seed=settings.seed, **task)
+    return LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=modules,
+        init_lora_weights={"normal": True, "lora": True}.get(adapter.init, adapter.init),
+        use_dora=adapter.kind == "dora",
+        bias="none",
+        **task,
+    )
+
+
+def save_adapter(model: PeftModel, folder: Path, initial: Path | None = None) -> None:
+    """Write `folder/adapter`, which `PeftModel.from_pretrained` loads over the original base.
+
+    Parameters
+    ----------
+    initial
+        Folder of the adapter before training (`save_pretrained`), for PiSSA and OLoRA, which change the base. `adapter`
+        then holds the change by training, as a LoRA of twice the rank, and `trainable` the adapter itself.
+    """
+    if initial is None:
+        model.save_pretrained(folder / "adapter")
+        return
+    model.save_pretrained(folder / "trainable")
+    # The conversion by PEFT changes the initial adapter's folder and the model's configuration, so use copies.
+    config = copy.deepcopy(model.peft_config["default"])
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copytree(initial, scratch, dirs_exist_ok=True)
+        model.save_pretrained(folder / "adapter", path_initial_model_for_weight_conversion=scratch)
+    model.peft_config["default"] = config
+
+
+def restore_adapter(model: PeftModel, folder: Path) -> None:
+    """Load the weights that `save_adapter` wrote into a new adapter of the same settings."""
+    trainable = folder / "trainable"
+    set_peft_model_state_dict(model, load_peft_weights(str(trainable if trainable.is_dir() else folder / "adapter")))

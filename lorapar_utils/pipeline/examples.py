@@ -1,0 +1,58 @@
+"""The rows that a phase reads: D1 and D2 to train on, validation and test. Each is made once, at first use."""
+
+import functools
+
+import datasets
+
+from lorapar_utils import data
+from lorapar_utils.settings import Settings
+from lorapar_utils.voting import split
+
+
+class Examples:
+    """The pool of a profile and its division into the two systems; handed on from phase to phase.
+
+    Parameters
+    ----------
+    settings
+        For an experiment, those of `Settings.for_experiment`: an experiment may have a split of its own.
+    """
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+
+    @functools.cached_property
+    def pool(self) -> datasets.Dataset:
+        """Every row, of all splits."""
+        return data.load_pool(self._settings)
+
+    @functools.cached_property
+    def systems(self) -> dict[int, list[dict]]:
+        """D1 and D2 by system, from the training split. An InputError if one of them is empty."""
+        return split.systems(self._settings, self.pool)
+
+    @functools.cached_property
+    def validation(self) -> dict[int, list[dict]]:
+        """Validation rows by the system that they were constructed for (0: unknown), if it has any."""
+        by_system: dict[int, list[dict]] = {}
+        for row in self._of("validation"):
+            by_system.setdefault(data.construction_system(row["steps"]), []).append(row)
+        return dict(sorted(by_system.items()))
+
+    @functools.cached_property
+    def test(self) -> list[dict]:
+        return self._of("test")
+
+    @functools.cached_property
+    def held_out(self) -> list[dict]:
+        """The rows that nothing is trained on, in the pool's order."""
+        return [row for row in self.pool if row["split"] != "train"]
+
+    @property
+    def watched(self) -> list[dict]:
+        """The validation rows that are answered now and then while a stage trains."""
+        count = self._settings.evaluation.watch_prompts
+        return [row for rows in self.validation.values() for row in rows[:count]]
+
+    def _of(self, name: str) -> list[dict]:
+        return [row for row in self.held_out if row["split"] == name]

@@ -1,0 +1,80 @@
+"""What is measured after a stage of an experiment, kept apart from its training: asking more trains nothing again."""
+
+import json
+import time
+from pathlib import Path
+
+from lorapar_utils import distributed, evaluation
+from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, write_atomically
+from lorapar_utils.data.files import folder_hashes
+from lorapar_utils.models.files import model_identity
+from lorapar_utils.pipeline.adapted import AdaptedModel
+from lorapar_utils.settings import Settings
+
+
+def measure_inputs(settings: Settings, trained: str | None, held_out: list[dict], reinforces: bool) -> dict:
+    """What the measurements after a stage rest on.
+
+    Parameters
+    ----------
+    trained
+        Fingerprint of the stage; None for the base model.
+    held_out
+        Validation and test rows.
+    reinforces
+        Whether the experiment has a GRPO stage: only then are chains sampled for pass@k.
+    """
+    model = model_identity(settings)
+    del model["target_name"]  # only the teachers read it
+    asked = settings.evaluation
+    return {
+        "code": code_of(__file__),
+        "model": model,
+        "trained": trained,
+        "data": fingerprint(held_out),
+        "benchmarks": {name: folder_hashes(getattr(getattr(asked, name), "path", None)) for name in asked.benchmarks},
+        "evaluation": asked.model_dump(exclude={"watch_prompts", "watch_every"}),
+        "reinforces": reinforces,
+        "speed": settings.shortcuts,
+        "seed": settings.seed,
+    }
+
+
+def measure(
+    inputs: dict,
+    folder: Path,
+    adapted: AdaptedModel,
+    stage: Path | None,
+    test: list[dict],
+    chains: list[dict],
+    settings: Settings,
+) -> None:
+    """Score the model as it is after `stage`, and keep the outcome in `folder`, unless it is there, whole.
+
+    Parameters
+    ----------
+    stage
+        Folder of the stage; None for the base model.
+    test
+        Rows that are answered greedily.
+    chains
+        Validation rows that are sampled for pass@k; none for no such metric.
+    """
+    if distributed.by_first(lambda: is_whole(folder)):
+        return
+    model, tokenizer = adapted.after(stage)
+    began = time.time()
+    outcome = {"items": evaluation.score_pool(model, tokenizer, test, settings), "pass": {}}
+    if chains:
+        sampled = evaluation.pass_at(model, tokenizer, chains, settings)
+        outcome["pass"] = {key: metric.as_json() for key, metric in sampled.items()}
+    outcome["benchmarks"] = {
+        name: evaluation.benchmark_items(model, tokenizer, name, settings) for name in settings.evaluation.benchmarks
+    }
+    outcome["score_seconds"] = round(time.time() - began, 1)
+
+    def keep():
+        with completed(folder, inputs) as scratch:
+            write_atomically(scratch / "outcome.json", json.dumps(outcome))
+
+    distributed.by_first(keep)

@@ -1,0 +1,150 @@
+"""One stage of an experiment: trained once, kept under the fingerprint of what it was trained from."""
+
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from lorapar_utils import distributed, training
+from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, write_atomically
+from lorapar_utils.data import learnt_from
+from lorapar_utils.data.encoding import encode_examples
+from lorapar_utils.models.files import model_identity
+from lorapar_utils.partition import Partition
+from lorapar_utils.pipeline.adapted import AdaptedModel
+from lorapar_utils.settings import ExperimentSection, Settings
+
+# Kind of a stage -> the systems whose examples it trains on.
+SYSTEMS = {"sft": (1,), "sft_all": (1, 2), "grpo": (2,)}
+
+
+def stage_inputs(
+    settings: Settings,
+    spec: ExperimentSection,
+    number: int,
+    systems: dict[int, list[dict]],
+    scores: str | None,
+    watched: Sequence[dict],
+) -> dict:
+    """What stage `number` (from 1) is trained from. What only later stages read is not among it.
+
+    Parameters
+    ----------
+    scores
+        Fingerprint of the importance scores that the partition is made from; None without a partition.
+    watched
+        Validation rows that are answered while a stage trains: their outcomes are in its history.
+    """
+    model = model_identity(settings)
+    del model["target_name"]  # only the teachers read it
+    kinds = set(spec.stages[:number])
+    inputs = {
+        "code": code_of(__file__),
+        "model": model,
+        "method": spec.method,
+        "selection": spec.selection,
+        "stages": spec.stages[:number],
+        "systems": {k: fingerprint(learnt_from(rows)) for k, rows in systems.items()},
+        "adapter": settings.adapter.model_dump(),
+        "speed": settings.shortcuts,
+        "seed": settings.seed,
+    }
+    if scores is not None:
+        inputs |= {"scores": scores, "theta": settings.partition.theta}
+    if "grpo" in spec.stages and watched:
+        watch = settings.evaluation.model_dump(include={"watch_every", "max_new_tokens"})
+        inputs["watch"] = watch | {"rows": fingerprint(watched)}
+    if kinds & {"sft", "sft_all"}:
+        inputs |= {"alpha": settings.partition.alpha, "sft": settings.sft.model_dump()}
+    if "grpo" in kinds:
+        inputs |= {"beta": settings.partition.beta, "grpo": settings.grpo.model_dump()}
+    return inputs
+
+
+def train(
+    kind: str,
+    inputs: dict,
+    folder: Path,
+    adapted: AdaptedModel,
+    previous: Path | None,
+    systems: dict[int, list[dict]],
+    partition: Callable[[], Partition] | None,
+    settings: Settings,
+    watch: Callable[[], dict] | None,
+) -> None:
+    """Train a stage of `kind` and keep adapter and outcome in `folder`, unless they are there, whole.
+
+    A stage that was interrupted goes on from its last checkpoint, to the same end.
+
+    Parameters
+    ----------
+    previous
+        Folder of the stage before; None for the first.
+    partition
+        Makes the partition; None trains every element of the adapter.
+    watch
+        See `training.run_sft`.
+    """
+    # Asked by one process, because the others could look after it has made the folder.
+    if distributed.by_first(lambda: is_whole(folder)):
+        return
+    model, tokenizer = adapted.after(previous)
+    if partition is None:
+        parameters = dict(model.named_parameters())
+        masks, jaccard = {name: torch.ones_like(parameters[name], dtype=torch.bool) for name in adapted.trainable}, None
+    else:
+        selected = partition()
+        masks, jaccard = selected.stage_mask(2 if kind == "grpo" else 1), selected.jaccard
+    run = training.run_grpo if kind == "grpo" else training.run_sft
+    checkpoints = folder.with_name(f".{folder.name}-steps")
+    began = time.time()
+    adapted.trained_to(None)
+    history = run(model, tokenizer, rows_of(kind, systems), masks, settings, checkpoints, watch)
+    adapted.trained_to(folder)
+    elements = sum(mask.numel() for mask in masks.values())
+    outcome = {
+        "history": history,
+        "active": sum(int(mask.sum()) for mask in masks.values()) / elements,
+        "elements": elements,
+        "jaccard": jaccard,
+        "train_seconds": round(time.time() - began, 1),
+        "peak_bytes": _peak_bytes(),
+    }
+
+    def keep():
+        with completed(folder, inputs) as scratch:
+            adapted.save(scratch)
+            if partition is not None:
+                selected.save(scratch / "partition")
+            write_atomically(scratch / "outcome.json", json.dumps(outcome))
+        shutil.rmtree(checkpoints, ignore_errors=True)
+
+    distributed.by_first(keep)
+
+
+def check_rows(kinds: Sequence[str], systems: dict[int, list[dict]], tokenizer, settings: Settings) -> None:
+    """Encode all that these kinds of stages will read. An InputError names what one of them cannot read."""
+    for kind in kinds:
+        rows = rows_of(kind, systems)
+        if kind == "grpo":
+            training.prompts_to_reinforce(rows, tokenizer, settings)
+        else:
+            encode_examples(rows, tokenizer, settings)
+
+
+def rows_of(kind: str, systems: dict[int, list[dict]]) -> list[dict]:
+    """The examples that a kind of stage trains on."""
+    return [row for system in SYSTEMS[kind] for row in systems[system]]
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process has held so far: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,41 @@
+"""Numbers with n, interval and provenance, as files; it must not import training, evaluation, pipeline or report."""
+
+from lorapar_utils.records.evidence import (
+    cite,
+    common_seeds,
+    companions,
+    evidence,
+    mean_outcomes,
+    published_records,
+    record_link,
+    score_after,
+    with_longer,
+)
+from lorapar_utils.records.record import (
+    Record,
+    claim_runs,
+    command,
+    new_record,
+    read_record,
+    read_records,
+    write_record,
+)
+
+__all__ = [
+    "Record",
+    "cite",
+    "claim_runs",
+    "command",
+    "common_seeds",
+    "companions",
+    "evidence",
+    "mean_outcomes",
+    "new_record",
+    "published_records",
+    "read_record",
+    "read_records",
+    "record_link",
+    "score_after",
+    "with_longer",
+    "write_record",
+]

@@ -1,0 +1,239 @@
+"""Stage the executed notebooks and the prose pages, and build the Jupyter Book from them.
+
+Prose takes its numbers from records: `{{ percent("lorapar-seed0", "stage2/system2") }}` in a page of `book/`.
+"""
+
+import argparse
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jinja2
+import nbformat
+import pandas as pd
+
+from lorapar_utils.records import Record, companions, evidence, read_records, record_link
+from lorapar_utils.records.intervals import Metric
+from lorapar_utils.report import claims, figures
+from lorapar_utils.settings import Settings, load_profile, project_root
+
+RECORD_LINK = re.compile(r'href="\.\./(?:runs/([\w.-]+)/records|results/([\w.-]+))/')
+ICON_SCRIPT = re.compile(r'<script [^>]*src="[^"]*/fontawesome\.js[^"]*"></script>')
+EXTRAS = ("_config.yml", "_toc.yml", "references.bib", "claims.yaml")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("profile")
+    parser.add_argument("--experiment", type=Path, required=True, help="the executed experiment notebook to show")
+    options = parser.parse_args(arguments)
+    settings = load_profile(options.profile)
+    source = assemble(settings, options.experiment)
+    return build(settings, source)
+
+
+def assemble(settings: Settings, experiment: Path) -> Path:
+    """The book's source folder, written anew: executed notebooks, rendered pages, figures, scripts."""
+    book = project_root() / "book"
+    source = settings.runs / "book"
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir(parents=True)
+    records = read_records(settings.runs / "records")
+    figure_files = figures.save_all(records, evidence(settings), source / "figures")
+    for path in sorted((settings.runs / "notebooks").glob("*.ipynb")):
+        _write_notebook(path, source / path.name)
+    _write_notebook(experiment, source / "experiment.ipynb")
+    for name in EXTRAS:
+        shutil.copy(book / name, source / name)
+    shutil.copytree(book / "_static", source / "_static")
+    _copy_records(settings, source / "_static" / "records")
+    context = page_context(settings, records) | {"figures": {path.stem for path in figure_files}}
+    for page in sorted(book.glob("*.md")):
+        text = render(page.read_text(encoding="utf-8"), context, page.name)
+        (source / page.name).write_text(_with_records_of_the_book(text), encoding="utf-8")
+    return source
+
+
+def _copy_records(settings: Settings, target: Path) -> None:
+    """Copy the records that pages link to, one folder per profile: this run's, and the published profiles'."""
+    published = project_root() / "results"
+    shutil.copytree(settings.runs / "records", target / settings.profile)
+    for path in published.glob(f"{settings.profile}-*"):
+        shutil.copytree(path, target / path.name)
+
+
+def build(settings: Settings, source: Path) -> int:
+    """Run `jupyter-book build -W -n`: any warning fails. Replaces `book/_build/html` only when it succeeds."""
+    out = settings.runs / "book_build"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", "-W", "-n", "--keep-going"]
+    process = subprocess.run([*command, "--path-output", str(out), str(source)])
+    if process.returncode:
+        return process.returncode
+    _drop_icon_script(out / "_build" / "html")
+    target = project_root() / "book" / "_build"
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(target / "html", ignore_errors=True)
+    shutil.move(out / "_build" / "html", target / "html")
+    for stamp in target.glob("*.stamp"):
+        stamp.unlink()
+    (target / f"{settings.profile}.stamp").write_text("")
+    return 0
+
+
+def _drop_icon_script(html_folder: Path) -> None:
+    """Remove the theme's icon script: it is over half of a page's bytes, and the theme also has the icons as a font."""
+    for page in html_folder.rglob("*.html"):
+        page.write_text(ICON_SCRIPT.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
+    for script in (html_folder / "_static" / "scripts").glob("fontawesome.js*"):
+        script.unlink()
+
+
+def render(text: str, context: dict, name: str) -> str:
+    """Fill the `{{ … }}` of a page. An unknown name is an error; a missing record reads "not measured"."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.comment_start_string, environment.comment_end_string = "{##", "##}"
+    return environment.from_string(text).render(page=name, **context)
+
+
+def _with_records_of_the_book(text: str) -> str:
+    """`text` with the links of `records.record_link` turned to the copies of the records inside the book."""
+    return RECORD_LINK.sub(r'href="_static/records/\1\2/', text)
+
+
+def page_context(settings: Settings, records: dict[str, Record]) -> dict:
+    """The names that pages can use: `percent(record, metric)`, `share`, `points`, `table(name)`, `verdicts`, …"""
+
+    link = partial(record_link, settings=settings)
+
+    def shown(record: str, metric: str, style: Callable[[Metric], str]) -> str:
+        """A number as a link to the record, with metric, commit and date as tooltip; or "not measured"."""
+        value = records[record].metrics.get(metric) if record in records else None
+        if value is None:
+            return "not measured"
+        run = records[record].run
+        title = f"{metric} of {record}: {value.percent()}; commit {(run['commit'] or 'none')[:10]}, {run['created']}"
+        text = style(value)
+        return f'<a class="result" href="{link(records[record])}" title="{html.escape(title)}">{text}</a>'
+
+    def percent(record: str, metric: str) -> str:
+        return shown(record, metric, Metric.percent)
+
+    def share(record: str, metric: str) -> str:
+        return shown(record, metric, Metric.share)
+
+    def points(record: str, metric: str) -> str:
+        return shown(record, metric, lambda gain: f"{gain.points()}, n = {gain.n:,}")
+
+    scoreboard = claims.scoreboard(evidence(settings) | companions(settings.profile), link=link)
+    gpu_file = project_root() / "book" / "_static" / "gpu-h100.json"
+    makers = {
+        "claims": lambda: scoreboard[["claim", "verdict", "effect"]],
+        "status": lambda: status_table(records, link),
+        "gpu": lambda: gpu_table(json.loads(gpu_file.read_text(encoding="utf-8"))),
+    }
+    return {
+        "settings": settings,
+        "records": records,
+        "percent": percent,
+        "share": share,
+        "points": points,
+        "verdicts": list(scoreboard["verdict"].value_counts().items()),
+        "table": lambda name: to_markdown(makers[name]()),
+        "environment": next(iter(records.values())).environment if records else {},
+    }
+
+
+def status_table(records: dict[str, Record], link: Callable[[Record], str]) -> pd.DataFrame:
+    """Date, seconds and commit of each record, with a link to the file."""
+    return pd.DataFrame(
+        [
+            {
+                "record": f'<a class="result" href="{link(r)}">{r.name}</a>',
+                "made": r.run["created"],
+                "seconds": r.run["seconds"],
+                "commit": (r.run["commit"] or "no git")[:10] + ("+changes" if r.run["dirty"] else ""),
+            }
+            for r in records.values()
+        ]
+    )
+
+
+def gpu_table(found: dict) -> pd.DataFrame:
+    """Measurements of `benchmarks/gpu.py`: seconds and peak memory of each part, beside a plain implementation's."""
+    scoring, step, rollout = found["scoring"], found["training"], found["rollout"]
+    rows = [
+        (
+            f"importance of {scoring['examples']} examples, in batches",
+            scoring,
+            scoring["seconds"]["batched"],
+            f"plain forward and backward {scoring['seconds']['plain_pass']:.2f} s, "
+            f"one by one {scoring['seconds']['one_by_one']:.2f} s",
+        ),
+        (
+            f"a step over {step['tokens']} tokens, activations kept, LoRA-PAR",
+            step,
+            step["seconds"]["lora_par"],
+            f"LoRA with fused AdamW {step['seconds']['lora']:.3f} s",
+        ),
+        (
+            f"{rollout['completions']} completions of {rollout['tokens_each']} tokens",
+            rollout,
+            rollout["seconds"]["complete"],
+            f"`model.generate` {rollout['seconds']['generate']:.2f} s",
+        ),
+    ]
+    for stage in ("sft", "grpo"):
+        rows += [
+            (
+                f"a step of {stage.upper()} by its trainer, {part['rows']} rows a pass"
+                + (", activations computed again" if part["checkpointing"] else ""),
+                part,
+                part["seconds_a_step"],
+                "",
+            )
+            for part in found[stage]
+        ]
+    return pd.DataFrame(
+        [
+            {"what": what, "seconds": f"{taken:.3f}", "peak GB": f"{part['peak_bytes'] / 1e9:.1f}", "beside it": beside}
+            for what, part, taken, beside in rows
+        ]
+    )
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """A pipe table; `|` inside a cell is escaped."""
+    rows = [frame.columns, ["---"] * len(frame.columns), *frame.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def _write_notebook(path: Path, target: Path) -> None:
+    """Hide the injected cell; drop widget state and progress bars, because they need scripts from the network."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        tags = cell.metadata.setdefault("tags", [])
+        if "injected-parameters" in tags:
+            tags.append("remove-cell")
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if not _is_progress(o)]
+            for data in (o.data for o in cell.outputs if "text/html" in o.get("data", {})):
+                data["text/html"] = _with_records_of_the_book(data["text/html"])
+    target.write_text(json.dumps(notebook, indent=1), encoding="utf-8")
+
+
+def _is_progress(output) -> bool:
+    if output.output_type == "stream":
+        return output.name == "stderr"
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The theta explorer: an interactive chart of a record's partition, in the published page and in JupyterLab alike.
+
+Vega-Lite draws the chart in the reader's browser from counts in the record. The page contains the script, so nothing is
+fetched. The sliders are the browser's own, so they work by keyboard.
+"""
+
+import base64
+import html
+import io
+
+import altair as alt
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lorapar_utils.records import Record
+from lorapar_utils.report.figures import REGION_COLOURS, REGION_LABELS
+
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Puts the controls above the chart at any page width, in the chart's font.
+STYLE = (
+    "<style>.vega-embed { display: flex !important; flex-direction: column-reverse !important; }"
+    " .vega-bindings { font: 14px sans-serif; }</style>"
+)
+FRAME = "width: 100%; height: 660px; border: 0; background: white"
+SHOWN = {"stage1": "active in stage 1", "stage2": "active in stage 2", "shared": "shared"}
+
+
+def theta_explorer(record: Record) -> alt.VConcatChart:
+    """Regions, active shares, Jaccard index and a layer x module map of the importance record, under three sliders.
+
+    Parameters
+    ----------
+    record
+        The importance record, with the table `explorer`.
+
+    Returns
+    -------
+    altair.VConcatChart
+        The sliders theta, alpha and beta move over the values that the record has counts for.
+    """
+    counts = pd.DataFrame(record.result["tables"]["explorer"])
+    shares = sum(column.startswith("stage1_") for column in counts) - 1
+    rows = _at_current_theta(counts, shares)
+    summed = rows.transform_aggregate(
+        **{key: f"sum({key})" for key in (*REGION_LABELS, "stage1", "stage2", "elements")}, groupby=["theta"]
+    )
+    chart = alt.vconcat(_summary_line(summed), _region_bars(summed), _layer_map(rows))
+    chart = chart.resolve_scale(color="independent").add_params(*_sliders(counts["theta"].nunique(), shares))
+    return chart.configure_view(stroke=None)
+
+
+def _sliders(thetas: int, shares: int) -> list[alt.Parameter]:
+    """Sliders over the record's grid, which is evenly spaced up to 1, and the choice of the map's quantity."""
+
+    def slider(name: str, value: float, low: float, step: float) -> alt.Parameter:
+        return alt.param(name=name, value=value, bind=alt.binding_range(min=low, max=1, step=step, name=f"{name} "))
+
+    choice = alt.binding_radio(options=list(SHOWN), labels=list(SHOWN.values()), name="map ")
+    return [
+        slider("theta", 0.9, 1 / thetas, 1 / thetas),
+        slider("alpha", 1.0, 0.0, 1 / shares),
+        slider("beta", 1.0, 0.0, 1 / shares),
+        alt.param(name="shown", value="stage1", bind=choice),
+    ]
+
+
+def _at_current_theta(counts: pd.DataFrame, shares: int) -> alt.Chart:
+    """The counts at the sliders' theta, alpha and beta."""
+    # CSV takes a third of the space of JSON rows. It has to say which columns are numbers.
+    numbers = {column: "number" for column in counts if column != "module"}
+    data = alt.InlineData(values=counts.to_csv(index=False), format=alt.CsvDataFormat(type="csv", parse=numbers))
+    rows = alt.Chart(data).transform_filter("abs(datum.theta - theta) < 0.01")
+    return rows.transform_calculate(
+        stage1=f"datum['stage1_' + round(alpha * {shares})]",
+        stage2=f"datum['stage2_' + round(beta * {shares})]",
+        inactive="datum.elements - datum.system1_only - datum.system2_only - datum.shared",
+    )
+
+
+def _summary_line(summed: alt.Chart) -> alt.Chart:
+    words = summed.transform_calculate(
+        text="'theta ' + datum.theta + ': ' + format(datum.stage1 / datum.elements, '.1%') + ' active in stage 1, '"
+        " + format(datum.stage2 / datum.elements, '.1%') + ' in stage 2\\nJaccard index '"
+        " + format(datum.shared / (datum.shared + datum.system1_only + datum.system2_only), '.2f')"
+    )
+    line = words.mark_text(align="left", fontSize=12, lineBreak="\n", dx=-70)
+    return line.encode(text="text:N", x=alt.value(0)).properties(width=230, height=30)
+
+
+def _region_bars(summed: alt.Chart) -> alt.Chart:
+    names = "{" + ", ".join(f"'{key}': '{label}'" for key, label in REGION_LABELS.items()) + "}"
+    labels, colours = list(REGION_LABELS.values()), [REGION_COLOURS[key] for key in REGION_LABELS]
+    shares = summed.transform_fold(list(REGION_LABELS), as_=["region", "count"]).transform_calculate(
+        share="datum.count / datum.elements", label=f"{names}[datum.region]"
+    )
+    axis, unit = alt.Axis(format="%"), alt.Scale(domain=[0, 1])
+    bars = shares.mark_bar().encode(
+        x=alt.X("share:Q", title="share of all elements", axis=axis, scale=unit),
+        y=alt.Y("label:N", title=None, sort=labels),
+        color=alt.Color("label:N", legend=None, scale=alt.Scale(domain=labels, range=colours)),
+        tooltip=[alt.Tooltip("label:N", title="region"), alt.Tooltip("share:Q", format=".1%")],
+    )
+    return bars.properties(width=230, height=90)
+
+
+def _layer_map(rows: alt.Chart) -> alt.Chart:
+    axis, scale = alt.Axis(labelExpr="replace(datum.label, '_proj', '')"), alt.Scale(scheme="viridis", domain=[0, 1])
+    cells = rows.transform_calculate(share="datum[shown] / datum.elements").mark_rect()
+    layers = cells.encode(
+        x=alt.X("module:N", title=None, sort=MODULES, axis=axis),
+        y=alt.Y("layer:O", title="layer", sort="ascending"),
+        color=alt.Color("share:Q", title="share", scale=scale, legend=alt.Legend(format="%")),
+        tooltip=["layer:O", "module:N", alt.Tooltip("share:Q", format=".1%")],
+    )
+    return layers.properties(width=200, height=300)
+
+
+class Page:
+    """A chart for Jupyter and the book: HTML that needs no network, with a picture for readers without scripts.
+
+    The chart is in a frame, because the chart's scripts and the page's scripts use the same names.
+    """
+
+    def __init__(self, chart: alt.VConcatChart, picture: Figure, alt_text: str):
+        self.chart, self.picture, self.alt_text = chart, picture, alt_text
+        plt.close(picture)  # a notebook shows open figures a second time
+
+    def _repr_html_(self) -> str:
+        chart = self.chart.to_html(inline=True, embed_options={"actions": False, "renderer": "svg"})
+        png = io.BytesIO()
+        self.picture.savefig(png, format="png", dpi=80)
+        source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+        text = html.escape(self.alt_text)
+        fallback = f'<noscript><img alt="{text}" style="max-width: 100%" src="{source}"></noscript>'
+        inside = chart.replace("<html>", '<html lang="en">').replace("<head>", f"<head><title>{text}</title>{STYLE}", 1)
+        inside = inside.replace("</body>", f"{fallback}</body>")
+        # In single quotes, because scripts and data contain many double quotes.
+        quoted = inside.replace("&", "&amp;").replace("'", "&#x27;")
+        return f'<iframe title="{text}" srcdoc=\'{quoted}\' style="{FRAME}"></iframe>'

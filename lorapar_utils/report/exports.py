@@ -1,0 +1,89 @@
+"""Every table of the book as HTML, CSV and LaTeX (booktabs), from records, without training and torch."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from lorapar_utils.cache import write_atomically
+from lorapar_utils.records import Record, companions, read_records, with_longer
+from lorapar_utils.report import claims, figures, tables
+
+
+def _swept(name: str) -> Callable[[dict[str, Record]], list[Record]]:
+    return lambda records: [record for record in records.values() if record.run["parameters"].get("sweep") == name]
+
+
+def _published_by(variant: str) -> Callable[[dict[str, Record]], list[Record]]:
+    return lambda records: [record for key, record in records.items() if f"-{variant}/" in key]
+
+
+def _all(records: dict[str, Record]) -> dict[str, Record]:
+    return records
+
+
+# Table name -> (selection of records, function from records to the table). The tables in `VARIED` also take records of
+# varied profiles, which have other pools.
+TABLES: dict[str, tuple[Callable, Callable]] = {
+    "stages": (figures.two_stage_records, tables.stage_table),
+    "table1_voting": (_swept("voting"), tables.voting_table),
+    "table2_alpha_beta": (_swept("alpha_beta"), tables.alpha_beta_table),
+    "table3_theta": (figures.stage1_records, tables.theta_table),
+    "table6_methods": (figures.two_stage_records, tables.benchmark_table),
+}
+VARIED: dict[str, tuple[Callable, Callable]] = {
+    "table7_order": (_published_by("chains"), tables.order_table),
+    "table4_gsm8k": (_published_by("elsewhere"), lambda records: tables.benchmark_table(records, "gsm8k")),
+    "table4_mmlu": (_published_by("elsewhere"), lambda records: tables.benchmark_table(records, "mmlu")),
+    "table4_humaneval": (_published_by("elsewhere"), lambda records: tables.benchmark_table(records, "humaneval")),
+    "claims": (_all, claims.scoreboard),
+}
+
+
+def save_all(records: dict[str, Record], varied: dict[str, Record], folder: Path) -> list[Path]:
+    """Write each table as .html, .csv and .tex, if the table's records exist; the same records give the same bytes.
+
+    `records` come from `records.with_longer`, `varied` from `records.companions`.
+    """
+    paths = []
+    for name, (choose, make) in (TABLES | VARIED).items():
+        inputs = choose(records if name in TABLES else records | varied)
+        if not inputs:
+            print(f"{name}: skipped, there is no record of it")
+            continue
+        frame = make(inputs)
+        table = frame.drop(columns="records", errors="ignore")  # only the .csv names the records of each row
+        texts = {"html": table.to_html(index=False, border=0), "csv": frame.to_csv(index=False), "tex": _latex(table)}
+        for suffix, text in texts.items():
+            write_atomically(folder / f"{name}.{suffix}", text)
+            paths.append(folder / f"{name}.{suffix}")
+    return paths
+
+
+def _latex(frame: pd.DataFrame) -> str:
+    style = (
+        frame.style.format(escape="latex", precision=2).format_index(escape="latex", axis="columns").hide(axis="index")
+    )
+    return style.to_latex(hrules=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m lorapar_utils.report.exports results/cpu tables`: every table, of all profiles that belong together."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("records", type=Path)
+    parser.add_argument("tables", type=Path)
+    options = parser.parse_args(arguments)
+    records = read_records(options.records)
+    if not records:
+        print(f"{options.records}: no records; run `make book` and `make publish` first", file=sys.stderr)
+        return 2
+    profile = options.records.name
+    for path in save_all(with_longer(records, profile), companions(profile), options.tables):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The start of every notebook of the book, and its tables with links to records."""
+
+import ast
+import html
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import pandas as pd
+from IPython import get_ipython
+from pandas.io.formats.style import Styler
+
+from lorapar_utils.errors import InputError
+from lorapar_utils.records import Record, cite, claim_runs, command, read_record, record_link
+from lorapar_utils.report import claims, figures, tables
+from lorapar_utils.settings import ExperimentSection, Settings, load_profile
+
+
+def start(*, profile: str, **parameters) -> Settings:
+    """Check the injected parameters, load the profile with `parameters` on top, and set the figure style.
+
+    Parameters
+    ----------
+    profile
+        Name or path of the profile.
+    **parameters
+        Settings that a reader may change in the notebook; None keeps the profile's value.
+
+    Raises
+    ------
+    InputError
+        Papermill injected a name that the notebook's parameters cell does not assign (papermill only warns), the
+        profile is invalid, or `runs/<profile>/` belongs to another profile file.
+    """
+    _reject_unknown_parameters()
+    _quiet()
+    figures.use_style()
+    settings = load_profile(profile, **parameters)
+    claim_runs(settings)
+    print(f"profile {settings.profile}: results under runs/{settings.profile}/")
+    if not settings.publishable:
+        print("This profile is for testing the pipeline: its numbers mean nothing.")
+    if settings.has_free_text:
+        print("Its answers are free text: where a page says accuracy, read the overlap with the reference (chrF).")
+    return settings
+
+
+def experiment_records(settings: Settings, wanted: Callable[[ExperimentSection], bool]) -> list[Record]:
+    """This run's records of the experiments for which `wanted` is true, in the profile's order.
+
+    Missing records are left out, and the command for the first one is printed. Nothing is trained here.
+    """
+    runs = [(name, seed) for name, seed in settings.experiment_runs() if wanted(settings.experiments[name])]
+    files = {run: settings.runs / "records" / f"{run[0]}-seed{run[1]}.json" for run in runs}
+    missing = [run for run, file in files.items() if not file.is_file()]
+    if missing:
+        name, seed = missing[0]
+        line = command(settings, f"experiment.ipynb out.ipynb -p name {shlex.quote(name)} -p seed {seed}")
+        print(f"{len(missing)} of {len(runs)} experiments have not been run yet, first {name}; to run it:\n  {line}")
+    return [read_record(file) for run, file in files.items() if run not in missing]
+
+
+def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -> Styler:
+    """A table of `tables` with links to files in column `records`; the links' tooltips have commit and date."""
+    if frame.empty:
+        return _as_html(pd.DataFrame({"records": ["none yet"]}))
+    by_label = {tables.label(record): record for record in records}
+    cells = frame.astype(object).map(lambda cell: html.escape(cell) if isinstance(cell, str) else cell)
+    for row, names in frame["records"].items():
+        cited = _cited([by_label[name] for name in names.split(", ") if name], settings)
+        cells.loc[row, "records"] = "; ".join(cited) or "–"
+    return _as_html(cells)
+
+
+def sources(records: Iterable[Record], settings: Settings) -> Styler:
+    """The records behind a page: one row per experiment, with a link to the file of each seed."""
+    profiles: dict[str, list[Record]] = {}
+    for record in records:
+        profiles.setdefault(record.run["profile"], []).append(record)
+    rows = [
+        {"profile": profile, "record": cited}
+        for profile, group in sorted(profiles.items())
+        for cited in _cited(group, settings)
+    ]
+    return _as_html(pd.DataFrame(rows))
+
+
+def _cited(records: Iterable[Record], settings: Settings) -> list[str]:
+    """Each experiment by name, with a link for each seed."""
+    runs: dict[str, dict[int, Record]] = {}
+    for record in records:
+        runs.setdefault(record.name.rsplit("-seed", 1)[0], {})[record.run["seed"]] = record
+    link = partial(record_link, settings=settings)
+    return [cite(name, [seeds[seed] for seed in sorted(seeds)], link) for name, seeds in sorted(runs.items())]
+
+
+def scoreboard(records: dict[str, Record], settings: Settings, judged: list[dict] | None = None) -> Styler:
+    """`claims.scoreboard` of the claims `judged` (None: all), with links to the records' files."""
+    return _as_html(claims.scoreboard(records, judged, partial(record_link, settings=settings)))
+
+
+def _as_html(frame: pd.DataFrame) -> Styler:
+    """A frame of HTML cells, left-aligned, in the CSS class that JupyterLab and the book style."""
+    style = frame.style.hide(axis="index").set_table_attributes('class="dataframe"')
+    style = style.set_table_styles([{"selector": "th, td", "props": "text-align: left"}])
+    return style.format(_shown)
+
+
+def _shown(value: object) -> object:
+    """A cell's text, with line breaks allowed only between value, interval and n."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if not isinstance(value, str):
+        return value
+    text = re.sub(r"\[[^]]*]", lambda interval: interval[0].replace(" ", "\N{NO-BREAK SPACE}"), value)
+    return re.sub(r"(?<=\d) (?=%)|(?<=\bn) (?==)|(?<=\bn =) ", "\N{NO-BREAK SPACE}", text)
+
+
+def _reject_unknown_parameters() -> None:
+    cells = get_ipython().user_ns.get("In", []) if get_ipython() else []
+    injected = next((cell for cell in cells if cell.lstrip().startswith("# Parameters")), None)
+    if injected is None:
+        return
+    before = cells[: cells.index(injected)]
+    parameters = set().union(*(_assigned(cell) for cell in before))
+    unknown = sorted(_assigned(injected) - parameters)
+    if unknown:
+        raise InputError(
+            f"papermill: {', '.join(unknown)} is no parameter of this notebook; it has {', '.join(sorted(parameters))}"
+        )
+
+
+def _assigned(source: str) -> set[str]:
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return set()
+    targets = [t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def _quiet() -> None:
+    """Silence warnings that a reader cannot act on."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|trl)")
+    warnings.filterwarnings("ignore", message=".*IProgress not found.*")
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].logging.set_verbosity_error()

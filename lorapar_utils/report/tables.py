@@ -1,0 +1,466 @@
+"""Records in, tables out: ours beside the paper's, each with n and interval. No training, no torch.
+
+Column `records` names the records of a row's numbers; `notebook.linked` turns the names into links.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import pandas as pd
+import yaml
+
+from lorapar_utils.records import Record, common_seeds, intervals, mean_outcomes, score_after
+from lorapar_utils.records.intervals import Metric
+from lorapar_utils.settings import project_root
+
+
+def paper(table: str) -> dict | list:
+    """One table of the paper, as `book/paper_tables.yaml` holds it (accuracies in percent)."""
+    return yaml.safe_load((project_root() / "book" / "paper_tables.yaml").read_text(encoding="utf-8"))[table]
+
+
+def written(
+    metric: Metric | None, style: Callable[[Metric], str] = Metric.percent, missing: str = "not measured"
+) -> str:
+    """`metric` as text in one of the styles of `Metric`, or `missing` where it is None."""
+    return missing if metric is None else style(metric)
+
+
+def stage_table(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per experiment and stage: test accuracy on System 1 and System 2, and the active share.
+
+    Where the answers are free text, overlap with the reference and loss take the place of the accuracies.
+    """
+    rows = []
+    for record in records:
+        metrics = record.metrics
+        for stage in ("base", "stage1", "stage2"):
+            if score_after(record, stage):
+                scores = {f"System {k}": written(metrics.get(f"{stage}/system{k}")) for k in (1, 2)}
+                if overlap := metrics.get(f"{stage}/overlap"):
+                    scores = {
+                        "overlap": overlap.percent(),
+                        "loss": written(metrics.get(f"{stage}/loss"), Metric.number),
+                    }
+                rows.append(
+                    {
+                        "experiment": record.run["parameters"]["title"],
+                        "seed": record.run["seed"],
+                        "stage": stage,
+                        **scores,
+                        "active": written(metrics.get(f"active/{stage}"), Metric.share, "–"),
+                        "records": label(record),
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def gain_table(records: Iterable[Record]) -> pd.DataFrame:
+    """The gain of stage 2 over stage 1 by experiment, seed and system: paired, with McNemar's exact p.
+
+    Where the answers are free text, the gain is in overlap and has no p.
+    """
+    keys = {"gain/system1": 1, "gain/system2": 2, "gain/overlap": "overlap"}
+    return pd.DataFrame(
+        [
+            {
+                "experiment": record.run["parameters"]["title"],
+                "seed": record.run["seed"],
+                "system": system,
+                "gain": f"{gain.points()}, n = {gain.n:,}",
+                "p": _p_value(gain),
+                "records": label(record),
+            }
+            for record in records
+            for key, system in keys.items()
+            if (gain := record.metrics.get(key))
+        ]
+    )
+
+
+def _p_value(metric: Metric) -> str:
+    if metric.p_value is None:
+        return "–"
+    return f"{metric.p_value:.3f}" if metric.p_value >= 0.001 else "< 0.001"
+
+
+def budget_table(records: Iterable[Record]) -> pd.DataFrame:
+    """LoRA-PAR against LoRA with all elements: same stages, examples and steps, paired over test items and seeds."""
+    runs = method_runs(records)
+    if not {"LoRA + RL", "LoRA-PAR over LoRA"} <= runs.keys():
+        return pd.DataFrame()
+    sides = common_seeds([runs["LoRA-PAR over LoRA"], runs["LoRA + RL"]])
+    return pd.DataFrame(
+        [
+            {
+                "after": stage,
+                "items": "all" if system is None else f"System {system}",
+                "seeds": len(sides[0]),
+                "LoRA-PAR": _over_seeds(sides[0], stage, system),
+                "LoRA, all elements": _over_seeds(sides[1], stage, system),
+                "gap": _paired([mean_outcomes(side, stage, system) for side in sides]),
+                "records": _labels(sides[0] + sides[1]),
+            }
+            for stage in ("stage1", "stage2")
+            for system in (1, 2, None)
+        ]
+    )
+
+
+def theta_table(records: Iterable[Record]) -> pd.DataFrame:
+    """Table 3 at our scale: stage 1 accuracy by modules, theta and selection, beside the paper's numbers."""
+    rows = []
+    for point in theta_points(records):
+        published = _published_point(point["modules"], point["theta"], point["selection"])
+        rows.append(
+            {
+                "modules": point["modules"],
+                "theta": point["theta"],
+                "selection": point["selection"],
+                "active (stage 1)": f"{100 * point['active']:.1f} %",
+                "ours, accuracy": point["metric"].percent(),
+                "each seed": ", ".join(f"{100 * value:.1f}" for value in point["seeds"]),
+                "paper, active %": _or_dash(published.get("active")),
+                "paper, accuracy %": _or_dash(published.get("accuracy")),
+                "records": _labels(point["records"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _published_point(modules: str, theta: float, selection: str) -> dict[str, float]:
+    """The paper's active share and accuracy at one point of Table 3, in percent; {} where it has no such point."""
+    table = paper("table3_theta")
+    if selection == "all elements":
+        return {"active": 100.0, "accuracy": table["full_lora_accuracy"][modules]}
+    row = next((row for row in table[modules] if row["theta"] == theta), {})
+    if selection == "random":
+        return row | {"accuracy": row.get("random")}
+    return row if selection == "importance" else {}
+
+
+def theta_points(records: Iterable[Record]) -> list[dict]:
+    """One point for each modules, theta and selection: mean accuracy over the seeds, with an interval over test items.
+
+    A point takes one record per seed, from any experiment. At theta = 1 every selection is LoRA with all elements.
+    """
+    groups: dict[tuple, dict[int, Record]] = {}
+    for record in records:
+        parameters = record.run["parameters"]
+        if score_after(record, "stage1") is None:
+            continue
+        score = parameters.get("score") or "second_order"
+        selection = {"second_order": "importance", "random": "random scores"}.get(score, score)
+        selection = "random" if parameters["selection"] == "random" else selection
+        every = parameters["method"] != "lorapar" or parameters["theta"] == 1.0
+        key = (parameters["modules"], 1.0 if every else parameters["theta"], "all elements" if every else selection)
+        groups.setdefault(key, {}).setdefault(record.run["seed"], record)
+    return [
+        {
+            "modules": modules,
+            "theta": theta,
+            "selection": selection,
+            "active": next(iter(runs.values())).metric("active/stage1").value,
+            "seeds": [score_after(run, "stage1").value for _, run in sorted(runs.items())],
+            "records": [run for _, run in sorted(runs.items())],
+            "metric": intervals.share(list(mean_outcomes(runs.values(), "stage1").values())),
+        }
+        for (modules, theta, selection), runs in sorted(groups.items())
+    ]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of Tables 4 and 6: the run parameters that belong there, and the name of the paper's row, if any."""
+
+    title: str
+    method: str
+    init: str | None
+    stages: tuple[str, ...]
+    paper: str | None
+
+
+METHOD_ROWS = (
+    Row("base model", "base", None, (), "LLaMA-2-7B"),
+    Row("LoRA", "lora", "normal", ("sft_all",), "LoRA"),
+    Row("OLoRA", "olora", "olora", ("sft_all",), "OLoRA"),
+    Row("PiSSA", "pissa", "pissa", ("sft_all",), "PiSSA"),
+    Row("DoRA", "dora", "normal", ("sft_all",), None),
+    Row("Prompt Tuning", "prompt_tuning", "normal", ("sft_all",), "Prompt Tuning"),
+    Row("P-Tuning", "p_tuning", "normal", ("sft_all",), "P-Tuning"),
+    Row("Prefix-Tuning", "prefix_tuning", "normal", ("sft_all",), "Prefix-Tuning"),
+    Row("IA3", "ia3", "normal", ("sft_all",), "IA3"),
+    Row("SHiRA", "shira", "normal", ("sft_all",), None),
+    Row("LoRA + RL", "lora", "normal", ("sft", "grpo"), "LoRA + RL"),
+    Row("PiSSA + RL", "pissa", "pissa", ("sft", "grpo"), "PiSSA + RL"),
+    Row("LoRA-PAR over LoRA", "lorapar", "normal", ("sft", "grpo"), "LoRA-PAR, LoRA, theta=0.9"),
+    Row("LoRA-PAR over OLoRA", "lorapar", "olora", ("sft", "grpo"), None),
+    Row("LoRA-PAR over PiSSA", "lorapar", "pissa", ("sft", "grpo"), "LoRA-PAR, PiSSA, theta=0.9"),
+)
+# The parameters of LoRA-PAR in the paper; other values are ablations.
+USUAL = {"selection": "importance", "theta": 0.9, "alpha": 1.0, "beta": 1.0, "split_by": None, "panel": None}
+# The columns of Table 4 beside each of our benchmarks. For MMLU the paper trained on Dolly-15k or on Open-Platypus.
+PUBLISHED = {"pool": "gsm8k", "gsm8k": "gsm8k", "mmlu": "mmlu_dolly", "humaneval": "humaneval"}
+TRAINED_ON = {("mmlu", "open-platypus"): "mmlu_platypus"}
+
+
+def method_runs(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """The records of each row of Tables 4 and 6, one per seed; of LoRA-PAR only those at `USUAL` parameters."""
+    titles = {(row.method, row.init, row.stages): row.title for row in METHOD_ROWS}
+    runs: dict[str, dict[int, Record]] = {}
+    for record in records:
+        parameters = record.run["parameters"]
+        if "stages" not in parameters:
+            continue
+        stages = tuple(parameters["stages"])
+        key = (parameters["method"], parameters.get("init", "normal"), stages) if stages else ("base", None, ())
+        usual = {name: parameters.get(name) for name in USUAL} == USUAL
+        usual &= parameters.get("score") in (None, "second_order")
+        if key not in titles or (key[0] == "lorapar" and not usual):
+            continue
+        runs.setdefault(titles[key], {}).setdefault(record.run["seed"], record)
+    return {row.title: list(runs[row.title].values()) for row in METHOD_ROWS if row.title in runs}
+
+
+def benchmark_table(records: Iterable[Record], benchmark: str = "pool") -> pd.DataFrame:
+    """Tables 4 and 6 at our scale: every method on one benchmark, over the seeds, beside the paper's numbers.
+
+    Our accuracies are after stage 1, where there are two stages, and at the end. The paper's are after each of two
+    epochs: both SFT, or SFT then GRPO. The gap to LoRA is paired over test items and seeds. A method without a record
+    reads "not run". `truncated` is the share of completions that never ended, which count as wrong.
+    """
+    runs = method_runs(records)
+    pools = {record.run["parameters"].get("pool") for group in runs.values() for record in group}
+    column = TRAINED_ON.get((benchmark, pools.pop())) if len(pools) == 1 else None
+    published = _published_epochs(column or PUBLISHED[benchmark])
+    rows = []
+    for row in METHOD_ROWS:
+        group = runs.get(row.title, [])
+        last = _last(group)
+        epochs = published.get(row.paper, (None, None))
+        rows.append(
+            {
+                "method": row.title,
+                "seeds": len(group),
+                "active": written(group[0].metrics.get(f"active/{last}") if group else None, Metric.share, "–"),
+                "ours, after stage 1": _over_seeds(group, _stage_of("stage1", benchmark)) if last == "stage2" else "–",
+                "ours, at the end": _over_seeds(group, _stage_of(last, benchmark)) if group else "not run",
+                "gap to LoRA": _gap_to_lora(runs, row.title, benchmark),
+                "truncated": _truncated(group, _stage_of(last, benchmark)),
+                "paper, epoch 1 %": _or_dash(epochs[0]),
+                "paper, epoch 2 %": _or_dash(epochs[1]),
+                "records": _labels(group),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def cost_points(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per trained method: accuracy at the end with interval, active elements, time and peak bytes of training.
+
+    Time is in core-seconds (on a GPU: seconds), because profiles differ in threads. Time and bytes are means over the
+    seeds; NaN where a record does not have them.
+    """
+    rows = []
+    for title, group in method_runs(records).items():
+        last = _last(group)
+        if last == "base":
+            continue
+        stages = [stage for stage in ("stage1", "stage2") if score_after(group[0], stage)]
+        active = group[0].metric(f"active/{last}")
+        rows.append(
+            {
+                "method": title,
+                "active": active.value * active.n,
+                "core_seconds": pd.Series(
+                    [_cores(run) * sum(_value(run, f"{s}/train_seconds") for s in stages) for run in group]
+                ).mean(),
+                "peak_bytes": pd.Series([_value(run, f"{last}/peak_bytes") for run in group]).mean(),
+                **intervals.share(list(mean_outcomes(group, last).values()))._asdict(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _cores(record: Record) -> int:
+    hardware = record.environment["hardware"]
+    return 1 if hardware["gpu"] else hardware["threads"]
+
+
+def _value(record: Record, metric: str) -> float:
+    return record.metrics.get(metric, Metric(float("nan"), 0)).value
+
+
+def _published_epochs(column: str) -> dict[str, tuple[float | None, float | None]]:
+    """The paper's accuracy after both epochs by method, from Table 4 and, for GSM8K, also Table 6; in percent."""
+    epochs = {row["method"]: (row["epoch1"], row["epoch2"]) for row in paper("table6_broader_peft")}
+    main = {row["method"]: (row[f"{column}_e1"], row.get(f"{column}_e2")) for row in paper("table4_benchmarks")}
+    return epochs | main if column == "gsm8k" else main
+
+
+def _last(runs: list[Record]) -> str:
+    return next((stage for stage in ("stage2", "stage1") if runs and score_after(runs[0], stage)), "base")
+
+
+def _stage_of(stage: str, benchmark: str) -> str:
+    """The `stage` field of a benchmark's items."""
+    return stage if benchmark == "pool" else f"{stage}/{benchmark}"
+
+
+def _over_seeds(runs: Iterable[Record], stage: str, system: int | None = None) -> str:
+    """Mean accuracy over the seeds, with an interval over test items."""
+    outcomes = mean_outcomes(runs, stage, system)
+    return written(intervals.share(list(outcomes.values())) if outcomes else None)
+
+
+def _truncated(runs: list[Record], stage: str) -> str:
+    flags = [item["truncated"] for run in runs for item in run.items if item["stage"] == stage]
+    flags = [flag for flag in flags if flag is not None]
+    return f"{100 * sum(flags) / len(flags):.1f} %" if flags else "–"
+
+
+def _gap_to_lora(runs: dict[str, list[Record]], title: str, benchmark: str) -> str:
+    if title == "LoRA" or "LoRA" not in runs or title not in runs:
+        return "–"
+    sides = common_seeds([runs[title], runs["LoRA"]])
+    return _paired([mean_outcomes(side, _stage_of(_last(side), benchmark)) for side in sides])
+
+
+def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
+    """Table 2 at our scale: accuracy after each stage by alpha and beta, over the seeds, beside the paper's numbers.
+
+    The gap to alpha = beta = 1 after both stages is paired over items, at the seeds that both cells have.
+    """
+    published = {(row["alpha"], row["beta"]): row for row in paper("table2_alpha_beta")}
+    runs: dict[tuple[float, float], list[Record]] = {}
+    for record in records:
+        parameters = record.run["parameters"]
+        runs.setdefault((parameters["alpha"], parameters["beta"]), []).append(record)
+    return pd.DataFrame(
+        [
+            {
+                "alpha": alpha,
+                "beta": beta,
+                "seeds": len(group),
+                "active (stage 1)": group[0].metric("active/stage1").share(),
+                "active (stage 2)": group[0].metric("active/stage2").share(),
+                "after SFT": _over_seeds(group, "stage1"),
+                "after RL": _over_seeds(group, "stage2"),
+                "gap to alpha = beta = 1": _gap(group, runs.get((1.0, 1.0), []), "stage2"),
+                "paper, after SFT %": published.get((alpha, beta), {}).get("sft", "–"),
+                "paper, after RL %": published.get((alpha, beta), {}).get("rl", "–"),
+                "records": _labels(group),
+            }
+            for (alpha, beta), group in sorted(runs.items())
+        ]
+    )
+
+
+def order_table(records: Iterable[Record]) -> pd.DataFrame:
+    """Table 7 at our scale: LoRA-PAR's stages in both orders, over the seeds, beside the paper's (Qwen-2.5-7B)."""
+    published = {row["schedule"]: row for row in paper("table7_order")}
+    runs: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        parameters = record.run["parameters"]
+        if parameters.get("method") == "lorapar" and set(parameters["stages"]) == {"sft", "grpo"}:
+            runs.setdefault(tuple(parameters["stages"]), []).append(record)
+    rows = []
+    for stages, group in sorted(runs.items(), reverse=True):
+        row = published["SFT then RL (LoRA-PAR)" if stages == ("sft", "grpo") else "RL then SFT"]
+        rows.append(
+            {
+                "schedule": " then ".join("RL" if stage == "grpo" else "SFT" for stage in stages),
+                "seeds": len(group),
+                "after phase 1": _over_seeds(group, "stage1"),
+                "after phase 2": _over_seeds(group, "stage2"),
+                "gap to SFT then RL": _gap(group, runs.get(("sft", "grpo"), []), "stage2"),
+                "paper, phase 1 %": row["phase1"],
+                "paper, phase 2 %": row["phase2"],
+                "records": _labels(group),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def certain_table(record: Record) -> pd.DataFrame:
+    """From the voting record: agreement with construction among the examples with the largest summed margins."""
+    return pd.DataFrame(
+        [
+            {
+                "kept": f"{row['kept']:.0%} most certain",
+                "System 1": f"{100 * row['system1_share']:.0f} %",
+                "agrees with construction": Metric(**row["accuracy"]).percent(),
+            }
+            for row in record.result["tables"]["certain"]
+        ]
+    )
+
+
+# Our strategies -> the paper's rows of Table 1. We have no counterpart of DeepSeek-R1 alone.
+SPLITS = {
+    "split_random": "random partition",
+    "split_one_plain": "QwQ, no role play",
+    "split_one": "QwQ, role play",
+    "split_three": "role play + voting, n=3",
+    "split_five": "role play + voting, n=5",
+    "split_construction": None,
+}
+
+
+def voting_table(records: Iterable[Record]) -> pd.DataFrame:
+    """Table 1 at our scale: stage 1 accuracy by how the examples were split, and the gap to a random split.
+
+    The gap is paired over test items, with a 95 % bootstrap interval. An item counts as the mean over common seeds.
+    """
+    published = {row["strategy"]: row["accuracy"] for row in paper("table1_data_classification")}
+    runs: dict[str, list[Record]] = {}
+    for record in records:
+        runs.setdefault(record.name.rsplit("-seed", 1)[0], []).append(record)
+    rows = []
+    for name, strategy in SPLITS.items():
+        if name not in runs:
+            continue
+        accuracies = [record.metric("stage1/accuracy").value for record in runs[name]]
+        rows.append(
+            {
+                "split": runs[name][0].run["parameters"]["title"],
+                "seeds": len(runs[name]),
+                "ours, accuracy": _over_seeds(runs[name], "stage1"),
+                "each seed": ", ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies),
+                **{
+                    f"gap to a random split{part}": _gap(runs[name], runs.get("split_random", []), "stage1", system)
+                    for part, system in (("", None), (", System 1", 1), (", System 2", 2))
+                },
+                "paper, GSM8K %": published.get(strategy, "–"),
+                "records": _labels(runs[name]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _gap(runs: list[Record], control: list[Record], stage: str, system: int | None = None) -> str:
+    if not control or runs is control:
+        return "–"
+    return _paired([mean_outcomes(side, stage, system) for side in common_seeds([runs, control])])
+
+
+def _paired(sides: list[dict[str, float]]) -> str:
+    """Mean difference of two sides' outcomes over common items, with an interval."""
+    first, second = sides
+    common = sorted(first.keys() & second.keys())
+    if not common:
+        return "no seed in common"
+    return intervals.mean([first[key] - second[key] for key in common]).gap()
+
+
+def label(record: Record) -> str:
+    """Profile and name of a record, such as `cpu-full/lora-seed0`."""
+    return f"{record.run['profile']}/{record.name}"
+
+
+def _labels(records: Iterable[Record]) -> str:
+    return ", ".join(map(label, records))
+
+
+def _or_dash(value: float | None) -> float | str:
+    return "–" if value is None else value

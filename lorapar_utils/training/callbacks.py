@@ -1,0 +1,61 @@
+"""What TRL's trainers do beside training: show progress, answer validation prompts, stop when training diverges."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from lorapar_utils.errors import InputError
+from lorapar_utils.training.checkpoints import finished_checkpoints
+
+
+class Diverged(TrainerCallback):
+    """Ends a stage when the loss or gradient is NaN or infinite, before the checkpoint of this step is written."""
+
+    def __init__(self, checkpoints: str):
+        self.checkpoints = Path(checkpoints)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        values = {key: float(logs[key]) for key in ("loss", "grad_norm") if key in (logs or {})}
+        broken = [f"{key} = {value}" for key, value in values.items() if not math.isfinite(value)]
+        if broken:
+            finished = finished_checkpoints(self.checkpoints)
+            last = f"the last good checkpoint is {finished[-1]}" if finished else "no checkpoint had been written"
+            raise InputError(
+                f"training diverged at step {state.global_step} of {state.max_steps}: {', '.join(broken)}; {last}. "
+                "Lower the stage's learning_rate (sft or grpo), or train in float32 (model.dtype)"
+            )
+
+
+class Watch(TrainerCallback):
+    """Calls `watch` during training and adds the result to the log, which checkpoints include."""
+
+    def __init__(self, watch: Callable[[], dict] | None, every: int):
+        self.watch, self.every = watch, every
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.watch is not None and state.global_step % self.every == 0:
+            state.log_history.append({"step": state.global_step, **self.watch()})
+            model.train()
+
+
+class Progress(TrainerCallback):
+    """A `tqdm.auto` progress bar that shows one figure of the log."""
+
+    def __init__(self, title: str, figure: str):
+        self.title, self.figure = title, figure
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.figure in (logs or {}):
+            self.bar.set_postfix({self.figure: f"{float(logs[self.figure]):.3f}"})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(1)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()

@@ -1,0 +1,5 @@
+"""Which questions need slow thinking: teachers, ballots, D1, D2 (paper, 3.1); it must not import training or records."""
+
+from lorapar_utils.voting.ballots import Ballot, Teacher, decide, plan, vote
+
+__all__ = ["Ballot", "Teacher", "decide", "plan", "vote"]

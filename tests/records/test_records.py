@@ -1,0 +1,406 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from lorapar_utils.errors import InputError
+from lorapar_utils.records import (
+    Record,
+    companions,
+    intervals,
+    new_record,
+    read_record,
+    read_records,
+    with_longer,
+    write_record,
+)
+from lorapar_utils.records.intervals import Metric
+from lorapar_utils.report import book, claims, exports, notebook, publish, tables
+from lorapar_utils.settings import load_profile
+
+
+def record(name="a", items=(), seed=0, parameters=None, **metrics):
+    settings = load_profile("smoke", seed=seed)
+    return new_record(
+        name, settings, metrics=metrics, items=items, parameters=parameters, notebook="01_voting.ipynb out.ipynb"
+    )
+
+
+def test_writes_and_reads_back_with_items(tmp_path):
+    made = record(items=[{"id": "x", "correct": True}], accuracy=intervals.proportion([True, False]))
+    path = write_record(made, tmp_path / "a.json")
+    found = read_record(path)
+    assert found == made and found.items == made.items
+    assert set(json.loads(path.read_text())) == {"run", "result", "environment"}
+    assert found.run["command"].endswith("-p profile smoke") and found.run["publishable"] is False
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", "a.items.jsonl"}
+
+
+def test_a_nan_never_reaches_a_file(tmp_path):
+    with pytest.raises(ValueError):
+        write_record(record(accuracy=Metric(float("nan"), 1)), tmp_path / "a.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_and_missing_records_are_named(tmp_path):
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(InputError, match="b.json: not a record"):
+        read_records(tmp_path)
+    with pytest.raises(InputError, match="c.json: not there"):
+        read_record(tmp_path / "c.json")
+    with pytest.raises(InputError, match="no metric 'x'; it has accuracy"):
+        record(accuracy=Metric(1.0, 1)).metric("x")
+
+
+def test_missing_stays_missing():
+    assert tables.written(None) == "not measured"
+
+
+def test_proportion_is_wilsons():
+    found = intervals.proportion([True] * 3 + [False] * 7)
+    assert found.value == 0.3 and found.n == 10
+    assert (round(found.low, 4), round(found.high, 4)) == (0.1078, 0.6032)
+
+
+@pytest.mark.parametrize(
+    ("c", "k", "expected"), [(0, 3, 0.0), (1, 1, 0.25), (1, 4, 1.0), (2, 2, 1 - 1 / 6), (4, 1, 1.0)]
+)
+def test_pass_at_k_is_unbiased(c, k, expected):
+    assert intervals.pass_at_k(c, 4, k) == pytest.approx(expected)
+
+
+def test_paired_difference_is_over_items():
+    gap = intervals.paired_difference([0, 0, 1, 1] * 10, [1, 0, 1, 1] * 10)
+    assert gap.value == 0.25 and gap.low > 0 and gap.p_value < 0.01
+    with pytest.raises(InputError, match="cannot be paired"):
+        intervals.paired_difference([1], [1, 0])
+
+
+def outcomes(name, stage, correct, seed=0):
+    items = [{"id": str(i), "stage": stage, "system": 1, "correct": c} for i, c in enumerate(correct)]
+    return record(name, items=items, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "verdict"),
+    [
+        ([True] * 40, [False] * 40, "reproduced"),
+        ([False] * 40, [True] * 40, "not reproduced"),
+        ([True, False] * 20, [False, True] * 20, "inconclusive"),
+        ([True] * 5, [False] * 5, "inconclusive"),
+    ],
+)
+def test_claims_are_judged_by_their_interval(first, second, verdict):
+    where = {"first": {"record": "a", "stage": "stage1"}, "second": {"record": "b", "stage": "stage1"}}
+    claim = {"claim": "c", "paper": "t", "min_n": 10, "test": {"kind": "greater", "margin": 0.0, **where}}
+    records = {"a": outcomes("a", "stage1", first), "b": outcomes("b", "stage1", second)}
+    assert claims.judge(claim, records)[0] == verdict
+    assert claims.judge(claim, {})[0] == "not run"
+
+
+def test_claims_are_paired_seed_by_seed():
+    """Seed 1 of `a` alone is left out: it has no partner."""
+    where = {"first": {"record": "a", "stage": "stage1"}, "second": {"record": "b", "stage": "stage1"}}
+    claim = {"claim": "c", "paper": "t", "min_n": 10, "test": {"kind": "greater", "margin": 0.0, **where}}
+    records = {
+        "a-seed0": outcomes("a-seed0", "stage1", [True] * 40, seed=0),
+        "a-seed1": outcomes("a-seed1", "stage1", [False] * 40, seed=1),
+        "b-seed0": outcomes("b-seed0", "stage1", [False] * 40, seed=0),
+    }
+    assert claims.judge(claim, records) == ("reproduced", "+100.0 points [+100.0, +100.0], 1 seed", 40)
+
+
+def test_diminishing_returns_compare_two_gains():
+    sides = {key: {"record": key, "stage": "stage1"} for key in ("low", "middle", "high")}
+    claim = {"claim": "c", "paper": "t", "min_n": 10, "test": {"kind": "concave", "margin": 0.0, **sides}}
+
+    def records(low, middle, high):
+        right = {"low": low, "middle": middle, "high": high}
+        return {key: outcomes(key, "stage1", [True] * n + [False] * (40 - n)) for key, n in right.items()}
+
+    assert claims.judge(claim, records(0, 30, 40))[0] == "reproduced"
+    assert claims.judge(claim, records(0, 10, 40))[0] == "not reproduced"
+    assert claims.judge(claim, records(0, 20, 40))[0] == "inconclusive"
+
+
+def test_longer_records_join_a_run_by_seed(project):
+    for profile, names in (("cpu-full", ["a-seed0", "a-seed1", "b-seed0"]), ("cpu", ["a-seed0"])):
+        for name in names:
+            made = record(name, x=Metric(len(names), 1))
+            write_record(made, project / "results" / profile / f"{name}.json")
+    joined = with_longer(read_records(project / "results" / "cpu"), "cpu")
+    assert {name: found.metric("x").value for name, found in joined.items()} == {
+        "a-seed0": 1,
+        "a-seed1": 3,
+        "b-seed0": 3,
+    }
+
+
+def test_varied_records_keep_their_profile_in_their_name(project):
+    for profile in ("cpu", "cpu-full", "cpu-chains"):
+        write_record(record("a-seed0"), project / "results" / profile / "a-seed0.json")
+    assert list(companions("cpu")) == ["cpu-chains/a-seed0"]
+    where = {"first": {"record": "cpu-chains/a", "stage": "stage1"}, "second": {"record": "a", "stage": "stage1"}}
+    claim = {"claim": "c", "paper": "t", "min_n": 10, "test": {"kind": "greater", "margin": 0.0, **where}}
+    found = {
+        "a-seed0": outcomes("a", "stage1", [False] * 40),
+        "cpu-chains/a-seed0": outcomes("a", "stage1", [True] * 40),
+    }
+    assert claims.judge(claim, found)[0] == "reproduced"
+
+
+def trained(method, seed, stages, right, *, stage="stage1", **more):
+    """A record of a method whose first `right` of 40 test items are correct at the end."""
+    parameters = {"method": method, "init": "normal", "stages": stages, "title": method, "selection": "importance"}
+    parameters |= {"theta": 0.9, "alpha": 1.0, "beta": 1.0, "split_by": None, "panel": None, "sweep": "baseline"} | more
+    items = [
+        {"id": str(i), "stage": stage, "system": 1 + i % 2, "correct": i < right, "truncated": i >= 30}
+        for i in range(40)
+    ]
+    metrics = {f"{stage}/accuracy": intervals.proportion([item["correct"] for item in items])}
+    metrics |= {f"active/{stage}": Metric(0.4, 100), f"{stage}/train_seconds": Metric(5.0, 1)}
+    return record(f"{method}-seed{seed}", items=items, seed=seed, parameters=parameters, **metrics)
+
+
+def test_benchmark_table_pairs_each_method_with_lora_and_names_what_was_not_run():
+    rows = tables.benchmark_table(
+        [
+            trained("lora", 0, ["sft_all"], 20),
+            trained("lora", 1, ["sft_all"], 40),
+            trained("ia3", 0, ["sft_all"], 10),
+            trained("lorapar", 0, ["sft", "grpo"], 30, stage="stage2"),
+            # Ablations of LoRA-PAR are not LoRA-PAR.
+            trained("lorapar", 1, ["sft", "grpo"], 0, stage="stage2", theta=0.5),
+            trained("lorapar", 2, ["grpo", "sft"], 0, stage="stage2"),
+            trained("lorapar", 3, ["sft", "grpo"], 0, stage="stage2", split_by="random"),
+        ]
+    ).set_index("method")
+    assert rows.loc["LoRA", "ours, at the end"].startswith("75.0 %") and rows.loc["LoRA", "seeds"] == 2
+    assert rows.loc["IA3", "gap to LoRA"].startswith("-25.0 [")
+    assert rows.loc["LoRA-PAR over LoRA", "gap to LoRA"].startswith("+25.0 [")
+    assert rows.loc["LoRA-PAR over LoRA", "seeds"] == 1
+    assert rows.loc["IA3", "truncated"] == "25.0 %"
+    assert rows.loc["PiSSA", "ours, at the end"] == "not run" and rows.loc["PiSSA", "paper, epoch 2 %"] == 33.59
+    costs = tables.cost_points([trained("lora", 0, ["sft_all"], 20)]).iloc[0]
+    assert (costs["active"], costs["core_seconds"], costs["value"]) == (40.0, 10.0, 0.5) and np.isnan(
+        costs["peak_bytes"]
+    )
+
+
+def test_the_orders_of_stages_are_compared_at_the_seeds_that_both_have():
+    first = [trained("lorapar", seed, ["sft", "grpo"], right, stage="stage2") for seed, right in ((0, 20), (1, 40))]
+    rows = tables.order_table([*first, trained("lorapar", 0, ["grpo", "sft"], 10, stage="stage2")])
+    assert rows["schedule"].tolist() == ["SFT then RL", "RL then SFT"] and rows["seeds"].tolist() == [2, 1]
+    assert rows["gap to SFT then RL"].tolist()[0] == "–" and rows["gap to SFT then RL"].tolist()[1].startswith(
+        "-25.0 ["
+    )
+
+
+def cell(alpha, beta, seed, right):
+    """A cell of Table 2 whose first `right` of 40 test items are correct after either stage."""
+    items = [
+        {"id": str(i), "stage": stage, "system": 1 + i % 2, "correct": i < right}
+        for stage in ("stage1", "stage2")
+        for i in range(40)
+    ]
+    active = {f"active/stage{k}": Metric(share, 100) for k, share in ((1, alpha / 2), (2, beta / 2))}
+    return record(
+        f"a{alpha}b{beta}-seed{seed}", items=items, seed=seed, parameters={"alpha": alpha, "beta": beta}, **active
+    )
+
+
+def test_cells_of_table_2_are_compared_with_the_whole_shared_region_at_common_seeds():
+    cells = [cell(1.0, 1.0, 0, 20), cell(1.0, 1.0, 1, 40), cell(0.5, 1.0, 1, 30), cell(0.0, 0.0, 2, 0)]
+    rows = tables.alpha_beta_table(cells).set_index(["alpha", "beta"])
+    assert rows["seeds"].tolist() == [1, 1, 2]
+    assert rows.loc[(1.0, 1.0), "after RL"].startswith("75.0 %")
+    gaps = rows["gap to alpha = beta = 1"]
+    assert gaps[(1.0, 1.0)] == "–" and gaps[(0.0, 0.0)] == "no seed in common"
+    assert gaps[(0.5, 1.0)].startswith("-25.0 [")
+    assert rows.loc[(0.5, 1.0), "paper, after RL %"] == 31.01
+
+
+def test_every_row_of_a_table_links_the_records_that_it_was_made_from():
+    runs = [trained("lora", seed, ["sft_all"], 20) for seed in (0, 1)] + [trained("ia3", 0, ["sft_all"], 10)]
+    frame = tables.benchmark_table(runs)
+    page = notebook.linked(frame, runs, load_profile("smoke")).to_html()
+    rows = {re.search(r">([^<]+)</td>", row)[1]: row for row in page.split("<tr>")[2:]}
+    hrefs = re.findall(r'href="([^"]+)" title="(lora-seed.) of profile', rows["LoRA"])
+    assert [(Path(href).name, name) for href, name in hrefs] == [
+        (f"lora-seed{s}.json", f"lora-seed{s}") for s in (0, 1)
+    ]
+    assert re.search(r">[\d.]+\xa0% \[[\d.]+,\xa0[\d.]+\], n\xa0=\xa0\d+<", rows["IA3"])  # lines break at two places
+    assert "ia3-seed0.json" in rows["IA3"] and "href" not in rows["PiSSA"]
+    titled = record("a", parameters={"title": "r < 8"}, **{"base/accuracy": intervals.proportion([True])})
+    assert "r &lt; 8" in notebook.linked(tables.stage_table([titled]), [titled], load_profile("smoke")).to_html()
+    assert "none yet" in notebook.linked(tables.theta_table([]), [], load_profile("smoke")).to_html()
+
+
+def test_a_share_of_nothing_but_misses_has_an_interval_with_width():
+    nothing = intervals.share([0.0] * 150)
+    assert nothing.value == nothing.low == 0.0 and nothing.high == pytest.approx(0.025, abs=1e-3)
+    assert intervals.share([0, 1, 1]) == intervals.proportion([0, 1, 1])
+    assert intervals.share([0, 0.5, 1]) == intervals.mean([0, 0.5, 1])
+
+
+def test_macro_average_weighs_groups_alike():
+    found = intervals.macro_average([("a", True)] * 30 + [("a", False)] * 10 + [("b", False)] * 4)
+    assert found.value == 0.375 and found.n == 44
+    # Only group a varies: its standard error of 0.068, halved.
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.068 / 2, rel=0.2)
+    with pytest.raises(InputError, match="none to take a share of"):
+        intervals.macro_average([])
+
+
+def test_tables_are_exported_in_three_formats(tmp_path):
+    records = {r.name: r for r in [trained("lora", 0, ["sft_all"], 20), trained("a_b&c", 0, ["sft_all"], 20)]}
+    written = {path.name for path in exports.save_all(records, {}, tmp_path)}
+    assert {"table6_methods.html", "table6_methods.csv", "table6_methods.tex", "stages.tex"} <= written
+    latex = (tmp_path / "stages.tex").read_text()
+    assert r"\toprule" in latex and r"a\_b\&c" in latex
+    assert "table7_order.csv" not in written
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_theta_points_count_each_seed_once_and_theta_1_is_all_elements():
+    def run(name, seed, theta, method="lorapar", **more):
+        parameters = {"modules": "QKVGUD", "theta": theta, "method": method, "selection": "importance", **more}
+        metrics = {"stage1/accuracy": Metric(0.5, 2), "active/stage1": Metric(theta, 9)}
+        items = [{"id": str(i), "stage": "stage1", "system": 1, "correct": i == 0} for i in range(2)]
+        return record(name, items=items, seed=seed, parameters=parameters, **metrics)
+
+    points = tables.theta_points(
+        [
+            run("lorapar-seed0", 0, 0.9),
+            run("theta_0.9-seed0", 0, 0.9),
+            run("theta_0.9-seed1", 1, 0.9),
+            run("theta_1.0-seed0", 0, 1.0),
+            run("lora_rl-seed1", 1, 0.9, "lora"),
+            run("by_random-seed0", 0, 0.9, score="random"),
+        ]
+    )
+    assert {(p["theta"], p["selection"]): len(p["seeds"]) for p in points} == {
+        (0.9, "importance"): 2,
+        (0.9, "random scores"): 1,
+        (1.0, "all elements"): 2,
+    }
+
+
+def test_the_declared_claims_are_well_formed():
+    for claim in claims.load_claims():
+        assert {"claim", "paper", "min_n", "test"} == set(claim)
+        assert claims.judge(claim, {})[0] == "not run"
+
+
+def test_a_verdict_links_to_every_record_that_it_rests_on(tmp_path):
+
+    items = [{"id": str(i), "stage": "stage1", "system": 1, "correct": i < 3} for i in range(4)]
+    records = {f"a-seed{k}": record(f"a-seed{k}", items=items, seed=k) for k in (0, 1)}
+    records["smoke-chains/b-seed0"] = record("b-seed0", items=items)
+    sides = {"first": {"record": "a", "stage": "stage1"}, "second": {"record": "smoke-chains/b", "stage": "stage1"}}
+    claim = {"claim": "a beats b", "paper": "Table 0", "min_n": 1, "test": {"kind": "greater", "margin": 0, **sides}}
+    missing = {**claim, "test": {**claim["test"], "second": {"record": "c", "stage": "stage1"}}}
+    assert claims.scoreboard(records, [claim, missing])["evidence"].tolist() == [
+        "a (seed 0, seed 1); smoke-chains/b (seed 0)",
+        "a (seed 0, seed 1); c (no record)",
+    ]
+    shown = notebook.scoreboard(records, load_profile("smoke"), [claim]).to_html()
+    assert 'href="../runs/smoke/records/a-seed1.json"' in shown
+    executed = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell()])
+    executed.cells[0].outputs = [nbformat.v4.new_output("display_data", {"text/html": shown})]
+    nbformat.write(executed, tmp_path / "in.ipynb")
+    book._stage_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb")
+    staged = nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs[0].data["text/html"]
+    assert f'href="{book.address(records["a-seed1"])}"' in staged and "../runs" not in staged
+
+
+def test_the_records_behind_a_page_are_one_row_an_experiment_with_a_link_for_each_seed():
+    made = [record("a-seed1", seed=1), record("a-seed0"), record("voting"), record("a-seed0")]
+    shown = notebook.sources(made, load_profile("smoke"))
+    assert shown.data["profile"].tolist() == ["smoke", "smoke"]
+    first, second = shown.data["record"]
+    assert re.sub("<.*?>", "", first) == "a (seed 0, seed 1)" and re.sub("<.*?>", "", second) == "voting"
+    assert first.count('href="../runs/smoke/records/a-seed') == 2 and "commit" in second
+    elsewhere = notebook.sources(made, load_profile("cpu"))
+    assert 'href="../results/smoke/voting.json"' in elsewhere.data["record"][1]
+
+
+def test_a_published_record_is_linked_where_nothing_has_been_run(project):
+    settings = load_profile("smoke")
+    made = record("a-seed0")
+    write_record(made, project / "results/smoke/a-seed0.json")
+    assert 'href="../results/smoke/a-seed0.json"' in notebook.sources([made], settings).to_html()
+    write_record(made, settings.runs / "records/a-seed0.json")
+    assert 'href="../runs/smoke/records/a-seed0.json"' in notebook.sources([made], settings).to_html()
+
+
+def test_publish_refuses_smoke_and_uncommitted_records(project):
+
+    with pytest.raises(InputError, match="not publishable"):
+        publish.publish("smoke")
+    with pytest.raises(InputError, match="no records"):
+        publish.publish("cpu")
+    settings = load_profile("cpu")
+    made = new_record("voting", settings, metrics={})
+    dirty = Record(run={**made.run, "dirty": True}, result=made.result, environment=made.environment)
+    write_record(dirty, settings.runs / "records" / "voting.json")
+    with pytest.raises(InputError, match="uncommitted changes"):
+        publish.publish("cpu")
+    assert not (project / "results").exists()
+
+
+def test_a_number_on_a_page_links_to_its_record_and_tells_n_interval_and_commit():
+
+    made = record("a-seed0", **{"stage1/accuracy": intervals.proportion([True, False] * 20)})
+    context = book.page_context(load_profile("smoke"), {"a-seed0": made})
+    text = book.render('{{ percent("a-seed0", "stage1/accuracy") }}, {{ share("b", "x") }}', context, "page.md")
+    assert 'href="_static/records/smoke/a-seed0.json"' in text and ">50.0 % [35.2, 64.8], n = 40</a>" in text
+    assert f"commit {(made.run['commit'] or 'none')[:10]}" in text and text.endswith(", not measured")
+
+
+def test_the_page_on_gpus_shows_every_part_that_was_measured():
+
+    found = json.loads((ROOT / "book" / "_static" / "gpu-h100.json").read_text())
+    text = book.to_markdown(book.gpu_table(found))
+    steps = [measured["seconds_a_step"] for stage in ("sft", "grpo") for measured in found[stage]]
+    steps += [found["scoring"]["seconds"]["batched"], found["training"]["seconds"]["lora_par"]]
+    for seconds in (*steps, found["rollout"]["seconds"]["complete"]):
+        assert f"| {seconds:.3f} |" in text
+
+
+def test_figures_need_no_torch():
+    code = "import sys, lorapar_utils.report.figures, lorapar_utils.report.tables, lorapar_utils.report.claims; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "folder",
+    sorted({path.parent for path in (ROOT / "results").rglob("*.json")}),
+    ids=lambda folder: str(folder.relative_to(ROOT)),
+)
+def test_published_records_are_publishable(folder):
+    for found in read_records(folder).values():
+        assert found.run["publishable"] and found.run["dirty"] is False and found.run["profile"] == folder.name
+
+
+@pytest.mark.skipif(not (ROOT / "results" / "cpu").is_dir(), reason="no results are published yet")
+def test_readme_shows_what_the_published_records_say():
+    from lorapar_utils.report.publish import readme_with_results
+
+    readme = (ROOT / "README.md").read_text()
+    assert readme_with_results(readme, read_records(ROOT / "results" / "cpu")) == readme
+
+
+def test_a_page_reads_the_records_that_are_there_and_names_the_command_for_the_first_that_is_not(project, capsys):
+    settings = load_profile("smoke")
+    (first, seed), *_, (last, _) = settings.experiment_runs()
+    write_record(new_record(f"{last}-seed0", settings, metrics={}), settings.runs / f"records/{last}-seed0.json")
+    assert [record.name for record in notebook.experiment_records(settings, lambda spec: True)] == [f"{last}-seed0"]
+    line = f"papermill notebooks/experiment.ipynb out.ipynb -p name {first} -p seed {seed} -p profile smoke\n"
+    assert line in capsys.readouterr().out
