@@ -30,6 +30,7 @@ from lorapar_utils.data.encoding import encode_examples
 from lorapar_utils.importance import score_importance
 from lorapar_utils.planning import plan
 from lorapar_utils.settings import load_profile
+from lorapar_utils.training.rewards import REWARDS
 
 WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 SIZES = {
@@ -81,7 +82,7 @@ def measure(folder: str, phase: str, steps: str) -> None:
     """Run one step of a phase, then `steps`; print what a further step takes, and the most memory that was resident."""
     chosen, many = settings(Path(folder)), int(steps)
     # A random model earns nothing, and what has no advantage is not differentiated: as the plan, count with all of it.
-    training.REWARDS["answer"] = [alternating]
+    REWARDS["answer"] = [alternating]
     base, tokenizer = models.load_base(chosen)
     model = models.attach_adapter(base, chosen)
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in importance.lora_parameters(model).items()}

@@ -25,6 +25,8 @@ from lorapar_utils.optim import ActiveAdamW
 from lorapar_utils.partition import build_partition
 from lorapar_utils.planning.plan import Model, Need, machine_named
 from lorapar_utils.settings import load_profile, project_root
+from lorapar_utils.training import stages
+from lorapar_utils.training.rewards import REWARDS
 
 REPEATS, STEPS = 5, 4
 BATCH, PROMPT, ANSWER, SAMPLES, TOKENS = 8, 98, 123, 8, 64
@@ -157,7 +159,7 @@ def rollout(model, vocabulary: int, plan: Model) -> dict:
 def whole_stage(stage: str, model, partition, settings, rows: int, checkpointing: bool) -> dict:
     """A step of the stage as the book runs it, by TRL's trainer."""
     # A random model earns nothing, and what has no advantage is not differentiated: as the plan, count with all of it.
-    training.REWARDS["answer"] = [alternating]
+    REWARDS["answer"] = [alternating]
     chosen = {"gradient_checkpointing": checkpointing}
     if stage == "sft":
         chosen = settings.changed(sft=chosen | {"batch_size": rows, "accumulation": STEP // rows})
@@ -165,7 +167,7 @@ def whole_stage(stage: str, model, partition, settings, rows: int, checkpointing
         chosen = settings.changed(grpo=chosen | {"micro_batch": rows, "steps": STEPS})
     plan, size = Model(chosen, LENGTHS), partition_size(partition)
     needs = plan.batches(machine_named("here"))[stage]
-    times, train = StepTimes(), training._train
+    times, train = StepTimes(), stages._train
 
     def timed_train(trainer, optimizer):
         trainer.add_callback(times)
@@ -174,7 +176,7 @@ def whole_stage(stage: str, model, partition, settings, rows: int, checkpointing
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     run = training.run_sft if stage == "sft" else training.run_grpo
-    with mock.patch.object(training, "_train", timed_train):
+    with mock.patch.object(stages, "_train", timed_train):
         run(model, make_tokenizer(), examples(STEP * STEPS, PROMPT, ANSWER), partition.stage_mask(1), chosen)
     free, total = torch.cuda.mem_get_info()
     return {

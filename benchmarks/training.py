@@ -18,7 +18,10 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from lorapar_utils import data, models, training
 from lorapar_utils.data.encoding import encode_examples, prompt_ids
+from lorapar_utils.fast.answer_head import drop_trl_head
 from lorapar_utils.settings import load_profile
+from lorapar_utils.training import stages
+from lorapar_utils.training.rewards import REWARDS
 
 REPEATS, SFT_STEPS, GRPO_STEPS = 3, 6, 2
 
@@ -69,17 +72,17 @@ class Bench:
         """Seconds a step and the log of `run_sft` or `run_grpo`."""
         self.reset()
         times = StepTimes()
-        build = training._train
+        build = stages._train
 
         def timed(trainer, chosen):
             trainer.add_callback(times)
             return build(trainer, chosen)
 
-        with mock.patch.object(training, "_train", timed):
+        with mock.patch.object(stages, "_train", timed):
             if optimizer is None:
                 history = run(self.model, self.tokenizer, rows, self.masks(share), self.settings)
             else:
-                with mock.patch.object(training, "_optimizer", optimizer):
+                with mock.patch.object(stages, "_optimizer", optimizer):
                     history = run(self.model, self.tokenizer, rows, self.masks(share), self.settings)
         return times.seconds, history
 
@@ -131,7 +134,7 @@ class Bench:
             return self.finish(
                 GRPOTrainer(
                     self.model,
-                    reward_funcs=[training.correct, training.layout, training.steps],
+                    reward_funcs=REWARDS["answer"],
                     args=config,
                     train_dataset=datasets.Dataset.from_list(prompts),
                     processing_class=self.tokenizer,
@@ -156,7 +159,7 @@ class Bench:
         if not trainer.args.activation_checkpointing:
             self.model.get_base_model().activation_checkpointing_disable()  # trainers switch it on and never off
         trainer.train()
-        training.drop_trl_head(self.model.get_base_model())
+        drop_trl_head(self.model.get_base_model())
         return times.seconds, [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
 
 

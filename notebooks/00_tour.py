@@ -33,6 +33,7 @@ from lorapar_utils.report import figures, notebook, tables
 
 settings = notebook.start(profile=profile)
 from lorapar_utils import data, evaluation, models
+from lorapar_utils.data.encoding import encode_examples
 from lorapar_utils.importance import score_importance
 from lorapar_utils.partition import build_partition
 from lorapar_utils.pipeline.examples import Examples
@@ -80,7 +81,7 @@ for question, [(answer, _)] in zip(asked, evaluation.generate(model, tokenizer, 
 # %%
 model = models.attach_adapter(model, settings)
 scores = [
-    score_importance(model, data.encode_examples(rows, tokenizer, settings), batch_size=settings.importance.batch_size)
+    score_importance(model, encode_examples(rows, tokenizer, settings), batch_size=settings.importance.batch_size)
     for rows in systems
 ]
 

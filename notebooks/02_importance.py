@@ -38,7 +38,8 @@ from lorapar_utils.records import published_records
 from lorapar_utils.report import explorer, figures, notebook
 
 settings = notebook.start(profile=profile, seed=seed, theta=theta, alpha=alpha, beta=beta, modules=modules)
-from lorapar_utils import data, importance, models
+from lorapar_utils import importance, models
+from lorapar_utils.data.encoding import encode_examples
 from lorapar_utils.partition import build_partition
 from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.prepare import record_scores
@@ -71,7 +72,7 @@ figure = figures.pipeline("importance", "theta")
 base, tokenizer = models.load_base(settings)
 model = models.attach_adapter(base, settings).eval()  # without dropout
 examples = Examples(settings)
-two = data.encode_examples(examples.systems[2][:8], tokenizer, settings)[:2]
+two = encode_examples(examples.systems[2][:8], tokenizer, settings)[:2]
 
 # %%
 phi = importance.lora_parameters(model)

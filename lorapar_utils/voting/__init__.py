@@ -1,4 +1,4 @@
-"""Which questions need slow thinking: teachers, ballots, D1, D2 (paper, 3.1); it must not import training or records."""
+"""Which questions need slow thinking: teachers, ballots, D1, D2 (paper, 3.1); it must not import training, records."""
 
 from lorapar_utils.voting.ballots import Ballot, Teacher, decide, plan, vote
 

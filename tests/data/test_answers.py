@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lorapar_utils.data import answers
+from lorapar_utils.data import answers
 from lorapar_utils.training import rewards
 
 SOLUTION = "1 + 2 = 3\n3 - 5 = -2\n#### -2"
@@ -143,7 +144,7 @@ def pairs(lines):
 
 
 def both_ways(left, right):
-    there, back = rewards.answers_match(left, right), rewards.answers_match(right, left)
+    there, back = answers.answers_match(left, right), answers.answers_match(right, left)
     assert there is back, (left, right)
     return there
 
@@ -300,9 +301,9 @@ TEXTS = st.lists(SCRAPS, max_size=8).map("".join)
 @OFTEN
 @given(TEXTS, TEXTS)
 def test_any_text_matches_itself_and_matching_is_symmetric(left, right):
-    assert rewards.answers_match(left, left) and rewards.answers_match(left, f" {left}\n")
+    assert answers.answers_match(left, left) and answers.answers_match(left, f" {left}\n")
     both_ways(left, right)
-    rewards.mentions(left, right)
+    answers.mentions(left, right)
 
 
 @pytest.mark.parametrize(
@@ -331,11 +332,11 @@ def test_any_text_matches_itself_and_matching_is_symmetric(left, right):
     ids=lambda text: text[:12],
 )  # fmt: skip
 def test_no_text_takes_long(text):
-    rewards.answers_match("x^2", "x*x")  # imports
+    answers.answers_match("x^2", "x*x")  # imports
     began = time.process_time()
     for other in ("12", "x+1", r"\sqrt{2}", text + "1"):
         assert not both_ways(text, other)
-        rewards.mentions(text, other)
+        answers.mentions(text, other)
     assert time.process_time() - began < 2
 
 
@@ -346,7 +347,7 @@ PIECES = st.sampled_from([*"()[]{}$\\^_*-+.,:/ 0129abxz", r"\frac", r"\sqrt", r"
 @given(st.lists(PIECES, min_size=1, max_size=6).map("".join), st.lists(PIECES, max_size=3).map("".join))
 def test_no_repeated_text_takes_long(repeated, before):
     text = (before + repeated * 300)[:300]
-    for call in (rewards.answers_match, rewards.mentions):
+    for call in (answers.answers_match, answers.mentions):
         # The quickest of three: another process may hold the processor.
         times = []
         for number in range(3):
@@ -399,7 +400,7 @@ def test_expressions_are_compared_outside_the_main_thread_and_without_a_warning(
 
 
 def test_plain_answers_import_neither_sympy_nor_sacrebleu():
-    code = "import sys; from lorapar_utils import rewards; assert rewards.correctness('#### $1,200', '1200') == 2; rewards.answers_match('Paris', '5-3'); "
+    code = "import sys; from lorapar_utils.data import answers; from lorapar_utils.training import rewards; assert rewards.correctness('#### $1,200', '1200') == 2; answers.answers_match('Paris', '5-3'); "
     code += "print([name for name in ('sympy', 'sacrebleu', 'torch') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
@@ -532,7 +533,7 @@ def test_step_share_without_steps_is_none():
     ],
 )
 def test_mentions_whole_words_and_numbers(completion, reference, expected):
-    assert rewards.mentions(completion, reference) is expected
+    assert answers.mentions(completion, reference) is expected
 
 
 def test_overlap_is_one_for_the_reference_itself_and_pays_for_no_rambling():

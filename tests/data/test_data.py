@@ -10,6 +10,7 @@ import datasets
 import pytest
 from conftest import ROOT
 
+from lorapar_utils.data import splits
 from lorapar_utils import data
 from lorapar_utils.data import splits
 from lorapar_utils.errors import InputError
@@ -25,7 +26,7 @@ def pool():
 
 def test_splits_have_their_sizes_and_share_no_prompt(pool):
     sizes = load_profile("cpu").pool
-    for split in data.SPLITS:
+    for split in splits.SPLITS:
         rows = [row for row in pool if row["split"] == split]
         for system in (1, 2):
             count = sum(data.construction_system(row["steps"]) == system for row in rows)
@@ -100,13 +101,13 @@ def write(folder, files):
 
 def tags(pool):
     """The first word of the prompts of each split."""
-    return {split: {row["prompt"].split()[0] for row in pool if row["split"] == split} for split in data.SPLITS}
+    return {split: {row["prompt"].split()[0] for row in pool if row["split"] == split} for split in splits.SPLITS}
 
 
 def counts(pool):
     """Rows of each split: of System 1, of System 2."""
     systems = [(row["split"], data.construction_system(row["steps"])) for row in pool]
-    return {split: tuple(systems.count((split, system)) for system in (1, 2)) for split in data.SPLITS}
+    return {split: tuple(systems.count((split, system)) for system in (1, 2)) for split in splits.SPLITS}
 
 
 # --- which files are read ----------------------------------------------------------------------------------
@@ -471,7 +472,7 @@ def test_other_sources_load_from_a_folder_in_the_hub_layout(source, tmp_path, ca
     del rows[3][extra]
     write(tmp_path, {"data/rows-15k.jsonl": rows})
     pool = list(data.load_pool(external(source, tmp_path)))
-    assert [sum(row["split"] == split for row in pool) for split in data.SPLITS] == [8, 2, 2]
+    assert [sum(row["split"] == split for row in pool) for split in splits.SPLITS] == [8, 2, 2]
     assert set(pool[0]) == set(data.COLUMNS) and {row["steps"] for row in pool} == {-1}
     assert all(row["answer"] == row["solution"] == rows[0][response] for row in pool)
     kept = [row["instruction"] + (f"\n\n{rows[0][extra]}" if rows[0][extra] else "") for row in rows]

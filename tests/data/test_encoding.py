@@ -13,6 +13,8 @@ from lm_eval.api.instance import Instance
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorapar_utils.evaluation import accuracy
+from lorapar_utils.fast import grpo_trainer
 from lorapar_utils import evaluation, importance, models, training
 from lorapar_utils.data import encoding
 from lorapar_utils.errors import InputError
@@ -60,16 +62,14 @@ def test_every_reader_sees_the_same_ids_for_a_question(family, monkeypatch):
     assert {tuple(e["input_ids"][: e["labels"].count(-100)]) for e in taught} == expected
 
     asked = []
-    monkeypatch.setattr(
-        evaluation, "complete", lambda model, prompts, **_: asked.extend(prompts) or [[0]] * len(prompts)
+    monkeypatch.setattr(accuracy, "complete", lambda model, prompts, **_: asked.extend(prompts) or [[0]] * len(prompts)
     )
     evaluation.generate(model, tokenizer, [row["prompt"] for row in rows], SETTINGS)
     assert set(map(tuple, asked)) == expected
 
     rolled_out = []
-    real = training.complete
-    monkeypatch.setattr(
-        training, "complete", lambda m, prompts, **o: rolled_out.extend(prompts) or real(m, prompts, **o)
+    real = grpo_trainer.complete
+    monkeypatch.setattr(grpo_trainer, "complete", lambda m, prompts, **o: rolled_out.extend(prompts) or real(m, prompts, **o)
     )
     policy = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in importance.lora_parameters(policy).items()}

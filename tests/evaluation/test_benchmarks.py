@@ -3,9 +3,7 @@
 import json
 
 import pytest
-import torch
-from conftest import ROOT, make_tiny_base, make_tiny_tokenizer
-from lm_eval.api.instance import Instance
+from conftest import ROOT
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
@@ -16,7 +14,7 @@ from lorapar_utils.evaluation.benchmarks import score_harness
 from lorapar_utils.fast.lm_eval_model import LeanLM
 from lorapar_utils.pipeline.record import experiment_record
 from lorapar_utils.records import mean_outcomes
-from lorapar_utils.settings import METHODS, load_profile
+from lorapar_utils.settings import load_profile
 
 REAL = ROOT.parent / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the GSM8K and MMLU files are not beside the project")
@@ -139,39 +137,6 @@ def test_real_items_score_as_with_the_stock_model_of_lm_eval(tmp_path):
             assert 0 < sum(cut) < size
         else:
             assert len({item["completion"] for item in ours}) > 1
-
-
-@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "prefix_tuning"])
-def test_adapters_answer_as_with_the_stock_model_of_lm_eval(method):
-    """Virtual tokens are left to `HFLM`; everything else is read with a shared beginning."""
-    tokenizer = make_tiny_tokenizer()
-    settings = load_profile("smoke", adapter={"r": 4, "virtual_tokens": 3} | METHODS[method])
-    torch.manual_seed(0)
-    model = models.attach_adapter(make_tiny_base(), settings).eval()
-    ours, theirs = (kind(pretrained=model, tokenizer=tokenizer, batch_size=4) for kind in (LeanLM, HFLM))
-    prompts = [
-        "user 1 + 2 assistant",
-        "user 1 + 3 + 3 assistant",
-        "user 1 + 1 system",
-        "user 1",
-        "user 1 + 2 assistant 3",
-    ]
-
-    def asked(kind, arguments):
-        return [Instance(kind, {}, given, i, metadata=("tiny", i, 1)) for i, given in enumerate(arguments)]
-
-    wanted = [(prompt, {"until": ["2", "system"], "max_gen_toks": 8}) for prompt in prompts]
-    completions = [lm.generate_until(asked("generate_until", wanted)) for lm in (ours, theirs)]
-    assert completions[0] == completions[1] and len(set(completions[0])) > 1
-    pairs = [(prompt, f" {digit}") for prompt in prompts for digit in (1, 2, 3)]
-    found = [lm.loglikelihood(asked("loglikelihood", pairs)) for lm in (ours, theirs)]
-    assert [likeliest for _, likeliest in found[0]] == [likeliest for _, likeliest in found[1]]
-    values = [[value for value, _ in answers] for answers in found]
-    assert values[0] == pytest.approx(values[1], abs=1e-4) and len({round(value, 4) for value in values[0]}) > 3
-    # The stock model does not note what was cut off.
-    sent = asked("generate_until", wanted)
-    ours.generate_until(sent)
-    assert {hasattr(request, "truncated") for request in sent} == {method == "lora"}
 
 
 def test_an_experiment_keeps_what_its_stages_scored_elsewhere():

@@ -21,17 +21,6 @@ def generated(model, prompt, end, limit):
     return found[0, len(prompt) :].tolist()
 
 
-def test_greedy_completions_equal_those_of_generate_whatever_ends_first():
-    model = make_tiny_model()
-    # An end token that some prompts meet early and others never.
-    seen = [generated(model, prompt, 63, 12) for prompt in PROMPTS]
-    end = seen[0][3]
-    expected = [generated(model, prompt, end, 12) for prompt in PROMPTS]
-    assert len({len(tokens) for tokens in expected}) > 1
-    assert complete(model, PROMPTS, ends=[end], max_new_tokens=12) == expected
-    assert complete(model, PROMPTS[:1], ends=[end], max_new_tokens=12, samples=3) == [expected[0]] * 3
-
-
 def test_samples_follow_the_model_and_each_prompt_has_its_own():
     model = make_tiny_model()
     draws = uniform(8000, 1, 0)

@@ -1,12 +1,9 @@
 """Shared prefixes: the layout covers every token, and hidden states and gradients are those of padded rows."""
 
-import pytest
-import torch
-from conftest import make_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorapar_utils.fast.shared_prefix import bundled, hidden_before, layout
+from lorapar_utils.fast.shared_prefix import bundled, layout
 
 sequences_of_few_tokens = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=9)
 
@@ -40,37 +37,3 @@ def test_completions_of_a_prompt_share_it_and_prompts_stay_apart():
         ((4, 5, 6, 7), 26),
         ((8, 9, 10, 11), 26),
     ]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_hidden_states_and_gradients_equal_those_of_padded_rows(side, attention):
-    model = make_tiny_model()
-    model.get_base_model().set_attn_implementation(attention)
-    backbone = model.get_base_model().base_model
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    generator = torch.Generator().manual_seed(3)
-    shared = torch.randint(3, 64, (6,), generator=generator).tolist()
-    rows = [shared[: 6 - i // 3] + torch.randint(3, 64, (2 + i,), generator=generator).tolist() for i in range(5)]
-    width = max(map(len, rows))
-    padded = [([0] * (width - len(r)) + r) if side == "left" else (r + [0] * (width - len(r))) for r in rows]
-    kept = [
-        [0] * (width - len(r)) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * (width - len(r)) for r in rows
-    ]
-    ids, mask = torch.tensor(padded), torch.tensor(kept)
-    scored = (mask[:, 1:] * mask[:, :-1]).bool()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-
-    def gradients(states):
-        model.zero_grad()
-        states.sin().sum().backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    plain = backbone(input_ids=ids, attention_mask=mask, position_ids=positions).last_hidden_state[:, :-1][scored]
-    ours = hidden_before(backbone, ids, mask, scored)
-    torch.testing.assert_close(ours, plain)
-    expected, found = gradients(plain), gradients(ours)
-    assert expected
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient)

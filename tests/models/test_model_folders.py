@@ -14,7 +14,7 @@ from transformers import BertConfig, BertLMHeadModel
 
 from lorapar_utils import build, importance, models
 from lorapar_utils.errors import InputError
-from lorapar_utils.models import files
+from lorapar_utils.models import base, files
 from lorapar_utils.planning import plan, preflight
 from lorapar_utils.settings import load_profile
 
@@ -377,7 +377,7 @@ def test_layers_that_the_model_lacks_are_named_with_those_that_it_has(folder):
 def test_a_family_tokenizer_that_ends_every_text_is_mended(tmp_path, capsys):
     tokenizer = hub_like.make_tokenizer("ends-every-text")
     assert tokenizer("1").input_ids[-1] == tokenizer.eos_token_id
-    models._leave_texts_open(tokenizer)
+    base._leave_texts_open(tokenizer)
     assert tokenizer("1").input_ids == [tokenizer.bos_token_id, *tokenizer("1", add_special_tokens=False).input_ids]
     assert "no longer does" in capsys.readouterr().out
 

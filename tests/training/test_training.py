@@ -10,19 +10,18 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 
-import datasets
 import pytest
 import torch
 from conftest import make_tiny_policy, make_tiny_tokenizer
 from tiny_training import examples, settings, sparse_masks, train, train_interrupted, weights_hash
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from lorapar_utils import training
 from lorapar_utils.errors import InputError
-from lorapar_utils.fast import completions
-from lorapar_utils.fast.answer_head import use_answer_head
+from lorapar_utils.fast import completions, grpo_trainer
+from lorapar_utils.fast.grpo_trainer import LeanGRPOTrainer
+from lorapar_utils.training import checkpoints, stages
 
 STEPS = {"sft": 9, "grpo": 6}
 
@@ -93,7 +92,7 @@ def test_a_stage_killed_at_random_moments_ends_as_if_it_had_not_been(stage, tmp_
         code, found = run(folder, (trial % (STEPS[stage] // 2) * 2, moments.uniform(0, a_step)))
         killed += code == -signal.SIGKILL
         if code != 0:
-            resumed += bool(training._finished(folder))
+            resumed += bool(checkpoints.finished_checkpoints(folder))
             code, found = run(folder)
         assert code == 0 and found == straight
     assert killed >= 5 and resumed >= 3
@@ -102,7 +101,7 @@ def test_a_stage_killed_at_random_moments_ends_as_if_it_had_not_been(stage, tmp_
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_stage_killed_after_its_last_checkpoint_trains_no_step_more(stage, tmp_path):
     model, _, history = train(stage, tmp_path)
-    assert training._finished(tmp_path)[-1].name == f"checkpoint-{STEPS[stage]}"
+    assert checkpoints.finished_checkpoints(tmp_path)[-1].name == f"checkpoint-{STEPS[stage]}"
     again, _, read_back = train(stage, tmp_path)
     assert weights_hash(again) == weights_hash(model) and read_back == history
     # Nor do the hooks of the stage's optimizer outlive it.
@@ -113,7 +112,7 @@ def test_a_stage_killed_after_its_last_checkpoint_trains_no_step_more(stage, tmp
 def test_a_stage_that_is_interrupted_by_hand_goes_on_in_the_same_kernel(stage, tmp_path):
     straight, _, _ = train(stage)
     train_interrupted(stage, tmp_path)
-    assert [path.name for path in training._finished(tmp_path)] == ["checkpoint-2"]
+    assert [path.name for path in checkpoints.finished_checkpoints(tmp_path)] == ["checkpoint-2"]
     again, _, _ = train(stage, tmp_path)
     assert weights_hash(again) == weights_hash(straight)
 
@@ -145,12 +144,12 @@ def test_a_checkpoint_that_was_damaged_is_named_and_the_one_before_it_counts(tmp
     names = {"optimizer.pt": "cut off", "scheduler.pt": "overwritten", "rng_state.pth": "taken away"}
     for name, how in names.items():
         folder = shutil.copytree(tmp_path / "whole", tmp_path / name)
-        [_, last] = training._finished(folder)
+        [_, last] = checkpoints.finished_checkpoints(folder)
         damage(last / name, how)
         again, _, history = train("sft", folder)
         assert f"{last} is damaged ({name}) and deleted" in capsys.readouterr().out
         assert weights_hash(again) == weights_hash(model) and len(history) == STEPS["sft"]
-    for checkpoint in training._finished(tmp_path / "whole"):
+    for checkpoint in checkpoints.finished_checkpoints(tmp_path / "whole"):
         damage(checkpoint / "adapter_model.safetensors", "overwritten")
     from_the_start, _, history = train("sft", tmp_path / "whole")
     assert capsys.readouterr().out.count("is damaged (adapter_model.safetensors)") == 2
@@ -166,66 +165,6 @@ def damage(path, how):
         path.write_bytes(content[:half] + bytes(len(content) - half) * (how == "overwritten"))
 
 
-def grpo_trainer(kind, folder):
-    model = make_tiny_policy()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    config = GRPOConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        beta=0.0,
-        report_to="none",
-        per_device_train_batch_size=8,
-        num_generations=4,
-        temperature=1.2,
-        max_completion_length=6,
-        gradient_accumulation_steps=1,
-    )
-    rows = datasets.Dataset.from_list([{"prompt": "1 + 2 assistant"}] * 8)
-    trainer = kind(model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
-                   train_dataset=rows, processing_class=make_tiny_tokenizer())  # fmt: skip
-    return trainer, model
-
-
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-@pytest.mark.parametrize("idle", [(0, 2, 3), (), range(8)], ids=["some", "none", "all"])
-def test_grpo_loss_gradients_and_metrics_equal_those_of_trl(tmp_path, loss_type, idle):
-    generator = torch.Generator().manual_seed(2)
-    advantages = torch.randn(8, generator=generator)
-    advantages[list(idle)] = 0.0
-    completion = torch.randint(1, 11, (8, 6), generator=generator)
-    lengths = torch.randint(1, 7, (8, 1), generator=generator)
-    inputs = {
-        "prompt_ids": torch.tensor([[0, 8, 4, 7, 5], [8, 6, 7, 6, 9]]).repeat_interleave(4, 0),
-        "prompt_mask": torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]).repeat_interleave(4, 0),
-        "completion_ids": completion,
-        "completion_mask": (torch.arange(6) < lengths).int(),
-        "advantages": advantages,
-        "num_items_in_batch": lengths.sum(),
-    }
-    outcomes = []
-    for kind in (GRPOTrainer, partial(training.LeanGRPOTrainer, rows_at_once=8, read_prompt=list)):
-        trainer, model = grpo_trainer(kind, tmp_path)
-        trainer.loss_type = loss_type
-        trainer.current_gradient_accumulation_steps = 1
-        if kind is not GRPOTrainer:
-            use_answer_head(model.get_base_model(), 1.2)
-        model.train()
-        loss = trainer._compute_loss(model, dict(inputs))
-        loss.backward()
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        outcomes.append((loss.detach(), gradients, dict(trainer._metrics["train"])))
-    (loss, gradients, metrics), (ours, found, measured) = outcomes
-    torch.testing.assert_close(ours, loss)
-    assert found.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
-    assert measured.keys() == metrics.keys()
-    for name, values in metrics.items():
-        assert measured[name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
-
-
 def test_advantages_are_those_that_chapter_4_computes(monkeypatch):
     """The reward less the mean of the group, over the standard deviation of the group: two prompts, four completions."""
     rewards, advantages = [], []
@@ -234,14 +173,14 @@ def test_advantages_are_those_that_chapter_4_computes(monkeypatch):
         rewards.extend([0.0, 1.0, 3.5, 1.0, 2.0, 2.0, 2.0, 2.0])
         return rewards[-len(completions) :]
 
-    compute_loss = training.LeanGRPOTrainer._compute_loss
+    compute_loss = LeanGRPOTrainer._compute_loss
 
     def noting(self, model, inputs):
         advantages.extend(inputs["advantages"].tolist())
         return compute_loss(self, model, inputs)
 
-    monkeypatch.setitem(training.REWARDS, "answer", [uneven])
-    monkeypatch.setattr(training.LeanGRPOTrainer, "_compute_loss", noting)
+    monkeypatch.setitem(rewards.REWARDS, "answer", [uneven])
+    monkeypatch.setattr(LeanGRPOTrainer, "_compute_loss", noting)
     train("grpo", grpo={"steps": 1})
     groups = torch.tensor(rewards).view(2, 4)
     expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
@@ -258,7 +197,7 @@ def test_completions_written_in_parts_train_the_same(monkeypatch):
         together.append(len(prompts))
         return completions.complete(model, prompts, **options)
 
-    monkeypatch.setattr(training, "complete", complete)
+    monkeypatch.setattr(grpo_trainer, "complete", complete)
     parts, _, _ = train("grpo", grpo={"rollout_batch": 4})
     # Two equal questions in a step are one prompt.
     assert set(together) == {1} and len(together) > STEPS["grpo"]
@@ -270,9 +209,9 @@ def test_rollouts_by_vllm_name_the_extra_or_reach_trl(monkeypatch):
     chosen = settings().changed(grpo={"rollouts": "vllm-colocate", "vllm_memory": 0.4}).grpo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"vllm is not installed; pip install -e '.\[vllm\]'"):
-        training._rollouts(chosen)
+        stages._rollouts(chosen)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    config = GRPOConfig(use_cpu=True, bf16=False, **training._rollouts(chosen))
+    config = GRPOConfig(use_cpu=True, bf16=False, **stages._rollouts(chosen))
     assert (config.use_vllm, config.vllm_mode, config.vllm_gpu_memory_utilization) == (True, "colocate", 0.4)
 
 
@@ -294,7 +233,7 @@ def test_a_training_that_diverges_ends_with_its_step_and_its_last_good_checkpoin
     ):
         run = {"sft": training.run_sft, "grpo": training.run_grpo}[stage]
         run(model, make_tiny_tokenizer(), examples(), sparse_masks(model), settings(), tmp_path, watch)
-    assert [path.name for path in training._finished(tmp_path)] == ["checkpoint-2"]
+    assert [path.name for path in checkpoints.finished_checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
 def test_prompts_that_are_too_long_are_left_out_of_grpo_and_counted(capsys):
