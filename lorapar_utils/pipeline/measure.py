@@ -7,7 +7,7 @@ from pathlib import Path
 from lorapar_utils import distributed, evaluation
 from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, write_atomically
 from lorapar_utils.data.files import folder_hashes
-from lorapar_utils.models.files import model_identity
+from lorapar_utils.models.identity import model_identity
 from lorapar_utils.pipeline.adapted import AdaptedModel
 from lorapar_utils.settings import Settings
 

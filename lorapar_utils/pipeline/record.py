@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from lorapar_utils import evaluation
 from lorapar_utils.cache import fingerprint
-from lorapar_utils.models.files import model_identity
+from lorapar_utils.models.identity import model_identity
 from lorapar_utils.records import Record, intervals, new_record
 from lorapar_utils.records.intervals import Metric
 from lorapar_utils.settings import ExperimentSection, Settings

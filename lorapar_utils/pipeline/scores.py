@@ -16,7 +16,7 @@ from lorapar_utils.data import learnt_from
 from lorapar_utils.data.encoding import encode_examples
 from lorapar_utils.fast.architecture import rotation_limit
 from lorapar_utils.importance import score_importance
-from lorapar_utils.models.files import model_identity
+from lorapar_utils.models.identity import model_identity
 from lorapar_utils.partition import Partition, build_partition, random_partition
 from lorapar_utils.pipeline import launch
 from lorapar_utils.settings import Settings

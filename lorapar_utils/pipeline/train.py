@@ -14,7 +14,7 @@ from lorapar_utils import distributed, training
 from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, write_atomically
 from lorapar_utils.data import learnt_from
 from lorapar_utils.data.encoding import encode_examples
-from lorapar_utils.models.files import model_identity
+from lorapar_utils.models.identity import model_identity
 from lorapar_utils.partition import Partition
 from lorapar_utils.pipeline.adapted import AdaptedModel
 from lorapar_utils.settings import ExperimentSection, Settings

@@ -50,8 +50,12 @@ class Metric(NamedTuple):
         return f"{self.value:.2f}{self._interval('.2f')}, n = {self.n:,}"
 
     def points(self) -> str:
-        """A difference of two shares: `+8.0 points [+2.0, +14.0]`."""
+        """A difference of two shares, without n: `+8.0 points [+2.0, +14.0]`."""
         return f"{100 * self.value:+.1f} points{self._interval('+.1f', 100)}"
+
+    def difference(self) -> str:
+        """A difference of two shares: `+8.0 points [+2.0, +14.0], n = 150`."""
+        return f"{self.points()}, n = {self.n:,}"
 
     def gap(self) -> str:
         """A difference of two shares in a table: `+8.0 [+2.0, +14.0], n = 150`."""

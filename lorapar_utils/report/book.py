@@ -129,7 +129,7 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
         return shown(record, metric, Metric.share)
 
     def points(record: str, metric: str) -> str:
-        return shown(record, metric, lambda gain: f"{gain.points()}, n = {gain.n:,}")
+        return shown(record, metric, Metric.difference)
 
     scoreboard = claims.scoreboard(evidence(settings) | companions(settings.profile), link=link)
     gpu_file = project_root() / "book" / "_static" / "gpu-h100.json"

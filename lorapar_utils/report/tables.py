@@ -67,7 +67,7 @@ def gain_table(records: Iterable[Record]) -> pd.DataFrame:
                 "experiment": record.run["parameters"]["title"],
                 "seed": record.run["seed"],
                 "system": system,
-                "gain": f"{gain.points()}, n = {gain.n:,}",
+                "gain": gain.difference(),
                 "p": _p_value(gain),
                 "records": label(record),
             }

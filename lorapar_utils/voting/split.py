@@ -24,7 +24,7 @@ from lorapar_utils import data, voting
 from lorapar_utils.cache import code_of, completed, fingerprint, is_whole
 from lorapar_utils.errors import InputError
 from lorapar_utils.machine import lock
-from lorapar_utils.models.files import model_identity
+from lorapar_utils.models.identity import model_identity
 from lorapar_utils.settings import Settings, load_profile, project_root
 from lorapar_utils.voting import teachers
 

@@ -47,7 +47,7 @@ from lorapar_utils.settings import load_profile
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-ALL = {"head", "bundles", "completions"}
+ALL = {"answer_head", "shared_prefix", "completions"}
 # name -> (how to make it, the shortcuts that it takes, layers to train)
 BUILDS = {
     "Llama": (lambda: LlamaForCausalLM(LlamaConfig(**SMALL, **ENDS)), ALL, ["q_proj", "down_proj"]),
@@ -70,14 +70,14 @@ BUILDS = {
     ),
     "Mistral with a window shorter than a bundle": (
         lambda: MistralForCausalLM(MistralConfig(**SMALL, **ENDS, num_key_value_heads=2, sliding_window=6)),
-        {"head", "completions"},
+        {"answer_head", "completions"},
         ["q_proj", "down_proj"],
     ),
     "LFM2, convolutions between attention layers": (
         lambda: Lfm2ForCausalLM(
             Lfm2Config(**SMALL, **ENDS, num_key_value_heads=2, full_attn_idxs=[1], block_multiple_of=8)
         ),
-        {"head"},
+        {"answer_head"},
         ["q_proj", "in_proj", "w1"],
     ),
     "Falcon-H1, a recurrence beside attention": (

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lorapar_utils import data, evaluation, training
 from lorapar_utils.errors import InputError
-from lorapar_utils.models.files import model_identity
+from lorapar_utils.models.identity import model_identity
 from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.experiment import experiment
 from lorapar_utils.pipeline.measure import measure_inputs

@@ -17,7 +17,8 @@ from lorapar_utils.errors import InputError
 from lorapar_utils.models import files
 from lorapar_utils.settings import load_profile
 from lorapar_utils.voting import plan, split, vote
-from lorapar_utils.voting.teachers import build_teachers, identity, parse_vote, teacher_prompt
+from lorapar_utils.voting.teachers import build_teachers, identity, teacher_prompt
+from lorapar_utils.voting.verdicts import parse_vote
 
 KEY = "secret"
 EXAMPLES = [{"id": f"e{i}", "prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(60)]
