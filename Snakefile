@@ -80,7 +80,7 @@ rule experiment:
     input:
         notebook="notebooks/experiment.ipynb",
         prepared=PREPARED,
-        code=code("notebooks/experiment.py"),
+        code=code("lorapar_utils/pipeline/experiment.py"),
         profile=PROFILE_FILES,
     output:
         notebook=f"{RUNS}/notebooks/experiments/{{run}}.ipynb",

@@ -50,10 +50,10 @@ def stop_at(folder, path, limit=1200):
     process.wait()
 
 
-# In each kind of notebook, between the stages of a training, and while the book is built.
+# In each kind of job, between the stages of a training, and while the book is built.
 KILLS = (
-    "runs/smoke/logs/01_voting.log",
-    "runs/smoke/logs/02_importance.log",
+    "runs/smoke/logs/prepare.log",
+    "runs/smoke/records/voting.json",
     "runs/smoke/experiments/lorapar-seed0/stage1/manifest.json",
     "runs/smoke/logs/04_two_stage.log",
     "runs/smoke/logs/book.log",
@@ -96,7 +96,7 @@ def test_adapter_of_stage2_differs_from_stage1_in_active_elements_only(built):
     first, second = (
         load_file(home / stage / "adapter" / "adapter_model.safetensors") for stage in ("stage1", "stage2")
     )
-    partition = Partition.load(next((built / "runs/smoke/partitions").iterdir()))
+    partition = Partition.load(home / "stage2" / "partition")
     masks = {name.replace(".default", ""): mask for name, mask in partition.stage_mask(2).items()}
     assert masks.keys() == first.keys()
     assert all(bool((first[n] == second[n])[~mask].all()) for n, mask in masks.items())
@@ -110,18 +110,40 @@ def test_unchanged_rebuild_executes_nothing(built):
     assert process.returncode == 0 and "Nothing to be done" in output
 
 
+# An edited file -> the rules that run again. What they find kept under other code's or settings' names they read back.
+RERUN = {
+    "report/figures.py": {"page", "book"},
+    "records/from_votes.py": {"prepare", "experiment", "page", "book"},
+    "voting/verdicts.py": {"prepare", "experiment", "page", "book"},
+    "optim.py": {"experiment", "page", "book"},
+    "pipeline/record.py": {"experiment", "book"},
+    "planning/plan.py": {"book"},
+}
+
+
 @pytest.mark.slow
-def test_a_plotting_change_retrains_nothing(built):
-    plots = built / "lorapar_utils" / "plots.py"
-    plots.write_text(plots.read_text() + "\n# redrawn\n")
+@pytest.mark.parametrize(("file", "rules"), RERUN.items(), ids=RERUN)
+def test_an_edited_file_runs_what_rests_on_it(built, file, rules):
+    path = built / "lorapar_utils" / file
+    text = path.read_text()
+    path.write_text(f"{text}\nEDITED = True\n")
+    try:
+        assert jobs(built) - {"all"} == rules | ({"page"} if "experiment" in rules else set())
+    finally:
+        path.write_text(text)
+    assert not jobs(built)
+
+
+def jobs(folder):
+    """The rules that a build would run now."""
     plan = subprocess.run(
         [sys.executable, "-m", "snakemake", "-n", "--quiet", "rules", "--nolock", "--config", "profile=smoke"],
-        cwd=built,
+        cwd=folder,
         capture_output=True,
         text=True,
     )
     assert plan.returncode == 0, plan.stderr
-    assert "experiment" not in plan.stdout and "book" in plan.stdout
+    return set(re.findall(r"^(\w+) +\d+$", plan.stdout, re.M)) - {"total"}
 
 
 DARK = ("index.html", "02_importance.html", "06_claims.html", "api.html")
@@ -256,49 +278,6 @@ def test_read_only_runs_and_missing_profile_stop_before_anything_starts(copy, mo
     with pytest.raises(InputError, match="make room"):
         build.build("smoke", 1)
     assert build.main(["nonsense"]) == 2
-
-
-# In the place of papermill and of the book's build: leaves what a notebook leaves, without running it.
-STUB = """
-import pathlib, sys
-if sys.argv[1].startswith("notebooks/"):
-    notebook, runs = pathlib.Path(sys.argv[2]), pathlib.Path("runs/smoke")
-    name = notebook.stem.partition("_")[2]
-    record = notebook.stem if "experiments" in notebook.parts else name
-    left = [notebook, runs / "records" / f"{record}.json"]
-    left += [runs / "votes/manifest.json"] * (name == "voting") + [SCORES / "manifest.json"] * (name == "importance")
-    for path in left:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
-else:
-    pathlib.Path("book/_build").mkdir(exist_ok=True)
-    pathlib.Path("book/_build/smoke.stamp").touch()
-"""
-
-
-def test_what_is_missing_is_made_though_an_earlier_phase_runs_again(tmp_path, monkeypatch):
-    """One `make book` is enough, even where Snakemake's first plan leaves experiments out (see `build`)."""
-    from lorapar_utils import build
-    from lorapar_utils.settings import load_profile
-
-    copy = copy_project(tmp_path)
-    monkeypatch.chdir(copy)
-    scores = load_profile("smoke").scores_folder.relative_to(copy)
-    (copy / "stub.py").write_text(STUB.replace("SCORES", f"pathlib.Path({str(scores)!r})"))
-    rules = (copy / "Snakefile").read_text()
-    for real, stub in (("-m papermill --no-progress-bar -k python3", "stub.py"), ("-m lorapar_utils.book", "stub.py")):
-        assert real in rules
-        rules = rules.replace(real, stub)
-    (copy / "Snakefile").write_text(rules)
-    assert build.build("smoke", 2) == 0
-    (copy / "runs/smoke/records/random_0.9-seed0.json").unlink()
-    profile = copy / "profiles" / "smoke.yaml"
-    profile.write_text(profile.read_text() + "\n# read again\n")
-    assert build.build("smoke", 2) == 0
-    made = [*copy.glob("runs/smoke/records/*-seed0.json"), *copy.glob("runs/smoke/notebooks/*.ipynb")]
-    assert len(made) == 4 + 7
-    assert not [path for path in made if path.stat().st_mtime < profile.stat().st_mtime]
-    assert (copy / "book/_build/smoke.stamp").stat().st_mtime >= max(path.stat().st_mtime for path in made)
 
 
 def test_snakemake_lint_is_clean():

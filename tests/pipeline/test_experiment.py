@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from lorapar_utils import data, evaluation, training
 from lorapar_utils.errors import InputError
 from lorapar_utils.models.identity import model_identity
+from lorapar_utils.pipeline import measure, scores, train
 from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.experiment import experiment
 from lorapar_utils.pipeline.measure import measure_inputs
@@ -45,6 +46,15 @@ def trained(monkeypatch):
     return names
 
 
+@pytest.fixture
+def scored(monkeypatch):
+    """How often the test split was answered from here on."""
+    times = []
+    real = evaluation.score_pool
+    monkeypatch.setattr(evaluation, "score_pool", lambda *a: times.append(1) or real(*a))
+    return times
+
+
 def adapter(chosen, name, stage):
     return load_file(chosen.runs / "experiments" / f"{name}-seed0" / stage / "adapter" / "adapter_model.safetensors")
 
@@ -78,6 +88,24 @@ def test_a_setting_of_stage_2_trains_stage_2_alone_again(project, saved_model, t
     trained.clear()
     experiment(settings(saved_model, sft={"learning_rate": 1e-4}), "alpha1.0_beta1.0", 0)
     assert trained == ["run_sft", "run_grpo"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "again"),
+    [("split", []), ("scores", ["run_sft", "run_grpo"]), ("train", ["run_sft", "run_grpo"]), ("measure", [])],
+)
+def test_code_of_a_phase_that_changed_makes_it_anew_and_what_rests_on_it(
+    project, saved_model, trained, scored, monkeypatch, phase, again
+):
+    """Which files are the code of a phase: see `test_cache`. Votes rest on no code where none are cast."""
+    module = {"split": split, "scores": scores, "train": train, "measure": measure}[phase]
+    before = experiment(settings(saved_model), "alpha1.0_beta1.0", 0)
+    trained.clear(), scored.clear()
+    monkeypatch.setattr(module, "code_of", lambda file: "other code")
+    after = experiment(settings(saved_model), "alpha1.0_beta1.0", 0)
+    assert trained == again and len(scored) == (0 if phase == "split" else 2)
+    assert after.result["tables"].keys() == before.result["tables"].keys()
+    assert [item["completion"] for item in after.items] == [item["completion"] for item in before.items]
 
 
 @pytest.mark.parametrize(
@@ -123,15 +151,6 @@ def test_the_pool_is_made_and_the_votes_are_read_once_for_an_experiment(project,
         monkeypatch.setattr(module, name, counted)
     experiment(settings(saved_model), "alpha1.0_beta1.0", 0)
     assert times == {"pool": 1, "systems": 1}
-
-
-@pytest.fixture
-def scored(monkeypatch):
-    """How often the test split was answered from here on."""
-    times = []
-    real = evaluation.score_pool
-    monkeypatch.setattr(evaluation, "score_pool", lambda *a: times.append(1) or real(*a))
-    return times
 
 
 def test_what_is_measured_anew_is_not_trained_anew(project, saved_model, trained, scored):

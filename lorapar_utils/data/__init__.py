@@ -1,0 +1,27 @@
+"""Questions with verifiable answers, and how they become tokens; it imports no room."""
+
+from lorapar_utils.data.pool import (
+    BadRow,
+    COLUMNS,
+    HUB,
+    HUB_CONFIG,
+    construction_system,
+    from_gsm8k,
+    learnt_from,
+    load_pool,
+    read_tables,
+    text_of,
+)
+
+__all__ = [
+    "BadRow",
+    "COLUMNS",
+    "HUB",
+    "HUB_CONFIG",
+    "construction_system",
+    "from_gsm8k",
+    "learnt_from",
+    "load_pool",
+    "read_tables",
+    "text_of",
+]
