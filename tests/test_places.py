@@ -223,7 +223,7 @@ def test_clone_and_profile_may_lie_in_folders_with_awkward_names(tmp_path, monke
     packages = os.pathsep.join([str(clone), *(path for path in sys.path if path.endswith("site-packages"))])
     monkeypatch.setenv("PYTHONPATH", packages)
     monkeypatch.delenv("MAKEFLAGS", raising=False)
-    for module in ("papermill", "lorapar_utils.report.book"):
+    for module in ("papermill", "lorapar_utils.pipeline.prepare", "lorapar_utils.report.book"):
         rules = (clone / "Snakefile").read_text()
         assert f"-m {module}" in rules
         (clone / "Snakefile").write_text(rules.replace(f"-m {module}", "notes.py"))
@@ -235,10 +235,10 @@ def test_clone_and_profile_may_lie_in_folders_with_awkward_names(tmp_path, monke
         text=True,
     )
     commands = re.findall(r"Shell command: (OMP_NUM_THREADS=.+)", plan.stdout)
-    assert plan.returncode == 0 and len(commands) == 9, plan.stdout[-3000:] + plan.stderr
+    assert plan.returncode == 0 and len(commands) == 10, plan.stdout[-3000:] + plan.stderr
     (clone / "runs" / "mine" / "logs").mkdir(parents=True)
     for command in commands:
-        subprocess.run(command.split(" && ")[0], shell=True, cwd=clone, check=True)
+        subprocess.run(command, shell=True, cwd=clone, check=True)
     given = [json.loads(line) for line in (clone / "given.jsonl").read_text().splitlines()]
     assert len(given) == len(commands) and all(words[0] == str(python) and str(path) in words for words in given)
     experiment = next(words for words in given if "notebooks/experiment.ipynb" in words)

@@ -1,10 +1,10 @@
 """Questions with verifiable answers, and how they become tokens; it imports no room."""
 
 from lorapar_utils.data.pool import (
-    BadRow,
     COLUMNS,
     HUB,
     HUB_CONFIG,
+    BadRow,
     construction_system,
     from_gsm8k,
     learnt_from,
@@ -14,10 +14,10 @@ from lorapar_utils.data.pool import (
 )
 
 __all__ = [
-    "BadRow",
     "COLUMNS",
     "HUB",
     "HUB_CONFIG",
+    "BadRow",
     "construction_system",
     "from_gsm8k",
     "learnt_from",

@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lorapar_utils.data import answers
-from lorapar_utils.data import answers
 from lorapar_utils.training import rewards
 
 SOLUTION = "1 + 2 = 3\n3 - 5 = -2\n#### -2"

@@ -10,7 +10,6 @@ import datasets
 import pytest
 from conftest import ROOT
 
-from lorapar_utils.data import splits
 from lorapar_utils import data
 from lorapar_utils.data import splits
 from lorapar_utils.errors import InputError

@@ -13,13 +13,11 @@ from lm_eval.api.instance import Instance
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorapar_utils.evaluation import accuracy
-from lorapar_utils.fast import grpo_trainer
 from lorapar_utils import evaluation, importance, models, training
 from lorapar_utils.data import encoding
 from lorapar_utils.errors import InputError
-from lorapar_utils.evaluation import benchmarks, humaneval, sandbox
-from lorapar_utils.fast import label_scores, lm_eval_model
+from lorapar_utils.evaluation import accuracy, humaneval, sandbox
+from lorapar_utils.fast import grpo_trainer, label_scores, lm_eval_model
 from lorapar_utils.settings import load_profile
 
 SETTINGS = load_profile(
@@ -62,14 +60,14 @@ def test_every_reader_sees_the_same_ids_for_a_question(family, monkeypatch):
     assert {tuple(e["input_ids"][: e["labels"].count(-100)]) for e in taught} == expected
 
     asked = []
-    monkeypatch.setattr(accuracy, "complete", lambda model, prompts, **_: asked.extend(prompts) or [[0]] * len(prompts)
-    )
+    monkeypatch.setattr(accuracy, "complete", lambda model, prompts, **_: asked.extend(prompts) or [[0]] * len(prompts))
     evaluation.generate(model, tokenizer, [row["prompt"] for row in rows], SETTINGS)
     assert set(map(tuple, asked)) == expected
 
     rolled_out = []
     real = grpo_trainer.complete
-    monkeypatch.setattr(grpo_trainer, "complete", lambda m, prompts, **o: rolled_out.extend(prompts) or real(m, prompts, **o)
+    monkeypatch.setattr(
+        grpo_trainer, "complete", lambda m, prompts, **o: rolled_out.extend(prompts) or real(m, prompts, **o)
     )
     policy = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in importance.lora_parameters(policy).items()}
@@ -108,7 +106,9 @@ def test_text_to_be_continued_begins_with_bos_and_stays_open(family, monkeypatch
     monkeypatch.setattr(sandbox, "require_sandbox", lambda: None)
     monkeypatch.setattr(humaneval, "_judged", lambda *_: sandbox.Verdict(False, "not run"))
     humaneval.score_humaneval(model, tokenizer, SETTINGS, problems=[problem])
-    monkeypatch.setattr(lm_eval_model, "complete", lambda model, prompts, **_: asked.extend(prompts) or [[0]] * len(prompts))
+    monkeypatch.setattr(
+        lm_eval_model, "complete", lambda model, prompts, **_: asked.extend(prompts) or [[0]] * len(prompts)
+    )
     lm = lm_eval_model.LeanLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     lm.generate_until([Instance("generate_until", {}, ("Question: 1?", {"until": ["\n"]}), 0, ("gsm8k", 0, 1))])
     assert len(asked) == 2

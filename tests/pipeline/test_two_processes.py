@@ -75,7 +75,8 @@ def test_each_returns_the_completions_of_one(both):
 
 def test_a_process_ends_without_what_its_interpreter_does_last():
     script = (
-        "import atexit, os; from lorapar_utils import processes; atexit.register(os.abort); print(1); processes.end(3)"
+        "import atexit, os; from lorapar_utils import distributed; "
+        "atexit.register(os.abort); print(1); distributed.end(3)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (3, "1\n")

@@ -65,19 +65,19 @@ def test_the_cache_of_completions_is_that_of_transformers(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_build_has_a_plan_and_layers_that_are_run(monkeypatch, kind):
-    plan = planned(monkeypatch, kind, model={"dtype": "float32"})
-    parameters = list(plan._built().parameters())
-    weights = plan.passes(LAPTOP, "read", 1, 8, 1).weights
+    model = planned(monkeypatch, kind, model={"dtype": "float32"})
+    parameters = list(model._built().parameters())
+    weights = model.passes(LAPTOP, "read", 1, 8, 1).weights
     assert weights == 4 * sum(p.numel() for p in parameters if not p.requires_grad)
-    assert plan.elements == sum(p.numel() for p in parameters if p.requires_grad)
+    assert model.elements == sum(p.numel() for p in parameters if p.requires_grad)
     run, taken = plan.Model._seconds, []
     monkeypatch.setattr(plan.Model, "_seconds", lambda *given: taken.append(run(*given)) or taken[-1])
     for machine in (GPU, LAPTOP._replace(flops=None)):
-        phases = plan.phases_of(plan, machine)
+        phases = plan.phases_of(model, machine)
         assert all(0 < phase.seconds < 1e4 and machine.libraries < phase.bytes < 8e9 for phase in phases)
     assert len(taken) == 8  # of every kind and size of pass
     monkeypatch.setattr(plan.Model, "_seconds", lambda *_: 1 / 0)
-    assert 0 < plan.passes(machine, "sft", 3, 31, 5).seconds < 100  # by a product
+    assert 0 < model.passes(machine, "sft", 3, 31, 5).seconds < 100  # by a product
 
 
 def test_what_is_saved_by_four_bits_shares_and_activations_computed_again():

@@ -315,9 +315,9 @@ def test_a_verdict_links_to_every_record_that_it_rests_on(tmp_path):
     executed = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell()])
     executed.cells[0].outputs = [nbformat.v4.new_output("display_data", {"text/html": shown})]
     nbformat.write(executed, tmp_path / "in.ipynb")
-    book._stage_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb")
+    book._write_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb")
     staged = nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs[0].data["text/html"]
-    assert f'href="{book.address(records["a-seed1"])}"' in staged and "../runs" not in staged
+    assert 'href="_static/records/smoke/a-seed1.json"' in staged and "../runs" not in staged
 
 
 def test_the_records_behind_a_page_are_one_row_an_experiment_with_a_link_for_each_seed():
@@ -360,7 +360,7 @@ def test_a_number_on_a_page_links_to_its_record_and_tells_n_interval_and_commit(
     made = record("a-seed0", **{"stage1/accuracy": intervals.proportion([True, False] * 20)})
     context = book.page_context(load_profile("smoke"), {"a-seed0": made})
     text = book.render('{{ percent("a-seed0", "stage1/accuracy") }}, {{ share("b", "x") }}', context, "page.md")
-    assert 'href="_static/records/smoke/a-seed0.json"' in text and ">50.0 % [35.2, 64.8], n = 40</a>" in text
+    assert 'href="../runs/smoke/records/a-seed0.json"' in text and ">50.0 % [35.2, 64.8], n = 40</a>" in text
     assert f"commit {(made.run['commit'] or 'none')[:10]}" in text and text.endswith(", not measured")
 
 

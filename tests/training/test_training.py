@@ -21,7 +21,7 @@ from lorapar_utils import training
 from lorapar_utils.errors import InputError
 from lorapar_utils.fast import completions, grpo_trainer
 from lorapar_utils.fast.grpo_trainer import LeanGRPOTrainer
-from lorapar_utils.training import checkpoints, stages
+from lorapar_utils.training import checkpoints, rewards, stages
 
 STEPS = {"sft": 9, "grpo": 6}
 
@@ -71,7 +71,7 @@ def kill_this_process(folder, step, seconds):
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_stage_killed_at_random_moments_ends_as_if_it_had_not_been(stage, tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lorapar_utils.training", "conftest"])
+    context.set_forkserver_preload(["lorapar_utils.training.stages", "conftest"])
 
     def run(folder, moment=None):
         results = context.Queue()
@@ -167,11 +167,11 @@ def damage(path, how):
 
 def test_advantages_are_those_that_chapter_4_computes(monkeypatch):
     """The reward less the mean of the group, over the standard deviation of the group: two prompts, four completions."""
-    rewards, advantages = [], []
+    drawn, advantages = [], []
 
     def uneven(completions, **_):
-        rewards.extend([0.0, 1.0, 3.5, 1.0, 2.0, 2.0, 2.0, 2.0])
-        return rewards[-len(completions) :]
+        drawn.extend([0.0, 1.0, 3.5, 1.0, 2.0, 2.0, 2.0, 2.0])
+        return drawn[-len(completions) :]
 
     compute_loss = LeanGRPOTrainer._compute_loss
 
@@ -182,7 +182,7 @@ def test_advantages_are_those_that_chapter_4_computes(monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "answer", [uneven])
     monkeypatch.setattr(LeanGRPOTrainer, "_compute_loss", noting)
     train("grpo", grpo={"steps": 1})
-    groups = torch.tensor(rewards).view(2, 4)
+    groups = torch.tensor(drawn).view(2, 4)
     expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
     # TRL shuffles the rows of a step.
     assert sorted(advantages) == pytest.approx(sorted(expected.flatten().tolist()), abs=1e-5)
