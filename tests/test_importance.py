@@ -119,7 +119,7 @@ def test_equals_the_one_example_loop_on_smollm2(smollm):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="no bf16 arithmetic on this CPU")
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_bf16"), reason="no bf16 arithmetic on this CPU")
 def test_bf16_keeps_the_ranks(smollm):
     """Compute in bf16 is not exact; the order of elements is what the partition takes from it."""
     model, examples, settings = smollm

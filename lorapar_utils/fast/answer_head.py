@@ -2,7 +2,7 @@
 
 TRL 1.16 skips positions without a label on Triton devices only. On a CPU, with a 49k vocabulary and short answers,
 these positions take more than half of a training step. The result is the same. TRL's head stays for models whose
-logits `shortcuts` cannot reproduce.
+logits `checks` finds other than ours.
 """
 
 import functools

@@ -176,7 +176,7 @@ def _in_one_row(model: PreTrainedModel, sequences: list[torch.Tensor]) -> torch.
 
 
 def _token_by_token(model: PreTrainedModel, sequences: list[torch.Tensor]) -> torch.Tensor:
-    """Logits of the loop of `generation` with given tokens: two prompts of unequal length, two samples each."""
+    """Logits of `decoding.decode` with given tokens: two prompts of unequal length, two samples each."""
     if has_other_states(model):
         raise ValueError("padding runs on into such a state")
     prompt_lengths = (SHARED, SHARED + LONGER)

@@ -1,80 +1,15 @@
-"""TRL's GRPO trainer with our completions, and without gradients that are zero."""
-
-from collections.abc import Callable
+"""TRL's GRPO trainer without the gradients that are zero."""
 
 import torch
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
-
-from lorapar_utils.fast.completions import complete, uniform
 
 
-class PromptedGRPOTrainer(GRPOTrainer):
-    """TRL's trainer with prompts as token ids, so that they are those of every other phase.
+class LeanGRPOTrainer(GRPOTrainer):
+    """TRL's trainer with the same result for less work.
 
-    Parameters
-    ----------
-    read_prompt
-        Maps a prompt to token ids.
+    A completion whose advantage is zero has a zero gradient. We still need its entropy for the log, so we compute it
+    without autograd, after the others.
     """
-
-    def __init__(self, *arguments, read_prompt: Callable[[str], list[int]], **others):
-        self._read_prompt = read_prompt
-        super().__init__(*arguments, **others)
-
-    def _tokenize_prompts(self, prompts):
-        return [self._read_prompt(prompt) for prompt in prompts], None, {}
-
-
-class LeanGRPOTrainer(PromptedGRPOTrainer):
-    """The same with the same result for less work.
-
-    A prompt is read once for all completions, and a finished completion leaves the batch. A completion whose advantage
-    is zero has a zero gradient, so it is scored (for the entropy) but not differentiated. Rollouts and training use
-    the same dtypes.
-
-    Parameters
-    ----------
-    rows_at_once
-        Completions that this process generates in one batch, in whole groups. The samples do not depend on it.
-    """
-
-    def __init__(self, *arguments, rows_at_once: int, **others):
-        self._rows_at_once = rows_at_once
-        super().__init__(*arguments, **others)
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        if self.use_vllm:
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
-        # Every process draws the numbers of all rows, so that samples do not depend on the number of processes.
-        rows, width = len(prompt_ids), self.max_completion_length
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        draws = uniform(world * rows, width, self.args.seed, self.state.global_step)[rank * rows :][:rows]
-        prompts = list(dict.fromkeys(map(tuple, prompt_ids)))
-        samples = len(prompt_ids) // len(prompts)
-        if [prompt for prompt in prompts for _ in range(samples)] != list(map(tuple, prompt_ids)):
-            prompts, samples = prompt_ids, 1
-        with unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-            generation_kwargs=self.generation_kwargs,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-        ) as model:
-            completions, size = [], max(1, self._rows_at_once // samples)
-            for first in range(0, len(prompts), size):
-                completions += complete(
-                    model,
-                    prompts[first : first + size],
-                    ends=self.eos_token_ids,
-                    max_new_tokens=width,
-                    samples=samples,
-                    temperature=self.temperature,
-                    draws=draws[first * samples :],
-                )
-        return completions, None
 
     def _compute_loss(self, model, inputs):
         self._has_gradient = inputs["advantages"] != 0

@@ -246,7 +246,10 @@ def compute_dtype(settings: Settings) -> torch.dtype:
     """The dtype of `model.dtype`. `auto` is bfloat16 if the hardware multiplies bfloat16 natively, else float32."""
     if settings.model.dtype != "auto":
         return getattr(torch, settings.model.dtype)
-    native = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported()
+    else:
+        native = torch.cpu.get_capabilities().get("avx512_bf16")
     return torch.bfloat16 if native else torch.float32
 
 

@@ -63,7 +63,7 @@ def new_record(
     Parameters
     ----------
     metrics
-        By name; see `statistics`.
+        By name; see `intervals`.
     tables
         Name -> rows, for figures and tables.
     notebook

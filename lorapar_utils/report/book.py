@@ -132,11 +132,11 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
         return shown(record, metric, Metric.difference)
 
     scoreboard = claims.scoreboard(evidence(settings) | companions(settings.profile), link=link)
-    gpu_file = project_root() / "book" / "_static" / "gpu-h100.json"
     makers = {
         "claims": lambda: scoreboard[["claim", "verdict", "effect"]],
         "status": lambda: status_table(records, link),
-        "gpu": lambda: gpu_table(json.loads(gpu_file.read_text(encoding="utf-8"))),
+        "gpu": lambda: gpu_table("gpu-h100.json"),
+        "gpu_second": lambda: gpu_table("gpu-h100-second.json"),
     }
     return {
         "settings": settings,
@@ -165,9 +165,10 @@ def status_table(records: dict[str, Record], link: Callable[[Record], str]) -> p
     )
 
 
-def gpu_table(found: dict) -> pd.DataFrame:
+def gpu_table(name: str) -> pd.DataFrame:
     """Measurements of `benchmarks/gpu.py`: seconds and peak memory of each part, beside a plain implementation's."""
-    scoring, step, rollout = found["scoring"], found["training"], found["rollout"]
+    measured = json.loads((project_root() / "book" / "_static" / name).read_text(encoding="utf-8"))
+    scoring, step, rollout = measured["scoring"], measured["training"], measured["rollout"]
     rows = [
         (
             f"importance of {scoring['examples']} examples, in batches",
@@ -198,7 +199,7 @@ def gpu_table(found: dict) -> pd.DataFrame:
                 part["seconds_a_step"],
                 "",
             )
-            for part in found[stage]
+            for part in measured[stage]
         ]
     return pd.DataFrame(
         [

@@ -229,7 +229,7 @@ def importance_by_rank(record: Record) -> Figure:
 def stability(rows: pd.DataFrame) -> Figure:
     """Agreement of two disjoint samples of n examples (lines), and of two draws of the adapter (crosses).
 
-    Points are means over the draws, bars reach from the lowest to the highest draw; `rows` from `phases.stability`.
+    Points are means over the draws, bars reach from the lowest to the highest draw.
     """
     agreements = {
         "rank_correlation": "rank correlation, elements",

@@ -15,7 +15,7 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from trl import GRPOConfig, SFTConfig, SFTTrainer
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from lorapar_utils import distributed
 from lorapar_utils.data.encoding import encode_examples, prompt_ids
@@ -23,12 +23,13 @@ from lorapar_utils.errors import InputError, require
 from lorapar_utils.fast.answer_head import drop_trl_head, use_answer_head
 from lorapar_utils.fast.checks import shortcuts_of
 from lorapar_utils.fast.decoding import answering, without_input_casts
-from lorapar_utils.fast.grpo_trainer import LeanGRPOTrainer, PromptedGRPOTrainer
+from lorapar_utils.fast.grpo_trainer import LeanGRPOTrainer
 from lorapar_utils.optim import ActiveAdamW
 from lorapar_utils.settings import GrpoSection, Settings, SftSection
 from lorapar_utils.training.callbacks import Diverged, Progress, Watch
 from lorapar_utils.training.checkpoints import MarkFinished, check_processes, checkpointing, finished_checkpoints
 from lorapar_utils.training.rewards import REWARDS
+from lorapar_utils.training.rollouts import Rollouts, by_the_policy, by_vllm
 
 # What the paper or its script fixes.
 PAPER = {
@@ -165,12 +166,9 @@ def run_grpo(
         config = GRPOConfig(**PAPER["grpo"], **PINNED_DEFAULTS["grpo"], **profile, **saving)
         optimizer = _optimizer(model, masks, config)
         with _adapter_as_it_is(model):
-            kind = PromptedGRPOTrainer
-            if "grpo_trainer" in settings.shortcuts:
-                kind = partial(LeanGRPOTrainer, rows_at_once=_each_process("grpo.rollout_batch", grpo.rows_at_once))
-            trainer = kind(
+            trainer = (LeanGRPOTrainer if "grpo_trainer" in settings.shortcuts else GRPOTrainer)(
                 model=model,
-                read_prompt=partial(prompt_ids, tokenizer=tokenizer, settings=settings),
+                rollout_func=_rollout_function(tokenizer, settings),
                 reward_funcs=REWARDS[settings.reward],
                 args=config,
                 train_dataset=datasets.Dataset.from_list(rows),
@@ -240,6 +238,13 @@ def _rollouts(grpo: GrpoSection) -> dict:
     }
 
 
+def _rollout_function(tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Rollouts:
+    read_prompt = partial(prompt_ids, tokenizer=tokenizer, settings=settings)
+    if settings.grpo.rollouts != "here":
+        return by_vllm(read_prompt)
+    return by_the_policy(read_prompt, _each_process("grpo.rollout_batch", settings.grpo.rows_at_once))
+
+
 def _each_process(field: str, batch: int) -> int:
     """Rows of a batch per process. All processes together compute the same step as one process would."""
     count = distributed.state().num_processes
@@ -294,7 +299,7 @@ def _optimizer(model: PeftModel, masks: dict[str, torch.Tensor], config: SFTConf
     )
 
 
-def _train(trainer: SFTTrainer | PromptedGRPOTrainer, optimizer: ActiveAdamW) -> list[dict]:
+def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[dict]:
     base = trainer.model.get_base_model()
     if not trainer.args.activation_checkpointing:
         base.activation_checkpointing_disable()  # an earlier trainer may have switched it on

@@ -17,8 +17,9 @@ from lorapar_utils import evaluation, importance, models, training
 from lorapar_utils.data import encoding
 from lorapar_utils.errors import InputError
 from lorapar_utils.evaluation import accuracy, humaneval, sandbox
-from lorapar_utils.fast import grpo_trainer, label_scores, lm_eval_model
+from lorapar_utils.fast import label_scores, lm_eval_model
 from lorapar_utils.settings import load_profile
+from lorapar_utils.training import rollouts
 
 SETTINGS = load_profile(
     "smoke",
@@ -65,9 +66,9 @@ def test_every_reader_sees_the_same_ids_for_a_question(family, monkeypatch):
     assert set(map(tuple, asked)) == expected
 
     rolled_out = []
-    real = grpo_trainer.complete
+    real = rollouts.complete
     monkeypatch.setattr(
-        grpo_trainer, "complete", lambda m, prompts, **o: rolled_out.extend(prompts) or real(m, prompts, **o)
+        rollouts, "complete", lambda m, prompts, **o: rolled_out.extend(prompts) or real(m, prompts, **o)
     )
     policy = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in importance.lora_parameters(policy).items()}

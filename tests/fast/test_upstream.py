@@ -1,7 +1,6 @@
 """Each shortcut beside the upstream function that it stands for: equal, so that either can be taken (`speed`)."""
 
 import importlib
-from functools import partial
 
 import datasets
 import pytest
@@ -236,7 +235,7 @@ def test_grpo_loss_gradients_and_metrics_equal_those_of_trl(tmp_path, loss_type,
         "num_items_in_batch": lengths.sum(),
     }
     outcomes = []
-    for kind in (GRPOTrainer, partial(LeanGRPOTrainer, rows_at_once=8, read_prompt=list)):
+    for kind in (GRPOTrainer, LeanGRPOTrainer):
         trainer, model = grpo_trainer(kind, tmp_path)
         trainer.loss_type = loss_type
         trainer.current_gradient_accumulation_steps = 1
@@ -259,7 +258,7 @@ def test_grpo_loss_gradients_and_metrics_equal_those_of_trl(tmp_path, loss_type,
 
 def test_the_stock_trainer_is_taken_where_the_shortcut_is_off(monkeypatch):
     """TRL draws with torch's generator and generates by itself, so completions differ; what is logged does not."""
-    monkeypatch.setattr(LeanGRPOTrainer, "__init__", lambda *_, **__: pytest.fail("the shortcut was taken"))
+    monkeypatch.setattr(LeanGRPOTrainer, "_compute_loss", lambda *_, **__: pytest.fail("the shortcut was taken"))
     *_, history = train("grpo", speed="plain")
     assert len([entry for entry in history if "reward" in entry]) == 6
     assert all("entropy" in entry and "completions/mean_length" in entry for entry in history if "reward" in entry)

@@ -367,7 +367,7 @@ def test_a_number_on_a_page_links_to_its_record_and_tells_n_interval_and_commit(
 def test_the_page_on_gpus_shows_every_part_that_was_measured():
 
     found = json.loads((ROOT / "book" / "_static" / "gpu-h100.json").read_text())
-    text = book.to_markdown(book.gpu_table(found))
+    text = book.to_markdown(book.gpu_table("gpu-h100.json"))
     steps = [measured["seconds_a_step"] for stage in ("sft", "grpo") for measured in found[stage]]
     steps += [found["scoring"]["seconds"]["batched"], found["training"]["seconds"]["lora_par"]]
     for seconds in (*steps, found["rollout"]["seconds"]["complete"]):

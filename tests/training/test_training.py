@@ -19,9 +19,9 @@ from trl import GRPOConfig
 
 from lorapar_utils import training
 from lorapar_utils.errors import InputError
-from lorapar_utils.fast import completions, grpo_trainer
+from lorapar_utils.fast import completions
 from lorapar_utils.fast.grpo_trainer import LeanGRPOTrainer
-from lorapar_utils.training import checkpoints, rewards, stages
+from lorapar_utils.training import checkpoints, rewards, rollouts, stages
 
 STEPS = {"sft": 9, "grpo": 6}
 
@@ -197,7 +197,7 @@ def test_completions_written_in_parts_train_the_same(monkeypatch):
         together.append(len(prompts))
         return completions.complete(model, prompts, **options)
 
-    monkeypatch.setattr(grpo_trainer, "complete", complete)
+    monkeypatch.setattr(rollouts, "complete", complete)
     parts, _, _ = train("grpo", grpo={"rollout_batch": 4})
     # Two equal questions in a step are one prompt.
     assert set(together) == {1} and len(together) > STEPS["grpo"]
