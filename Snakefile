@@ -18,8 +18,9 @@ RUNS = f"runs/{PROFILE}"
 PAPERMILL = f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar -k python3"
 EXPERIMENTS = [f"{name}-seed{seed}" for name, seed in SETTINGS.experiment_runs()]
 PAGES = sorted(Path(path).stem for path in glob("notebooks/[0-9]*.ipynb"))
-# The one experiment whose page is in the book: LoRA-PAR, where the profile has it beside the base model.
-SHOWN = (EXPERIMENTS * 2)[1]
+# The one experiment whose page is in the book: LoRA-PAR, where the profile has it.
+OURS = [f"{name}-seed{seed}" for name, seed in SETTINGS.experiment_runs() if SETTINGS.experiments[name].method == "lorapar"]
+SHOWN = (OURS or EXPERIMENTS)[0]
 PREPARED = [f"{RUNS}/records/voting.json", f"{RUNS}/records/importance.json"]
 # The longer and varied runs that pages show beside this one's.
 LONGER = sorted({*glob("results/cpu-*/*.json"), *glob(f"results/{PROFILE}-*/*.json")})

@@ -1,7 +1,7 @@
-"""Folders that are made once. A folder is named by the fingerprint of what it was made from, so existence is currency.
+"""Folders that are made once, each named by the fingerprint of what it was made from: if it is there, it is current.
 
-What a folder was made from are settings, hashes of earlier phases, and code: the file that makes the folder, with all
-files of ours that it imports. Folders of other settings, or of earlier code, stay where they are.
+What a folder is made from are settings, hashes of earlier phases, versions of the libraries, and code: the file that
+makes the folder, with all files of ours that it imports. Folders of other settings, or of earlier code, stay.
 """
 
 import ast
@@ -14,8 +14,8 @@ import platform
 import re
 import shutil
 import subprocess
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -41,13 +41,16 @@ def fingerprint(content: object) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write to a temporary name, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the folder was completed, and none of its files was removed, cut off or changed since."""
+    """Whether the folder was completed, and none of its files was removed, cut off or changed since.
+
+    A change of a file above `HASHED_BYTES` that keeps its size is not noticed.
+    """
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return all(_state(folder / name) == state for name, state in files.items())
@@ -56,19 +59,25 @@ def is_whole(folder: Path) -> bool:
 
 
 @contextmanager
-def completed(folder: Path, inputs: dict) -> Iterator[Path]:
+def completed(folder: Path, inputs: dict, begun: dict | None = None) -> Iterator[Path]:
     """A scratch folder that becomes `folder` if the block ends without an error.
 
-    Its manifest holds the `inputs`, the `origin` (see `origin`), and the state of every file.
+    Its manifest holds the `inputs`, the origin, and the state of every file.
+
+    Parameters
+    ----------
+    begun
+        The `origin` when the making began; None for now.
 
     Raises
     ------
     InputError
         The folder cannot be written.
     """
+    begun = begun or origin()
+    scratch = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        scratch.mkdir(parents=True)
     except OSError as error:
         raise InputError(
             f"runs: {folder.parent} cannot be written ({error}); free space or change its rights"
@@ -76,14 +85,18 @@ def completed(folder: Path, inputs: dict) -> Iterator[Path]:
     try:
         yield scratch
         files = {str(path.relative_to(scratch)): _state(path) for path in sorted(scratch.rglob("*")) if path.is_file()}
-        manifest = {"inputs": inputs, "origin": origin(), "files": files}
+        manifest = {"inputs": inputs, "origin": begun, "files": files}
         write_atomically(scratch / MANIFEST, json.dumps(manifest, indent=1, default=str))
         # Another process may have completed the same folder in the meantime.
         if not is_whole(folder):
             if folder.exists():
                 print(f"{os.path.relpath(folder)}: made again, because it is damaged")
                 shutil.rmtree(folder)
-            scratch.rename(folder)
+            try:
+                scratch.rename(folder)
+            except OSError:
+                if not is_whole(folder):
+                    raise
             print(f"wrote {os.path.relpath(folder)}")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -105,6 +118,11 @@ def origin() -> dict:
     }
 
 
+def libraries() -> dict[str, str]:
+    """Versions of the libraries that compute: another version may give other numbers."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")}
+
+
 def code_of(file: str | Path) -> str:
     """Hash of the code that a file (usually `__file__`) runs: the file, and all files of ours that it imports.
 
@@ -116,7 +134,7 @@ def code_of(file: str | Path) -> str:
 def code_files(*places: Path) -> list[Path]:
     """The files of the package that these files import, directly or indirectly, with those themselves.
 
-    A folder inside a room counts as a whole, because the sandbox reads its scripts as text.
+    All files of a folder inside a room count, because the sandbox reads its scripts as text and imports none.
     """
     waiting = [place.resolve() for place in places]
     reached: set[Path] = set()
@@ -191,7 +209,7 @@ def _imports(path: Path) -> set[str]:
 
 
 def _files_of(name: str) -> list[Path]:
-    """The files that importing a dotted name runs, that of the module last."""
+    """The files that Python runs to import a dotted name. The file of the module itself is the last."""
     files, folder = [PACKAGE / "__init__.py"], PACKAGE
     for part in name.split(".")[1:]:
         if (folder / f"{part}.py").is_file():

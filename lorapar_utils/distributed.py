@@ -1,13 +1,14 @@
-"""Which process is this one, and what the first process does for all."""
+"""Several processes: which one this is, what the first does for all, and a base whose layers are shared out (FSDP)."""
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch.distributed.fsdp import fully_shard
 
 
 def state() -> PartialState:
@@ -32,3 +33,16 @@ def end(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def share_out(model: torch.nn.Module, layers: Iterable[torch.nn.Module]) -> None:
+    """Shard the frozen weights of every layer over the processes (FSDP2).
+
+    Adapters, embeddings and head are not sharded. DDP averages the adapters' gradients as usual, and masks and
+    optimizer state are the same as in one process.
+    """
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    trained = {p for p in model.parameters() if p.requires_grad}
+    for layer in layers:
+        fully_shard(layer, ignored_params=trained)
+    model._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in model.named_buffers())]

@@ -12,12 +12,12 @@ from tiny_training import settings, train
 
 from lorapar_utils import distributed, evaluation
 from lorapar_utils.importance import score_importance
-from lorapar_utils.models import share_out
+from lorapar_utils.models.adapters import decoder_layers
 
 
 def shared_out(model, wanted):
     if wanted:
-        share_out(model)
+        distributed.share_out(model, decoder_layers(model.get_base_model()))
         whole = [p.numel() for layer in model.get_base_model().model.layers for p in layer.parameters()]
         held = [p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters()]
         assert sum(held) < sum(p.numel() for p in model.parameters()) - sum(whole) / 5

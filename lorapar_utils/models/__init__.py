@@ -9,7 +9,6 @@ __all__ = [
     "load_tokenizer",
     "restore_adapter",
     "save_adapter",
-    "share_out",
 ]
 
 
@@ -17,6 +16,6 @@ def __getattr__(name: str):
     """Import torch and transformers at the first use of a model, because a plan of votes needs neither."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lorapar_utils.models import base
+    from lorapar_utils.models import adapters, base
 
-    return getattr(base, name)
+    return getattr(adapters if hasattr(adapters, name) else base, name)

@@ -1,29 +1,15 @@
 """Load the base model (packaged GGUF, local folder or hub id) and attach, save or restore an adapter."""
 
-import copy
-import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
 from peft import (
-    IA3Config,
-    LoraConfig,
-    PeftConfig,
     PeftModel,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    ShiraConfig,
-    get_peft_model,
     get_peft_model_state_dict,
     load_peft_weights,
-    set_peft_model_state_dict,
 )
-from peft.tuners.lora import LoraLayer
 from tokenizers.processors import TemplateProcessing
-from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,16 +20,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
 
 from lorapar_utils import distributed, machine
 from lorapar_utils.data.encoding import check_prompts, continuation_ids, question_ids, turn_end
 from lorapar_utils.errors import InputError, require
 from lorapar_utils.fast.checks import shortcuts_of
-from lorapar_utils.models.files import ADAPTER_NOTE, check_layers, decoder_layers_name, read_note, source_of
+from lorapar_utils.models.files import ADAPTER_NOTE, check_layers, read_note, source_of
 from lorapar_utils.settings import Settings
-
-IA3_MODULES = ("k_proj", "v_proj", "down_proj")
 
 
 def load_base(settings: Settings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -251,141 +234,3 @@ def compute_dtype(settings: Settings) -> torch.dtype:
     else:
         native = torch.cpu.get_capabilities().get("avx512_bf16")
     return torch.bfloat16 if native else torch.float32
-
-
-def attach_adapter(model: PreTrainedModel, settings: Settings) -> PeftModel:
-    """Wrap the base in a new fp32 adapter.
-
-    Deviation from PEFT's default: `init: normal` draws A and B from N(0, 0.01^2), as the paper's script does. With
-    B = 0 (`lora`, `gaussian`) every importance score is 0, so there is no partition.
-
-    Parameters
-    ----------
-    settings
-        `adapter`: kind, init, r, lora_alpha, dropout, modules, virtual_tokens; `seed` fixes the initial weights.
-
-    Raises
-    ------
-    InputError
-        `adapter.modules` names layers that the model does not have.
-    """
-    check_modules(model, settings)
-    torch.manual_seed(settings.seed)
-    try:
-        wrapped = get_peft_model(model, _adapter_config(settings), autocast_adapter_dtype=True)
-    except Exception as error:  # PEFT raises many types, depending on method and layers
-        reason = str(error).splitlines()[0][:200]
-        raise InputError(
-            f"adapter.kind = {settings.adapter.kind!r}, init = {settings.adapter.init!r}: PEFT cannot attach that to "
-            f"{type(model).__name__} ({reason}); take another kind, or name other adapter.modules"
-        ) from None
-    if settings.adapter.kind == "lora" and settings.adapter.init == "normal":
-        for module in wrapped.modules():
-            if isinstance(module, LoraLayer):
-                for part in (*module.lora_A.values(), *module.lora_B.values()):
-                    torch.nn.init.normal_(part.weight, std=0.01)
-    if settings.model.sharded and distributed.state().num_processes > 1:
-        share_out(wrapped)
-    return wrapped
-
-
-def check_modules(model: PreTrainedModel, settings: Settings) -> None:
-    """Check that `model` has at least one layer for each module name of the adapter.
-
-    PEFT silently skips names without a layer.
-
-    Raises
-    ------
-    InputError
-        A name has no layer. The message lists the linear layers that the model has.
-    """
-    if settings.adapter.kind in ("prompt_tuning", "p_tuning", "prefix_tuning"):
-        return
-    targets = IA3_MODULES if settings.adapter.kind == "ia3" else settings.target_modules
-    head = model.get_output_embeddings()
-    names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
-    missing = [word for word in targets if not any(name == word or name.endswith(f".{word}") for name in names)]
-    if missing:
-        linear = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
-        setting, remedy = (
-            f"adapter.modules = {settings.adapter.modules!r}",
-            (f"name those to train in adapter.modules, such as [{', '.join(list(linear)[:2])}]"),
-        )
-        if settings.adapter.kind == "ia3":
-            setting, remedy = "method: ia3", "leave this method out for such a model"
-        raise InputError(
-            f"{setting}: {type(model).__name__} has no {', '.join(missing)}; its linear layers are "
-            f"{', '.join(linear)}: {remedy}"
-        )
-
-
-def share_out(model: PeftModel) -> None:
-    """Shard the frozen weights of every decoder layer over the processes (FSDP2).
-
-    Adapters, embeddings and head are not sharded. DDP averages the adapters' gradients as usual, and masks and
-    optimizer state are the same as in one process.
-    """
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    trained = {p for p in model.parameters() if p.requires_grad}
-    for layer in decoder_layers(model.get_base_model()):
-        fully_shard(layer, ignored_params=trained)
-    model._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in model.named_buffers())]
-
-
-def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """The decoder layers of a base model of any architecture."""
-    return model.get_submodule(decoder_layers_name(model))
-
-
-def _adapter_config(settings: Settings) -> PeftConfig:
-    adapter = settings.adapter
-    task = {"task_type": "CAUSAL_LM"}
-    modules = list(settings.target_modules)
-    virtual = {"num_virtual_tokens": adapter.virtual_tokens, **task}
-    if adapter.kind == "prompt_tuning":
-        return PromptTuningConfig(prompt_tuning_init="RANDOM", **virtual)
-    if adapter.kind == "p_tuning":
-        return PromptEncoderConfig(encoder_hidden_size=128, **virtual)
-    if adapter.kind == "prefix_tuning":
-        return PrefixTuningConfig(prefix_projection=False, **virtual)
-    if adapter.kind == "ia3":
-        return IA3Config(target_modules=list(IA3_MODULES), feedforward_modules=["down_proj"], **task)
-    if adapter.kind == "shira":
-        return ShiraConfig(r=adapter.r, target_modules=modules, random_seed=settings.seed, **task)
-    return LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.lora_alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=modules,
-        init_lora_weights={"normal": True, "lora": True}.get(adapter.init, adapter.init),
-        use_dora=adapter.kind == "dora",
-        bias="none",
-        **task,
-    )
-
-
-def save_adapter(model: PeftModel, folder: Path, initial: Path | None = None) -> None:
-    """Write `folder/adapter`, which `PeftModel.from_pretrained` loads over the original base.
-
-    Parameters
-    ----------
-    initial
-        Folder of the adapter before training (`save_pretrained`), for PiSSA and OLoRA, which change the base. `adapter`
-        then holds the change by training, as a LoRA of twice the rank, and `trainable` the adapter itself.
-    """
-    if initial is None:
-        model.save_pretrained(folder / "adapter")
-        return
-    model.save_pretrained(folder / "trainable")
-    # The conversion by PEFT changes the initial adapter's folder and the model's configuration, so use copies.
-    config = copy.deepcopy(model.peft_config["default"])
-    with tempfile.TemporaryDirectory() as scratch:
-        shutil.copytree(initial, scratch, dirs_exist_ok=True)
-        model.save_pretrained(folder / "adapter", path_initial_model_for_weight_conversion=scratch)
-    model.peft_config["default"] = config
-
-
-def restore_adapter(model: PeftModel, folder: Path) -> None:
-    """Load the weights that `save_adapter` wrote into a new adapter of the same settings."""
-    trainable = folder / "trainable"
-    set_peft_model_state_dict(model, load_peft_weights(str(trainable if trainable.is_dir() else folder / "adapter")))

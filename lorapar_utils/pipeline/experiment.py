@@ -61,7 +61,7 @@ def experiment(settings: Settings, name: str, seed: int) -> Record:
     if distributed.by_first(lambda: missing):
         if launch.are_to_start(settings):
             launch.launch("experiment", profile, name, seed)
-        elif spec.stages:
+        else:
             _check(settings, spec.stages, systems)
 
     adapted = AdaptedModel(settings, has_stages=bool(spec.stages))
@@ -83,7 +83,11 @@ def experiment(settings: Settings, name: str, seed: int) -> Record:
         outcomes[stage] |= _outcome(folder)
         folders.append(folder)
 
-    origin = max((origin_of(folder) for folder in folders), key=lambda origin: origin["created"])
+    origins = [origin_of(folder) for folder in folders]
+    newest = max(origins, key=lambda origin: origin["created"])
+    # Costs are those of the training, so its hardware is the record's.
+    hardware = origin_of(previous or folders[0])["hardware"]
+    origin = newest | {"hardware": hardware, "dirty": any(o["dirty"] for o in origins) or newest["dirty"]}
     path = settings.runs / "records" / f"{run}.json"
     distributed.by_first(
         lambda: write_record(experiment_record(settings, spec, run, outcomes, origin, examples.pool), path)

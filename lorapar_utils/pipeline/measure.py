@@ -1,15 +1,18 @@
-"""What is measured after a stage of an experiment, kept apart from its training: asking more trains nothing again."""
+"""What is measured after a stage of an experiment. It is kept apart from the training, so more can be asked later."""
 
 import json
 import time
 from pathlib import Path
 
-from lorapar_utils import distributed, evaluation
-from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, write_atomically
+from lorapar_utils import distributed, evaluation, models
+from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, libraries, origin, write_atomically
 from lorapar_utils.data.files import folder_hashes
 from lorapar_utils.models.identity import model_identity
 from lorapar_utils.pipeline.adapted import AdaptedModel
 from lorapar_utils.settings import Settings
+
+# Sections of `evaluation`, one a benchmark.
+BENCHMARKS = {"gsm8k", "mmlu", "humaneval"}
 
 
 def measure_inputs(settings: Settings, trained: str | None, held_out: list[dict], reinforces: bool) -> dict:
@@ -29,11 +32,13 @@ def measure_inputs(settings: Settings, trained: str | None, held_out: list[dict]
     asked = settings.evaluation
     return {
         "code": code_of(__file__),
+        "libraries": libraries(),
+        "dtype": str(models.compute_dtype(settings)),
         "model": model,
         "trained": trained,
         "data": fingerprint(held_out),
         "benchmarks": {name: folder_hashes(getattr(getattr(asked, name), "path", None)) for name in asked.benchmarks},
-        "evaluation": asked.model_dump(exclude={"watch_prompts", "watch_every"}),
+        "evaluation": asked.model_dump(exclude={"watch_prompts", "watch_every", *(BENCHMARKS - {*asked.benchmarks})}),
         "reinforces": reinforces,
         "speed": settings.shortcuts,
         "seed": settings.seed,
@@ -63,7 +68,7 @@ def measure(
     if distributed.by_first(lambda: is_whole(folder)):
         return
     model, tokenizer = adapted.after(stage)
-    began = time.time()
+    began, begun = time.time(), origin()
     outcome = {"items": evaluation.score_pool(model, tokenizer, test, settings), "pass": {}}
     if chains:
         sampled = evaluation.pass_at(model, tokenizer, chains, settings)
@@ -74,7 +79,7 @@ def measure(
     outcome["score_seconds"] = round(time.time() - began, 1)
 
     def keep():
-        with completed(folder, inputs) as scratch:
+        with completed(folder, inputs, begun) as scratch:
             write_atomically(scratch / "outcome.json", json.dumps(outcome))
 
     distributed.by_first(keep)

@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = load_profile(parser.parse_args(arguments).profile)
         examples = Examples(settings)
-        record_votes(settings, examples, retry=True)
+        if settings.voting.teachers:
+            record_votes(settings, examples, retry=True)
         record_scores(settings, examples)
     except InputError as error:
         print(f"InputError: {error}", file=sys.stderr)

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from transformers import PreTrainedTokenizerBase
 
 from lorapar_utils import distributed, models
-from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, write_atomically
+from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, libraries, origin, write_atomically
 from lorapar_utils.data import learnt_from
 from lorapar_utils.data.encoding import encode_examples
 from lorapar_utils.fast.architecture import rotation_limit
@@ -59,8 +59,10 @@ def _inputs(settings: Settings, systems: Systems) -> dict:
     del model["target_name"]  # only the teachers read it
     return {
         "code": code_of(__file__),
+        "libraries": libraries(),
+        "dtype": str(models.compute_dtype(settings)),
         "model": model,
-        # What the votes came to, not how: asking again with the same outcome makes nothing again.
+        # The outcome of the votes. Teachers may be asked again: with the same outcome, the scores stay current.
         **{f"system{k}": fingerprint(learnt_from(rows)) for k, rows in systems.items()},
         "adapter": settings.adapter.model_dump(),
         "importance": settings.importance.model_dump(include={"examples", "score"}),
@@ -71,11 +73,11 @@ def _inputs(settings: Settings, systems: Systems) -> dict:
 
 
 def _make_scores(settings: Settings, systems: Systems, folder: Path) -> None:
-    count = settings.importance.examples
+    count, begun = settings.importance.examples, origin()
     both = _score(settings, [_shuffled(systems[k], settings)[:count] for k in (1, 2)])
 
     def keep():
-        with completed(folder, _inputs(settings, systems)) as scratch:
+        with completed(folder, _inputs(settings, systems), begun) as scratch:
             for system, values in enumerate(both, start=1):
                 save_file(values, scratch / f"system{system}.safetensors")
 
@@ -122,6 +124,7 @@ def _stability_rows(settings: Settings, systems: Systems) -> list[dict]:
                 pair = _score(settings, [order[:n], order[n : 2 * n]], model)
                 about = {"system": system, "differ": "examples", "n": n, "draw": draw}
                 rows.append(about | _agreement(*pair, settings))
+    del model  # before the others are loaded
     largest = max(settings.importance.stability)
     samples = [_shuffled(systems[system], settings)[:largest] for system in systems]
     by_seed = [_score(drawn, samples) for drawn in seeded]
@@ -166,7 +169,7 @@ def _score(settings: Settings, samples: list[list[dict]], loaded: tuple | None =
     for rows in samples:
         examples = encode_examples(rows, tokenizer, settings)
         longest = max(len(example["input_ids"]) for example in examples)
-        # Beyond it a model rotates positions by the longest row of a batch, and scores would depend on the other rows.
+        # Beyond this limit a model rotates positions by the longest row of a batch, so scores would depend on that row.
         size = 1 if longest > rotation_limit(model.get_base_model()) else settings.importance.batch_size
         results.append(
             score_importance(

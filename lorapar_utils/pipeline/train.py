@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from lorapar_utils import distributed, training
-from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, write_atomically
+from lorapar_utils import distributed, models, training
+from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, libraries, origin, write_atomically
 from lorapar_utils.data import learnt_from
 from lorapar_utils.data.encoding import encode_examples
 from lorapar_utils.models.identity import model_identity
@@ -31,7 +31,7 @@ def stage_inputs(
     scores: str | None,
     watched: Sequence[dict],
 ) -> dict:
-    """What stage `number` (from 1) is trained from. What only later stages read is not among it.
+    """What stage `number` (from 1) is trained from. Settings that only later stages read are left out.
 
     Parameters
     ----------
@@ -45,6 +45,8 @@ def stage_inputs(
     kinds = set(spec.stages[:number])
     inputs = {
         "code": code_of(__file__),
+        "libraries": libraries(),
+        "dtype": str(models.compute_dtype(settings)),
         "model": model,
         "method": spec.method,
         "selection": spec.selection,
@@ -59,10 +61,12 @@ def stage_inputs(
     if "grpo" in spec.stages and watched:
         watch = settings.evaluation.model_dump(include={"watch_every", "max_new_tokens"})
         inputs["watch"] = watch | {"rows": fingerprint(watched)}
+    shares = settings.partition.model_dump() if scores is not None else {}
     if kinds & {"sft", "sft_all"}:
-        inputs |= {"alpha": settings.partition.alpha, "sft": settings.sft.model_dump()}
+        inputs |= {"alpha": shares.get("alpha"), "sft": settings.sft.model_dump()}
     if "grpo" in kinds:
-        inputs |= {"beta": settings.partition.beta, "grpo": settings.grpo.model_dump()}
+        # Where vLLM runs changes no completion.
+        inputs |= {"beta": shares.get("beta"), "grpo": settings.grpo.model_dump(exclude={"vllm_server", "vllm_memory"})}
     return inputs
 
 
@@ -90,7 +94,7 @@ def train(
     watch
         See `training.run_sft`.
     """
-    # Asked by one process, because the others could look after it has made the folder.
+    # One process decides for all, because another one could look when the folder has already been made.
     if distributed.by_first(lambda: is_whole(folder)):
         return
     model, tokenizer = adapted.after(previous)
@@ -101,8 +105,11 @@ def train(
         selected = partition()
         masks, jaccard = selected.stage_mask(2 if kind == "grpo" else 1), selected.jaccard
     run = training.run_grpo if kind == "grpo" else training.run_sft
-    checkpoints = folder.with_name(f".{folder.name}-steps")
-    began = time.time()
+    # A checkpoint of P-Tuning lacks the encoder (see `models.save_adapter`), so nothing can go on from it.
+    checkpoints = None if settings.adapter.kind == "p_tuning" else folder.with_name(f".{folder.name}-steps")
+    began, begun = time.time(), origin()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     adapted.trained_to(None)
     history = run(model, tokenizer, rows_of(kind, systems), masks, settings, checkpoints, watch)
     adapted.trained_to(folder)
@@ -117,12 +124,13 @@ def train(
     }
 
     def keep():
-        with completed(folder, inputs) as scratch:
+        with completed(folder, inputs, begun) as scratch:
             adapted.save(scratch)
             if partition is not None:
                 selected.save(scratch / "partition")
             write_atomically(scratch / "outcome.json", json.dumps(outcome))
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        if checkpoints is not None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
 
     distributed.by_first(keep)
 

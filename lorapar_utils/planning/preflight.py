@@ -39,8 +39,10 @@ def check_packages(settings: Settings) -> None:
 
 def check_data(settings: Settings) -> None:
     """Check the whole pool, also as tokens, the teachers' models, files and keys, and the benchmarks' files."""
-    if settings.voting.split_by == "votes" and not settings.voting.teachers:
-        raise InputError("voting.teachers: the list is empty; name at least one, or set voting.split_by: construction")
+    if not settings.voting.teachers:
+        votes = settings.voting.split_by == "votes"
+        remedy = ", or set voting.split_by: construction" if votes else ": the book's first chapter shows their votes"
+        raise InputError(f"voting.teachers: the list is empty; name at least one{remedy}")
     for teacher in settings.voting.teachers:
         if teacher.kind == "local" and teacher.source:
             own_model = teachers.over(teacher.source, teacher.gguf_file, settings)
