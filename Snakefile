@@ -32,6 +32,8 @@ def from_root(path):
 
 
 PROFILE_FILES = [from_root(path) for path in profile_files(SETTINGS.profile_argument)]
+# Local model, pool, votes and benchmarks. Snakemake takes what is in braces for a wildcard.
+LOCAL_FILES = [from_root(path) for path in SETTINGS.local_files() if not set("{}") & set(str(path))]
 
 
 def code(*files):
@@ -64,6 +66,7 @@ rule prepare:
     input:
         code=code("lorapar_utils/pipeline/prepare.py"),
         profile=PROFILE_FILES,
+        local=LOCAL_FILES,
     output:
         PREPARED,
     conda:

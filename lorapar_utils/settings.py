@@ -476,6 +476,12 @@ class Settings(Section):
         by_votes = self.voting.panel or "votes"
         return by_votes if self.voting.split_by == "votes" else self.voting.split_by
 
+    def local_files(self) -> list[Path]:
+        """The files behind all settings that name a local file or folder (see `PATHS`), hidden ones left out."""
+        places = [Path(value).expanduser() for keys in PATHS for value in _values_at(self.model_dump(), keys) if value]
+        files = [[place] if place.is_file() else sorted(place.rglob("*")) for place in places if place.exists()]
+        return [path for group in files for path in group if path.is_file() and not path.name.startswith(".")]
+
     def experiment_runs(self) -> list[tuple[str, int]]:
         """Every (experiment name, seed) of this profile, in order."""
         return [(name, seed) for name, spec in self.experiments.items() for seed in spec.seeds or self.seeds]
@@ -692,6 +698,15 @@ def _with_paths(content: Any, folders: Sequence[Path], keys: tuple = ()) -> Any:
         if os.path.isdir(path) or (os.path.isfile(path) and (keys[-1] == "path" or path.endswith(".gguf"))):
             return path
     return content
+
+
+def _values_at(content: Any, keys: tuple) -> list:
+    """The values at a path of `PATHS`; none where a key is absent."""
+    if not keys:
+        return [content]
+    if keys[0] == "*":
+        return [value for item in content for value in _values_at(item, keys[1:])]
+    return _values_at(content[keys[0]], keys[1:]) if keys[0] in content else []
 
 
 def _merge(base: dict, over: dict) -> dict:

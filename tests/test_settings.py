@@ -328,3 +328,16 @@ def test_lock_holds_every_direct_dependency_at_its_version():
 def test_bases_and_samplers_that_cannot_be_had_are_refused(overrides, message):
     with pytest.raises(InputError, match=message):
         load_profile("smoke", **overrides)
+
+
+def test_local_files_are_those_behind_every_path(tmp_path):
+    model, votes = tmp_path / "model", tmp_path / "votes.csv"
+    (model / "inner").mkdir(parents=True)
+    for path in (model / "config.json", model / "inner" / "weights.bin", model / ".hidden", votes):
+        path.write_text("{}")
+    teacher = {"name": "file", "kind": "recorded", "path": str(votes)}
+    settings = load_profile(
+        "smoke", model={"source": str(model)}, voting={"teachers": [teacher], "panels": {}, "panel": None}
+    )
+    assert settings.local_files() == [model / "config.json", model / "inner" / "weights.bin", votes]
+    assert load_profile("smoke").local_files() == []
