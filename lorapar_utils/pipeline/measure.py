@@ -7,12 +7,10 @@ from pathlib import Path
 from lorapar_utils import distributed, evaluation, models
 from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, libraries, origin, write_atomically
 from lorapar_utils.data.files import folder_hashes
+from lorapar_utils.evaluation.accuracy import BENCHMARKS
 from lorapar_utils.models.identity import model_identity
 from lorapar_utils.pipeline.adapted import AdaptedModel
 from lorapar_utils.settings import Settings
-
-# Sections of `evaluation`, one a benchmark.
-BENCHMARKS = {"gsm8k", "mmlu", "humaneval"}
 
 
 def measure_inputs(settings: Settings, trained: str | None, held_out: list[dict], reinforces: bool) -> dict:
@@ -38,7 +36,9 @@ def measure_inputs(settings: Settings, trained: str | None, held_out: list[dict]
         "trained": trained,
         "data": fingerprint(held_out),
         "benchmarks": {name: folder_hashes(getattr(getattr(asked, name), "path", None)) for name in asked.benchmarks},
-        "evaluation": asked.model_dump(exclude={"watch_prompts", "watch_every", *(BENCHMARKS - {*asked.benchmarks})}),
+        "evaluation": asked.model_dump(
+            exclude={"watch_prompts", "watch_every", *({*BENCHMARKS} - {*asked.benchmarks})}
+        ),
         "reinforces": reinforces,
         "speed": settings.shortcuts,
         "seed": settings.seed,
