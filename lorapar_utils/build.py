@@ -29,11 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cluster", default="", help="a folder of profiles/cluster: send the jobs there")
     parser.add_argument("--dry-run", action="store_true", help="show what it would take and what would run")
     parser.add_argument("--machine", default="here", help="of --dry-run: here, or a GPU of machines.yaml")
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        if chosen.dry_run:
-            print_plan(chosen.profile, chosen.machine)
-        return build(chosen.profile, chosen.cores, cluster=chosen.cluster, dry_run=chosen.dry_run)
+        if options.dry_run:
+            print_plan(options.profile, options.machine)
+        return build(options.profile, options.cores, cluster=options.cluster, dry_run=options.dry_run)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
@@ -143,14 +143,14 @@ def _check_writable(runs: Path) -> None:
 
 def _explain(logs: Path) -> None:
     """What went wrong, from the newest log: the message if there is one, else where to look."""
-    found = sorted(logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    newest_last = sorted(logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    if not newest_last:
         return
-    text = re.sub(r"\x1b\[[0-9;]*m", "", found[-1].read_text(encoding="utf-8", errors="replace"))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", newest_last[-1].read_text(encoding="utf-8", errors="replace"))
     message = re.findall(r"^(?:[\w.]+\.)?InputError: (.+)", text, re.M) or re.findall(
         r"^[\w.]+(?:Error|Warning): .+", text, re.M
     )
-    print(f"\n{message[-1] if message else 'The build stopped.'}\n(full log: {found[-1]})", file=sys.stderr)
+    print(f"\n{message[-1] if message else 'The build stopped.'}\n(full log: {newest_last[-1]})", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def measure_inputs(settings: Settings, trained: str | None, held_out: list[dict]
     model = model_identity(settings)
     del model["target_name"]  # only the teachers read it
     asked = settings.evaluation
+    unread = {"watch_prompts", "watch_every", *({*BENCHMARKS} - {*asked.benchmarks})}
     return {
         "code": code_of(__file__),
         "libraries": libraries(),
@@ -36,9 +37,7 @@ def measure_inputs(settings: Settings, trained: str | None, held_out: list[dict]
         "trained": trained,
         "data": fingerprint(held_out),
         "benchmarks": {name: folder_hashes(getattr(getattr(asked, name), "path", None)) for name in asked.benchmarks},
-        "evaluation": asked.model_dump(
-            exclude={"watch_prompts", "watch_every", *({*BENCHMARKS} - {*asked.benchmarks})}
-        ),
+        "evaluation": asked.model_dump(exclude=unread),
         "reinforces": reinforces,
         "speed": settings.shortcuts,
         "seed": settings.seed,

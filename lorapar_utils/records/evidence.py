@@ -61,9 +61,9 @@ def mean_outcomes(records: Iterable[Record], stage: str, system: int | None = No
     return {key: sum(values) / len(values) for key, values in scores.items()}
 
 
-def cite(name: str, found: Sequence[Record], link: Callable[[Record], str] | None) -> str:
+def cite(name: str, records: Sequence[Record], link: Callable[[Record], str] | None) -> str:
     """An experiment with its seeds, or "(no record)"; HTML if `link`, which gives a record's address, is not None."""
-    if not found:
+    if not records:
         return f"{name} (no record)"
 
     def entry(text: str, record: Record) -> str:
@@ -73,9 +73,9 @@ def cite(name: str, found: Sequence[Record], link: Callable[[Record], str] | Non
         )
         return text if link is None else f'<a class="result" href="{link(record)}" title="{title}">{text}</a>'
 
-    if len(found) == 1 and found[0].name == name.rpartition("/")[2]:
-        return entry(name, found[0])
-    seeds = ", ".join(entry(f"seed {record.run['seed']}", record) for record in found)
+    if len(records) == 1 and records[0].name == name.rpartition("/")[2]:
+        return entry(name, records[0])
+    seeds = ", ".join(entry(f"seed {record.run['seed']}", record) for record in records)
     return f"{name} ({seeds})"
 
 
