@@ -48,11 +48,14 @@ publish: $(VENV)/.installed
 	@$(PY) -m lorapar_utils.report.publish $(profile)
 
 # Complete or not at all: the mark is written last, and an interrupted install is continued.
-# torch comes first and alone: where a registry offers a CPU build under the same version, it is taken.
+# torch comes first, alone and by pip: where a registry offers a CPU build under the same version, it is taken. The rest
+# comes by uv, in a fifth of pip's time, or by pip where uv cannot be had.
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'Python 3.11 or newer is needed; set PYTHON=…')"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	($(PY) -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements.lock)" \
+	  && $(VENV)/bin/uv pip install --quiet --python $(PY) -r requirements.lock) \
+	  || $(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@

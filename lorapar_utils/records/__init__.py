@@ -1,16 +1,15 @@
 """Numbers with n, interval and provenance, as files; it must not import training, evaluation, pipeline or report."""
 
 from lorapar_utils.records.evidence import (
-    cite,
     common_seeds,
     companions,
     evidence,
     mean_outcomes,
     published_records,
-    record_link,
     score_after,
     with_longer,
 )
+from lorapar_utils.records.links import cite, record_link
 from lorapar_utils.records.record import (
     Record,
     claim_runs,

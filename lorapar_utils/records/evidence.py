@@ -1,6 +1,6 @@
-"""Which records belong together: this run's and the published ones, seeds that can be paired, a record's address."""
+"""Which records belong together: this run's and the published ones, and seeds that can be paired."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from lorapar_utils.records.intervals import Metric
 from lorapar_utils.records.record import Record, read_records
@@ -59,29 +59,3 @@ def mean_outcomes(records: Iterable[Record], stage: str, system: int | None = No
             if item["stage"] == stage and (system is None or item.get("system") == system):
                 scores.setdefault(item["id"], []).append(item.get("overlap", item["correct"]))
     return {key: sum(values) / len(values) for key, values in scores.items()}
-
-
-def cite(name: str, records: Sequence[Record], link: Callable[[Record], str] | None) -> str:
-    """An experiment with its seeds, or "(no record)"; HTML if `link`, which gives a record's address, is not None."""
-    if not records:
-        return f"{name} (no record)"
-
-    def entry(text: str, record: Record) -> str:
-        run = record.run
-        title = (
-            f"{record.name} of profile {run['profile']}, commit {(run['commit'] or 'none')[:10]}, made {run['created']}"
-        )
-        return text if link is None else f'<a class="result" href="{link(record)}" title="{title}">{text}</a>'
-
-    if len(records) == 1 and records[0].name == name.rpartition("/")[2]:
-        return entry(name, records[0])
-    seeds = ", ".join(entry(f"seed {record.run['seed']}", record) for record in records)
-    return f"{name} ({seeds})"
-
-
-def record_link(record: Record, settings: Settings) -> str:
-    """Address of `record` from `notebooks/`: in the runs of `settings.profile`, or among the published records."""
-    profile, name = record.run["profile"], f"{record.name}.json"
-    published = (project_root() / "results" / profile / name).is_file()
-    own = profile == settings.profile and ((settings.runs / "records" / name).is_file() or not published)
-    return f"../runs/{profile}/records/{name}" if own else f"../results/{profile}/{name}"

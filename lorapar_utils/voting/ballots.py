@@ -12,7 +12,6 @@ from pathlib import Path
 import datasets
 import diskcache
 import numpy as np
-import pandas as pd
 from filelock import Timeout
 from tqdm.auto import tqdm
 
@@ -23,7 +22,6 @@ from lorapar_utils.machine import lock
 CONTENT_FREE = {"prompt": "N/A", "answer": "N/A"}
 # A teacher that never answers is stopped after so many calls, before the whole pool is paid for.
 PROBATION = 16
-CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English, used by the dry run only
 
 
 @dataclass(frozen=True)
@@ -119,9 +117,9 @@ def vote(
         raise InputError("pool: example ids repeat; give every example its own id")
     examples = list(pool)
     columns: dict[str, list] = {}
-    keys = [_keys(teacher, examples) for teacher in teachers]
+    keys = [keys_of(teacher, examples) for teacher in teachers]
     for teacher, own_keys in zip(teachers, keys, strict=True):
-        if any(_kept(teacher, key, cache) is None for key in own_keys):
+        if any(kept_ballot(teacher, key, cache) is None for key in own_keys):
             teacher.check()
     polled: dict[int, list[Ballot]] = {}
     for number in sorted(range(len(teachers)), key=lambda number: teachers[number].max_tokens > 0):
@@ -171,41 +169,6 @@ def decide(votes: np.ndarray, *, quorum: int | None = None, tie: str | None = No
     if tie in ("system1", "system2"):
         system[(ones == twos) & (ones > 0)] = int(tie[-1])
     return system, larger / np.maximum(ones + twos, 1)
-
-
-def plan(pool: datasets.Dataset, teachers: Sequence[Teacher], cache: diskcache.Cache) -> pd.DataFrame:
-    """The cost of `vote` without asking: one row per teacher, with calls, tokens and maximal cost.
-
-    Prompt tokens are estimated from characters. Completion tokens are bounded by `max_tokens`, and estimated from the
-    teacher's cached answers, if any. A question that two examples or teachers share counts once.
-    """
-    rows = []
-    planned: set[str] = set()
-    for teacher in teachers:
-        keys = _keys(teacher, list(pool))
-        ballots = [_kept(teacher, key, cache) for key in keys]
-        texts = []
-        for example, key, ballot in zip(pool, keys, ballots, strict=True):
-            if ballot is None and (key is None or key not in planned):
-                texts.append(teacher.prompt(example))
-                planned |= {key} - {None}
-        answers = [ballot for ballot in ballots if ballot is not None]
-        prompts = round(sum(map(len, texts)) / CHARACTERS_PER_TOKEN)
-        bound = len(texts) * teacher.max_tokens
-        mean = np.mean([ballot.tokens_out for ballot in answers]) if answers else teacher.max_tokens
-        rows.append(
-            {
-                "teacher": teacher.name,
-                "examples": len(keys),
-                "already answered": len(answers),
-                "calls": len(texts) if teacher.max_tokens else 0,
-                "prompt tokens, about": prompts if teacher.max_tokens else 0,
-                "completion tokens, at most": bound,
-                "completion tokens, likely": round(len(texts) * float(mean)),
-                "cost, at most": round((prompts * teacher.price_in + bound * teacher.price_out) / 1e6, 4),
-            }
-        )
-    return pd.DataFrame(rows)
 
 
 def _ballots(
@@ -300,16 +263,17 @@ def _ask(
 
 
 def _known(teacher: Teacher, keys: Sequence[str | None], cache: diskcache.Cache) -> dict[int, Ballot]:
-    return {i: ballot for i, key in enumerate(keys) if (ballot := _kept(teacher, key, cache)) is not None}
+    return {i: ballot for i, key in enumerate(keys) if (ballot := kept_ballot(teacher, key, cache)) is not None}
 
 
-def _keys(teacher: Teacher, examples: Sequence[dict]) -> list[str | None]:
+def keys_of(teacher: Teacher, examples: Sequence[dict]) -> list[str | None]:
+    """The key in the cache of each example's ballot; None for a teacher that is not cached."""
     if teacher.key is None:
         return [None] * len(examples)
     return [fingerprint([teacher.key, teacher.prompt(example)]) for example in examples]
 
 
-def _kept(teacher: Teacher, key: str | None, cache: diskcache.Cache) -> Ballot | None:
+def kept_ballot(teacher: Teacher, key: str | None, cache: diskcache.Cache) -> Ballot | None:
     """The answer cached under `key`; None if missing, or cut off under a lower limit than the teacher's."""
     fields = None if key is None else cache.get(key)
     if fields is None:
@@ -364,5 +328,5 @@ def _calibrated(teacher: Teacher, ballots: Sequence[Ballot], cache: diskcache.Ca
     if not np.isfinite(margins).all():
         raise InputError(f"teacher {teacher.name!r}: a margin is NaN or infinite; check its model's dtype")
     if calibration == "content-free":
-        return margins - _ballots(teacher, [CONTENT_FREE], _keys(teacher, [CONTENT_FREE]), cache)[0].margin
+        return margins - _ballots(teacher, [CONTENT_FREE], keys_of(teacher, [CONTENT_FREE]), cache)[0].margin
     return margins - (margins.mean() if calibration == "pool" else 0.0)

@@ -1,0 +1,32 @@
+"""Links from pages to records."""
+
+from collections.abc import Callable, Sequence
+
+from lorapar_utils.records.record import Record
+from lorapar_utils.settings import Settings, project_root
+
+
+def record_link(record: Record, settings: Settings) -> str:
+    """Address of `record` from `notebooks/`: in the runs of `settings.profile`, or among the published records."""
+    profile, name = record.run["profile"], f"{record.name}.json"
+    published = (project_root() / "results" / profile / name).is_file()
+    own = profile == settings.profile and ((settings.runs / "records" / name).is_file() or not published)
+    return f"../runs/{profile}/records/{name}" if own else f"../results/{profile}/{name}"
+
+
+def cite(name: str, records: Sequence[Record], link: Callable[[Record], str] | None) -> str:
+    """An experiment with its seeds, or "(no record)"; HTML if `link`, which gives a record's address, is not None."""
+    if not records:
+        return f"{name} (no record)"
+
+    def entry(text: str, record: Record) -> str:
+        run = record.run
+        title = (
+            f"{record.name} of profile {run['profile']}, commit {(run['commit'] or 'none')[:10]}, made {run['created']}"
+        )
+        return text if link is None else f'<a class="result" href="{link(record)}" title="{title}">{text}</a>'
+
+    if len(records) == 1 and records[0].name == name.rpartition("/")[2]:
+        return entry(name, records[0])
+    seeds = ", ".join(entry(f"seed {record.run['seed']}", record) for record in records)
+    return f"{name} ({seeds})"
