@@ -14,6 +14,8 @@ from pathlib import Path
 
 import datasets
 import diskcache
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from api_server import Server, transformers_serve
 
 from lorapar_utils.errors import InputError
@@ -21,8 +23,6 @@ from lorapar_utils.models import files
 from lorapar_utils.settings import load_profile
 from lorapar_utils.voting import vote
 from lorapar_utils.voting.teachers import build_teachers
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 GOAL, REPEATS, LATENCY, CONCURRENCY = 20.0, 3, 0.2, 32
 
