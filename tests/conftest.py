@@ -83,7 +83,7 @@ KEEP = ("Makefile", "Snakefile", "environment.yml", "pyproject.toml", "requireme
 
 def copy_project(folder: Path) -> Path:
     """The project in a folder of its own, where `make` finds a complete .venv: the one that runs the tests."""
-    for name in ("lorapar_utils", "notebooks", "profiles", "book"):
+    for name in ("lorapar_utils", "notebooks", "profiles", "book", "results"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_build", "__pycache__"))
     for name in KEEP:
         if (ROOT / name).is_file():

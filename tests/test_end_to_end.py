@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import unquote
 
 import browser
 import jupytext
@@ -213,6 +214,19 @@ def explore(chromium, address):
     plain = chromium.new_context(java_script_enabled=False).new_page()
     plain.goto(address)
     assert plain.frame_locator("iframe").locator("noscript img").is_visible()
+
+
+@pytest.mark.slow
+def test_no_link_of_the_book_is_dead(built):
+    """Of every page: pages, records, images, styles, scripts."""
+    html = built / "book/_build/html"
+    dead = {}
+    for page in html.glob("*.html"):
+        links = re.findall(r'(?:href|src)="([^"#?]+)', page.read_text(encoding="utf-8"))
+        local = {link for link in links if not re.match(r"[a-z]+:|//", link)}
+        dead[page.name] = sorted(link for link in local if not (html / unquote(link)).exists())
+    assert sum(len(links) for links in dead.values()) == 0, dead
+    assert any("_static/records/cpu-full/" in page.read_text() for page in html.glob("*.html"))
 
 
 @pytest.mark.slow

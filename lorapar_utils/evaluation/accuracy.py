@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from functools import partial
 
 from accelerate.utils import gather_object
-from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,12 +14,10 @@ from lorapar_utils.data import answers
 from lorapar_utils.data.answers import answers_match, mentions
 from lorapar_utils.data.encoding import answer_ids, end_tokens, prompt_ids
 from lorapar_utils.errors import InputError
-from lorapar_utils.evaluation.benchmarks import benchmark_tasks, score_harness
 from lorapar_utils.evaluation.humaneval import check_allowed, score_humaneval
 from lorapar_utils.fast.completions import complete, uniform
 from lorapar_utils.fast.decoding import whole_base
 from lorapar_utils.fast.label_scores import reply_log_probs
-from lorapar_utils.fast.lm_eval_model import LeanLM
 from lorapar_utils.records import Record, intervals, new_record
 from lorapar_utils.records.intervals import Metric
 from lorapar_utils.settings import Settings
@@ -79,6 +76,12 @@ def benchmark_items(
     if benchmark == "humaneval":
         score = partial(score_humaneval, model, tokenizer, settings)
     else:
+        # Here, because lm-eval takes seconds to import.
+        from lm_eval.models.huggingface import HFLM
+
+        from lorapar_utils.evaluation.benchmarks import score_harness
+        from lorapar_utils.fast.lm_eval_model import LeanLM
+
         kind = LeanLM if "lm_eval_model" in settings.shortcuts else HFLM
         lm = kind(pretrained=model, tokenizer=tokenizer, batch_size=settings.evaluation.batch_size)
         score = partial(score_harness, lm, benchmark, settings)
@@ -98,6 +101,8 @@ def check_benchmarks(settings: Settings) -> None:
         if name == "humaneval":
             check_allowed(settings)
         else:
+            from lorapar_utils.evaluation.benchmarks import benchmark_tasks  # here, because lm-eval takes seconds
+
             benchmark_tasks(name, settings)
 
 

@@ -14,7 +14,16 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from lorapar_utils.fast.architecture import rotation_limit
 from lorapar_utils.fast.checks import shortcuts_of
-from lorapar_utils.fast.decoding import Choose, answering, decode, has_virtual_tokens, left_padded, read, whole_base
+from lorapar_utils.fast.decoding import (
+    Choose,
+    answering,
+    decode,
+    has_virtual_tokens,
+    left_padded,
+    read,
+    read_prefix,
+    whole_base,
+)
 
 
 @torch.no_grad()
@@ -74,7 +83,7 @@ def next_token_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) 
     """Logits of the token after each prompt, shape (prompts, vocabulary), in the dtype of the base."""
     with answering(model):
         if shortcuts_of(model).completions and max(map(len, prompts)) <= rotation_limit(model):
-            return read(model, prompts)[0]
+            return read(model, prompts, read_prefix(model, prompts))[0]
         logits = [model(input_ids=torch.tensor([prompt], device=model.device)).logits[0, -1] for prompt in prompts]
         return torch.stack(logits)
 

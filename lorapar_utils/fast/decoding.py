@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -39,7 +40,7 @@ def decode(
     rows = torch.arange(len(completions), device=model.device)
     # As in training, adapters are stored in fp32 and multiplied in the dtype of the base.
     with answering(model), whole_base(model):
-        logits, mask, cache = read(model, prompts, max_new_tokens)
+        logits, mask, cache = read(model, prompts, read_prefix(model, prompts, max_new_tokens))
         if samples > 1:
             cache.batch_repeat_interleave(samples)
             logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
@@ -60,25 +61,37 @@ def decode(
     return completions
 
 
-def read(model: PreTrainedModel, prompts, room: int = 0) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-    """Logits after each prompt (prompts, vocabulary), attention mask and cache. A shared prefix is read once.
+class Prefix(NamedTuple):
+    """The number of tokens that prompts share at their beginning, and the cache after these tokens."""
 
-    The caller will generate `room` more tokens.
-    """
-    cache = DynamicCache(config=model.config)
+    length: int
+    cache: DynamicCache
+
+
+def read_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[int]], room: int = 0) -> Prefix:
+    """Read the prefix that all prompts share, once. `room` more tokens will follow each prompt."""
     # Leave at least one token out of the shared prefix, so that each prompt gives logits.
     shortest = min(map(len, prompts)) - 1
     shared = next((i for i in range(shortest) if len({prompt[i] for prompt in prompts}) > 1), shortest)
     # Padding comes after the shared prefix and would push this prefix out of an attention window.
     windowed = max(map(len, prompts)) + room > attention_window(model)
     shared = 0 if windowed or len(prompts) == 1 else shared
-    ids, mask = left_padded([prompt[shared:] for prompt in prompts], 0, model.device)
+    cache = DynamicCache(config=model.config)
     if shared:
-        prefix = torch.tensor([prompts[0][:shared]], device=model.device)
-        _next(model, prefix, torch.ones_like(prefix), cache)
-        cache.batch_repeat_interleave(len(prompts))
-        mask = torch.cat([mask.new_ones(len(prompts), shared), mask], 1)
-    return _next(model, ids, mask, cache), mask, cache
+        tokens = torch.tensor([prompts[0][:shared]], device=model.device)
+        _next(model, tokens, torch.ones_like(tokens), cache)
+    return Prefix(shared, cache)
+
+
+def read(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], prefix: Prefix
+) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+    """Logits after each prompt (prompts, vocabulary), attention mask and cache. The prefix's cache is used up."""
+    ids, mask = left_padded([prompt[prefix.length :] for prompt in prompts], 0, model.device)
+    if prefix.length:
+        prefix.cache.batch_repeat_interleave(len(prompts))
+        mask = torch.cat([mask.new_ones(len(prompts), prefix.length), mask], 1)
+    return _next(model, ids, mask, prefix.cache), mask, prefix.cache
 
 
 def _next(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:

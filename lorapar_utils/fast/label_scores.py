@@ -4,7 +4,8 @@
 prompts are batched, a shared prefix is read once, and a label may have several tokens. A test checks that both agree.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorapar_utils.data.encoding import PLAIN_TEMPLATE, question_ids
 from lorapar_utils.fast.architecture import rotation_limit
 from lorapar_utils.fast.checks import answer_logits, shortcuts_of
-from lorapar_utils.fast.decoding import answering, has_virtual_tokens
+from lorapar_utils.fast.decoding import answering, has_virtual_tokens, read, read_prefix
 from lorapar_utils.fast.shared_prefix import hidden_before
 
 TOKENS = 1024  # scored at a time, to limit the memory for logits
@@ -29,11 +30,43 @@ def label_margins(
 
     A question becomes one user turn, or fills `plain_template` if the model has no chat template.
     """
+    margins: dict[int, float] = {}
+    for rows, values in margins_in_batches(model, tokenizer, questions, labels, plain_template, len(questions)):
+        margins |= zip(rows, values, strict=True)
+    return [margins[i] for i in range(len(questions))]
+
+
+@torch.inference_mode()
+def margins_in_batches(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    labels: tuple[str, str],
+    plain_template: str,
+    batch_size: int,
+) -> Iterator[tuple[list[int], list[float]]]:
+    """The margins of `label_margins`, batch by batch, each with the indices of its questions.
+
+    What all questions begin with, such as a teacher's persona, is read once for all of them. Where each label is one
+    token, a question is read once for both labels.
+    """
     prompts = [question_ids(question, tokenizer, plain_template=plain_template) for question in questions]
     replies = [tokenizer(label, add_special_tokens=False).input_ids for label in labels]
-    # Bundles read a question once for both labels, and the teacher's persona once for many questions.
-    totals = reply_log_probs(model, [(prompt, reply) for reply in replies for prompt in prompts])
-    return [second - first for first, second in zip(totals[: len(prompts)], totals[len(prompts) :], strict=True)]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    longest = max(map(len, prompts))
+    single = all(len(reply) == 1 for reply in replies) and not has_virtual_tokens(model)
+    if single and shortcuts_of(model).completions and longest <= rotation_limit(model):
+        with answering(model):
+            prefix = read_prefix(model, prompts)
+            for rows in batches:
+                logits = read(model, [prompts[i] for i in rows], copy.deepcopy(prefix))[0].float()
+                yield rows, (logits[:, replies[1][0]] - logits[:, replies[0][0]]).tolist()
+        return
+    for rows in batches:
+        # Bundles read a question once for both labels, and what questions begin with once for some of them.
+        first, second = (reply_log_probs(model, [(prompts[i], reply) for i in rows]) for reply in replies)
+        yield rows, [b - a for a, b in zip(first, second, strict=True)]
 
 
 @torch.inference_mode()

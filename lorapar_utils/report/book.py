@@ -61,11 +61,12 @@ def assemble(settings: Settings, experiment: Path) -> Path:
 
 
 def _copy_records(settings: Settings, target: Path) -> None:
-    """Copy the records that pages link to, one folder per profile: this run's, and the published profiles'."""
-    published = project_root() / "results"
-    shutil.copytree(settings.runs / "records", target / settings.profile)
-    for path in published.glob(f"{settings.profile}-*"):
-        shutil.copytree(path, target / path.name)
+    """Copy the records that pages may link to, one folder per profile: all that are published, then this run's."""
+    without_items = shutil.ignore_patterns("*.items.jsonl")
+    for path in (project_root() / "results").glob("*/"):
+        shutil.copytree(path, target / path.name, ignore=without_items)
+    own = target / settings.profile
+    shutil.copytree(settings.runs / "records", own, ignore=without_items, dirs_exist_ok=True)
 
 
 def build(settings: Settings, source: Path) -> int:

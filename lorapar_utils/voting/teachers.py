@@ -16,7 +16,6 @@ from lorapar_utils.models.identity import model_identity
 from lorapar_utils.settings import ApiTeacher, LocalTeacher, RecordedTeacher, Settings
 from lorapar_utils.voting import Ballot, Teacher
 from lorapar_utils.voting.recorded import read_votes_file, recorded_teacher
-from lorapar_utils.voting.servers import server_address, server_teacher
 
 # Fields that shape no answer: names, keys, prices and limits.
 LOGISTICS = {"name", "api_key_env", "price_in", "price_out"}
@@ -59,6 +58,8 @@ def identity(section: LocalTeacher | ApiTeacher | RecordedTeacher, settings: Set
         return {"kind": "recorded", "sha256": hashlib.sha256(read_votes_file(section)).hexdigest()}
     shaping = section.model_dump(exclude=LOGISTICS)
     if section.kind == "api":
+        from lorapar_utils.voting.servers import server_address  # here, because openai takes a second
+
         return shaping | {"base_url": server_address(section)}
     model = model_identity(over(section.source, section.gguf_file, settings))
     model.pop("system_prompt")  # teachers get no system prompt
@@ -104,21 +105,20 @@ def _local(section: LocalTeacher, settings: Settings, load: Callable) -> Teacher
     prompt = functools.partial(teacher_prompt, section, settings=settings)
 
     def ask(asked: Sequence[dict], answered: Callable[[int, Ballot], None]) -> None:
-        from lorapar_utils.fast.label_scores import label_margins
+        from lorapar_utils.fast.label_scores import margins_in_batches
 
         model, tokenizer = load(section.source, section.gguf_file)
-        texts = [prompt(example) for example in asked]
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of similar length need little padding
+        texts, plain = [prompt(example) for example in asked], settings.model.plain_template
         size = settings.voting.batch_size
-        for batch in (order[start : start + size] for start in range(0, len(order), size)):
-            plain = settings.model.plain_template
-            margins = label_margins(model, tokenizer, [texts[i] for i in batch], section.labels, plain)
-            for i, margin in zip(batch, margins, strict=True):
+        for rows, margins in margins_in_batches(model, tokenizer, texts, section.labels, plain, size):
+            for i, margin in zip(rows, margins, strict=True):
                 answered(i, Ballot(margin=margin))
 
     return Teacher(section.name, fingerprint(identity(section, settings)), prompt, ask)
 
 
 def _server(section: ApiTeacher, settings: Settings) -> Teacher:
+    from lorapar_utils.voting.servers import server_teacher  # here, because openai takes a second
+
     prompt = functools.partial(teacher_prompt, section, settings=settings)
     return server_teacher(section, fingerprint(identity(section, settings)), prompt)

@@ -280,3 +280,20 @@ def test_what_was_damaged_is_made_again_and_comes_out_the_same(project, saved_mo
     after = experiment(chosen, "alpha1.0_beta1.0", 0)
     assert [item["completion"] for item in after.items] == [item["completion"] for item in before.items]
     assert after.metric("stage2/accuracy") == before.metric("stage2/accuracy")
+
+
+def test_two_runs_give_equal_records(project, saved_model):
+    runs = [experiment(settings(saved_model, profile=name), "alpha1.0_beta1.0", 0) for name in ("one", "other")]
+    metrics, tables = (
+        [
+            {key: value for key, value in run.result[block].items() if not key.endswith(("seconds", "bytes"))}
+            for run in runs
+        ]
+        for block in ("metrics", "tables")
+    )
+    assert metrics[0] == metrics[1] and runs[0].items == runs[1].items
+    assert [without_times(table) for table in tables[0].values()] == [without_times(t) for t in tables[1].values()]
+
+
+def without_times(history):
+    return [{key: value for key, value in entry.items() if "time" not in key} for entry in history]
