@@ -2,6 +2,7 @@
 
 import ast
 import html
+import os
 import re
 import shlex
 import sys
@@ -146,5 +147,7 @@ def _quiet() -> None:
     """Silence warnings that a reader cannot act on."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|trl)")
     warnings.filterwarnings("ignore", message=".*IProgress not found.*")
+    # For a notebook that imports transformers later, and for one that has.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if "transformers" in sys.modules:
         sys.modules["transformers"].logging.set_verbosity_error()
