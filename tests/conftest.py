@@ -153,3 +153,17 @@ def why_not() -> str:
     except InputError as error:
         return str(error)
     return ""
+
+
+def generated(model, prompt, end, limit):
+    """The greedy completion of one prompt by transformers."""
+    ids = torch.tensor([prompt])
+    found = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=limit,
+        eos_token_id=end,
+        pad_token_id=0,
+    )
+    return found[0, len(prompt) :].tolist()

@@ -59,14 +59,15 @@ def margins_in_batches(
     if single and shortcuts_of(model).completions and longest <= rotation_limit(model):
         with answering(model):
             prefix = read_prefix(model, prompts)
-            for rows in batches:
+        for rows in batches:
+            with answering(model):
                 logits = read(model, [prompts[i] for i in rows], copy.deepcopy(prefix))[0].float()
-                yield rows, (logits[:, replies[1][0]] - logits[:, replies[0][0]]).tolist()
+            yield rows, (logits[:, replies[1][0]] - logits[:, replies[0][0]]).tolist()
         return
     for rows in batches:
-        # Bundles read a question once for both labels, and what questions begin with once for some of them.
-        first, second = (reply_log_probs(model, [(prompts[i], reply) for i in rows]) for reply in replies)
-        yield rows, [b - a for a, b in zip(first, second, strict=True)]
+        # In one call, so that a bundle reads a question once for both labels.
+        totals = reply_log_probs(model, [(prompts[i], reply) for reply in replies for i in rows])
+        yield rows, [b - a for a, b in zip(totals[: len(rows)], totals[len(rows) :], strict=True)]
 
 
 @torch.inference_mode()

@@ -1,24 +1,11 @@
 """Completions: greedy ones equal `model.generate`'s, drawn ones follow the model's distribution."""
 
 import torch
-from conftest import make_tiny_model
+from conftest import generated, make_tiny_model
 
 from lorapar_utils.fast.completions import _draw, complete, next_token_logits, uniform
 
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 8], [12, 13]]
-
-
-def generated(model, prompt, end, limit):
-    ids = torch.tensor([prompt])
-    found = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=limit,
-        eos_token_id=end,
-        pad_token_id=0,
-    )
-    return found[0, len(prompt) :].tolist()
 
 
 def test_samples_follow_the_model_and_each_prompt_has_its_own():

@@ -5,7 +5,7 @@ import importlib
 import datasets
 import pytest
 import torch
-from conftest import make_tiny_base, make_tiny_model, make_tiny_policy, make_tiny_tokenizer
+from conftest import generated, make_tiny_base, make_tiny_model, make_tiny_policy, make_tiny_tokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tiny_training import train
@@ -167,19 +167,6 @@ def test_hidden_states_and_gradients_equal_those_of_padded_rows(side, attention)
 # --- completions: transformers' generate ---------------------------------------------------------------------------
 
 PROMPTS = [[5, 9, 11], [7], [3, 4, 5, 6, 8], [12, 13]]
-
-
-def generated(model, prompt, end, limit):
-    ids = torch.tensor([prompt])
-    found = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=limit,
-        eos_token_id=end,
-        pad_token_id=0,
-    )
-    return found[0, len(prompt) :].tolist()
 
 
 def test_greedy_completions_equal_those_of_generate_whatever_ends_first():
