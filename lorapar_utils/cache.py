@@ -97,7 +97,8 @@ def completed(folder: Path, inputs: dict, begun: dict | None = None) -> Iterator
             except OSError:
                 if not is_whole(folder):
                     raise
-            print(f"wrote {os.path.relpath(folder)}")
+            else:
+                print(f"wrote {os.path.relpath(folder)}")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -30,7 +30,7 @@ def experiment(settings: Settings, name: str, seed: int) -> Record:
     -------
     Record
         Metrics `STAGE/system1`, `STAGE/system2`, `STAGE/accuracy`, … for STAGE in `base` (no training), `stage1`,
-        `stage2`; `active/stage1`, …; tables `history_STAGE` and `samples`; items with test outcomes.
+        `stage2`; `active/stage1`, …; tables `history_STAGE`; items with test outcomes.
 
     Raises
     ------

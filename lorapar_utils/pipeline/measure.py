@@ -4,12 +4,12 @@ import json
 import time
 from pathlib import Path
 
-from lorapar_utils import distributed, evaluation, models
-from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, libraries, origin, write_atomically
+from lorapar_utils import distributed, evaluation
+from lorapar_utils.cache import completed, fingerprint, is_whole, origin, write_atomically
 from lorapar_utils.data.files import folder_hashes
 from lorapar_utils.evaluation.accuracy import BENCHMARKS
-from lorapar_utils.models.identity import model_identity
 from lorapar_utils.pipeline.adapted import AdaptedModel
+from lorapar_utils.pipeline.inputs import common_inputs
 from lorapar_utils.settings import Settings
 
 
@@ -25,22 +25,15 @@ def measure_inputs(settings: Settings, trained: str | None, held_out: list[dict]
     reinforces
         Whether the experiment has a GRPO stage: only then are chains sampled for pass@k.
     """
-    model = model_identity(settings)
-    del model["target_name"]  # only the teachers read it
     asked = settings.evaluation
     unread = {"watch_prompts", "watch_every", *({*BENCHMARKS} - {*asked.benchmarks})}
     return {
-        "code": code_of(__file__),
-        "libraries": libraries(),
-        "dtype": str(models.compute_dtype(settings)),
-        "model": model,
+        **common_inputs(__file__, settings),
         "trained": trained,
         "data": fingerprint(held_out),
         "benchmarks": {name: folder_hashes(getattr(getattr(asked, name), "path", None)) for name in asked.benchmarks},
         "evaluation": asked.model_dump(exclude=unread),
         "reinforces": reinforces,
-        "speed": settings.shortcuts,
-        "seed": settings.seed,
     }
 
 

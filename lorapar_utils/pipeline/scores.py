@@ -11,14 +11,14 @@ from scipy.stats import spearmanr
 from transformers import PreTrainedTokenizerBase
 
 from lorapar_utils import distributed, models
-from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, libraries, origin, write_atomically
+from lorapar_utils.cache import completed, fingerprint, is_whole, origin, write_atomically
 from lorapar_utils.data import learnt_from
 from lorapar_utils.data.encoding import encode_examples
 from lorapar_utils.fast.architecture import rotation_limit
 from lorapar_utils.importance import score_importance
-from lorapar_utils.models.identity import model_identity
 from lorapar_utils.partition import Partition, build_partition, random_partition
 from lorapar_utils.pipeline import launch
+from lorapar_utils.pipeline.inputs import common_inputs
 from lorapar_utils.settings import Settings
 
 Scores = dict[str, torch.Tensor]
@@ -55,20 +55,13 @@ def scores_folder(settings: Settings, systems: Systems) -> Path:
 
 
 def _inputs(settings: Settings, systems: Systems) -> dict:
-    model = model_identity(settings)
-    del model["target_name"]  # only the teachers read it
     return {
-        "code": code_of(__file__),
-        "libraries": libraries(),
-        "dtype": str(models.compute_dtype(settings)),
-        "model": model,
+        **common_inputs(__file__, settings),
         # The outcome of the votes. Teachers may be asked again: with the same outcome, the scores stay current.
         **{f"system{k}": fingerprint(learnt_from(rows)) for k, rows in systems.items()},
         "adapter": settings.adapter.model_dump(),
         "importance": settings.importance.model_dump(include={"examples", "score"}),
         "sft": settings.sft.model_dump(include={"max_length", "long_rows"}),
-        "speed": settings.shortcuts,
-        "seed": settings.seed,
     }
 
 
@@ -97,8 +90,9 @@ def stability(settings: Settings, systems: Systems) -> list[dict]:
     """
     folder = stability_folder(settings, systems)
     if not is_whole(folder):
+        begun = origin()
         rows = _stability_rows(settings, systems) if settings.importance.stability else []
-        with completed(folder, _stability_inputs(settings, systems)) as scratch:
+        with completed(folder, _stability_inputs(settings, systems), begun) as scratch:
             write_atomically(scratch / "stability.json", json.dumps(rows))
     return json.loads((folder / "stability.json").read_text(encoding="utf-8"))
 

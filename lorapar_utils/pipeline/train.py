@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from lorapar_utils import distributed, models, training
-from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, libraries, origin, write_atomically
+from lorapar_utils import distributed, training
+from lorapar_utils.cache import completed, fingerprint, is_whole, origin, write_atomically
 from lorapar_utils.data import learnt_from
 from lorapar_utils.data.encoding import encode_examples
-from lorapar_utils.models.identity import model_identity
 from lorapar_utils.partition import Partition
 from lorapar_utils.pipeline.adapted import AdaptedModel
+from lorapar_utils.pipeline.inputs import common_inputs
 from lorapar_utils.settings import ExperimentSection, Settings
 
 # Kind of a stage -> the systems whose examples it trains on.
@@ -40,21 +40,14 @@ def stage_inputs(
     watched
         Validation rows that are answered while a stage trains: their outcomes are in its history.
     """
-    model = model_identity(settings)
-    del model["target_name"]  # only the teachers read it
     kinds = set(spec.stages[:number])
     inputs = {
-        "code": code_of(__file__),
-        "libraries": libraries(),
-        "dtype": str(models.compute_dtype(settings)),
-        "model": model,
+        **common_inputs(__file__, settings),
         "method": spec.method,
         "selection": spec.selection,
         "stages": spec.stages[:number],
         "systems": {k: fingerprint(learnt_from(rows)) for k, rows in systems.items()},
         "adapter": settings.adapter.model_dump(),
-        "speed": settings.shortcuts,
-        "seed": settings.seed,
     }
     if scores is not None:
         inputs |= {"scores": scores, "theta": settings.partition.theta}

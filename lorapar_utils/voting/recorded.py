@@ -89,7 +89,7 @@ def _rows(where: str, data: bytes) -> list[tuple[int, str, str]]:
 def _parquet_table(where: str, data: bytes) -> list[tuple[int, list[str]]]:
     try:
         frame = pd.read_parquet(io.BytesIO(data))
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:  # the last is how Arrow refuses a kind of Parquet
         raise InputError(f"{where} is not readable as Parquet ({error}); name {WANTED}") from None
     frame = frame.reset_index() if "id" in frame.index.names else frame
     frame = frame.astype(object).where(frame.notna(), "")

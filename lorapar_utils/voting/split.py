@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from lorapar_utils import data, voting
-from lorapar_utils.cache import code_of, completed, fingerprint, is_whole
+from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, origin
 from lorapar_utils.errors import InputError
 from lorapar_utils.machine import lock
 from lorapar_utils.models.identity import model_identity
@@ -43,6 +43,7 @@ def votes(settings: Settings, *, pool: datasets.Dataset | None = None, retry: bo
         voted = datasets.Dataset.from_parquet(str(file))
         if not (retry and any(voted["failed"])):
             return _decided(voted, settings)
+    begun = origin()
     with _vote_cache() as cache:
         electorate = teachers.build_teachers(settings, list(questions))
         voted = voting.vote(questions, electorate, cache, calibration=settings.voting.calibration)
@@ -50,7 +51,7 @@ def votes(settings: Settings, *, pool: datasets.Dataset | None = None, retry: bo
         with lock(Path(cache.directory) / "writing.lock"):
             if retry:
                 shutil.rmtree(folder, ignore_errors=True)
-            with completed(folder, inputs) as scratch:
+            with completed(folder, inputs, begun) as scratch:
                 voted.to_parquet(scratch / "votes.parquet")
     if failed := sum(voted["failed"]):
         print(f"{failed} calls failed and count as abstentions; run this phase again to repeat them")

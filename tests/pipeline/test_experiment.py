@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lorapar_utils import data, evaluation, training
 from lorapar_utils.errors import InputError
 from lorapar_utils.models.identity import model_identity
-from lorapar_utils.pipeline import measure, scores, train
+from lorapar_utils.pipeline import inputs
 from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.experiment import experiment
 from lorapar_utils.pipeline.measure import measure_inputs
@@ -92,18 +93,18 @@ def test_a_setting_of_stage_2_trains_stage_2_alone_again(project, saved_model, t
 
 @pytest.mark.parametrize(
     ("phase", "again"),
-    [("split", []), ("scores", ["run_sft", "run_grpo"]), ("train", ["run_sft", "run_grpo"]), ("measure", [])],
+    [("scores", ["run_sft", "run_grpo"]), ("train", ["run_sft", "run_grpo"]), ("measure", [])],
 )
 def test_code_of_a_phase_that_changed_makes_it_anew_and_what_rests_on_it(
     project, saved_model, trained, scored, monkeypatch, phase, again
 ):
-    """Which files are the code of a phase: see `test_cache`. Votes rest on no code where none are cast."""
-    module = {"split": split, "scores": scores, "train": train, "measure": measure}[phase]
+    """Which files are the code of a phase: see `test_cache`."""
     before = experiment(settings(saved_model), "alpha1.0_beta1.0", 0)
     trained.clear(), scored.clear()
-    monkeypatch.setattr(module, "code_of", lambda file: "other code")
+    real = inputs.code_of
+    monkeypatch.setattr(inputs, "code_of", lambda file: "other" if Path(file).stem == phase else real(file))
     after = experiment(settings(saved_model), "alpha1.0_beta1.0", 0)
-    assert trained == again and len(scored) == (0 if phase == "split" else 2)
+    assert trained == again and len(scored) == 2
     assert after.result["tables"].keys() == before.result["tables"].keys()
     assert [item["completion"] for item in after.items] == [item["completion"] for item in before.items]
 
@@ -122,12 +123,12 @@ def test_code_of_a_phase_that_changed_makes_it_anew_and_what_rests_on_it(
     ],
 )
 def test_what_a_stage_rests_on(project, saved_model, changed, from_stage):
-    def inputs(own):
+    def both_stages(own):
         spec = own.experiments["alpha1.0_beta1.0"]
         systems = Examples(own).systems
         return [stage_inputs(own, spec, number, systems, "scores", []) for number in (1, 2)]
 
-    pairs = zip(inputs(settings(saved_model)), inputs(settings(saved_model, **changed)), strict=True)
+    pairs = zip(both_stages(settings(saved_model)), both_stages(settings(saved_model, **changed)), strict=True)
     assert [one == other for one, other in pairs] == [number < from_stage for number in (1, 2)]
 
 
