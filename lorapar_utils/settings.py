@@ -511,7 +511,7 @@ def project_root() -> Path:
     raise InputError(f"no profiles/defaults.yaml above {Path.cwd()} or {package}: run from a clone of the project")
 
 
-def load_profile(name_or_path: str | os.PathLike = "cpu", **overrides: Any) -> Settings:
+def load_profile(name_or_path: str | os.PathLike = "laptop", **overrides: Any) -> Settings:
     """Read a profile over the defaults and validate it.
 
     Relative paths in a profile (see `PATHS`) start at the profile's folder, else at the project's root, so they mean
@@ -521,7 +521,7 @@ def load_profile(name_or_path: str | os.PathLike = "cpu", **overrides: Any) -> S
     Parameters
     ----------
     name_or_path
-        `smoke`, `cpu`, … (a file of `profiles/`), or the path of a YAML file anywhere.
+        `smoke`, `laptop`, … (a file of `profiles/`), or the path of a YAML file anywhere.
     **overrides
         Values that replace the profile's: a setting (`seed=1`), a short name (`theta`, `alpha`, `modules`, …), or keys
         of a section as a dict (`sft={"epochs": 1}`). `None` keeps the profile's value.
@@ -568,7 +568,7 @@ def _parent(chain: Sequence[Path], named: object) -> Path:
     where = f"{child}: extends = {named!r}"
     trail = " -> ".join([*(path.name for path in chain), str(named)])
     if not isinstance(named, str) or not named.strip():
-        raise InputError(f"{where} is no name; give that of one profile, as in `extends: cpu` ({trail})")
+        raise InputError(f"{where} is no name; give that of one profile, as in `extends: laptop` ({trail})")
     parent = _profile_at(named, child.parent)
     if named == "defaults" or (parent and parent.samefile(defaults)):
         raise InputError(f"{where}: every profile starts from the defaults; leave the line out ({trail})")
@@ -660,7 +660,7 @@ def _read_yaml(path: Path) -> dict:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if content is None or content == {}:
-        raise InputError(f"{path}: the file is empty; begin it with `extends: cpu` or the settings that it changes")
+        raise InputError(f"{path}: the file is empty; begin it with `extends: laptop` or the settings that it changes")
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected 'key: value' lines, found {_kind(content)}")
     for key in ("profile", "profile_file"):
@@ -710,9 +710,16 @@ def _values_at(content: Any, keys: tuple) -> list:
 
 
 def _merge(base: dict, over: dict) -> dict:
-    """Merge sections key by key. Lists, scalars, experiments (with grids) and panels are replaced as a whole."""
+    """Merge sections key by key. Lists, scalars, experiments (with grids) and panels are replaced as a whole.
+
+    A list under `key+` is added to the list under `key`, as in `teachers+: [my own]`.
+    """
     merged = {key: value for key, value in base.items() if key != "grids" or "experiments" not in over}
     for key, value in over.items():
+        longer = key[:-1] if str(key).endswith("+") else None
+        if longer and isinstance(value, list) and isinstance(merged.get(longer), list):
+            merged[longer] = merged[longer] + value
+            continue
         whole = key in ("experiments", "panels") or not isinstance(value, dict) or not isinstance(base.get(key), dict)
         merged[key] = value if whole else _merge(base[key], value)
     return merged

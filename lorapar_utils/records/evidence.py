@@ -1,4 +1,4 @@
-"""Which records belong together: this run's and the published ones, and seeds that can be paired."""
+"""Which records belong together: the published evidence, this run's records, and seeds that can be paired."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,34 +6,39 @@ from lorapar_utils.records.intervals import Metric
 from lorapar_utils.records.record import Record, read_records
 from lorapar_utils.settings import Settings, project_root
 
+# Folders of `results/` with the published evidence -> what their records' names begin with. Of two records with one
+# name the first counts. Profiles `cpu…` came before `study`; each table says whose records it shows.
+EVIDENCE = {
+    "study": "",
+    "cpu": "",
+    "cpu-full": "",
+    "cpu-chains": "cpu-chains/",
+    "cpu-elsewhere": "cpu-elsewhere/",
+}
+
 
 def published_records(profile: str) -> list[Record]:
     """The committed records of `profile`, in name order; empty if none was published."""
     return list(read_records(project_root() / "results" / profile).values())
 
 
-def evidence(settings: Settings) -> dict[str, Record]:
-    """The records that claims are judged by: this run's and the published `<profile>-full` (see `with_longer`)."""
-    return with_longer(read_records(settings.runs / "records"), settings.profile)
+def evidence() -> dict[str, Record]:
+    """The published records on which every statement of the book rests, whatever profile built it."""
+    records: dict[str, Record] = {}
+    for profile, prefix in EVIDENCE.items():
+        for record in published_records(profile):
+            records.setdefault(f"{prefix}{record.name}", record)
+    return records
 
 
-def with_longer(own: dict[str, Record], profile: str) -> dict[str, Record]:
-    """`own` plus the published records of profile `<profile>-full`; where both have a record, `own` wins."""
-    return {record.name: record for record in published_records(f"{profile}-full")} | own
+def pooled(records: dict[str, Record]) -> dict[str, Record]:
+    """Those of `evidence` that were made from one pool; tables pair no others."""
+    return {name: record for name, record in records.items() if "/" not in name}
 
 
-def companions(profile: str) -> dict[str, Record]:
-    """Published records of the profiles that vary `profile`, such as `<profile>-chains`, by `<profile>-chains/<name>`.
-
-    Profile `<profile>-full` is left out, because `with_longer` adds those records to `profile`'s own.
-    """
-    folders = [path for path in sorted((project_root() / "results").glob(f"{profile}-*")) if path.is_dir()]
-    return {
-        f"{folder.name}/{record.name}": record
-        for folder in folders
-        if folder.name != f"{profile}-full"
-        for record in published_records(folder.name)
-    }
+def own_records(settings: Settings) -> dict[str, Record]:
+    """The records of this run: of `runs/<profile>/`, by name."""
+    return read_records(settings.runs / "records")
 
 
 def common_seeds(sides: Sequence[Sequence[Record]]) -> list[list[Record]]:
