@@ -2,12 +2,12 @@
 
 from lorapar_utils.records.evidence import (
     common_seeds,
-    companions,
     evidence,
     mean_outcomes,
+    own_records,
+    pooled,
     published_records,
     score_after,
-    with_longer,
 )
 from lorapar_utils.records.links import cite, record_link
 from lorapar_utils.records.record import (
@@ -26,15 +26,15 @@ __all__ = [
     "claim_runs",
     "command",
     "common_seeds",
-    "companions",
     "evidence",
     "mean_outcomes",
     "new_record",
+    "own_records",
+    "pooled",
     "published_records",
     "read_record",
     "read_records",
     "record_link",
     "score_after",
-    "with_longer",
     "write_record",
 ]

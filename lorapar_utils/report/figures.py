@@ -1,6 +1,7 @@
 """Figures from records, in one style, without training and torch."""
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,11 +11,11 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import FancyBboxPatch
 
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, read_records, with_longer
+from lorapar_utils.records import Record, evidence, pooled, read_records
 from lorapar_utils.records.intervals import Metric
 from lorapar_utils.report import tables
 
@@ -40,6 +41,24 @@ SCORES = {"system1": ("System 1", 1), "system2": ("System 2", 2), "overlap": ("o
 def use_style() -> None:
     """Set the style of all figures (`lorapar.mplstyle`), after a reset of matplotlib's defaults."""
     plt.style.use(["default", Path(__file__).with_name("lorapar.mplstyle")])
+
+
+def _of_each(width: float, height: float) -> Callable:
+    """Make a drawing of one record into one of several: one under the other, each under the name of its profile."""
+
+    def decorate(draw: Callable[[SubFigure, Record], None]) -> Callable[..., Figure]:
+        @functools.wraps(draw)
+        def drawn(*records: Record) -> Figure:
+            figure = plt.figure(figsize=(width, height * len(records)), layout="constrained")
+            for part, record in zip(figure.subfigures(len(records), squeeze=False).flat, records, strict=True):
+                draw(part, record)
+                if len(records) > 1:
+                    part.suptitle(f"profile {record.run['profile']}", x=0.01, ha="left", fontsize="medium")
+            return figure
+
+        return drawn
+
+    return decorate
 
 
 # Boxes of the pipeline: phase -> (left, bottom, text), in a figure 12 wide and 3.6 high.
@@ -110,11 +129,12 @@ def _arrow(start: tuple[float, float], end: tuple[float, float]) -> dict:
     return {"xy": ends[0], "xytext": ends[1], "arrowprops": {"arrowstyle": "-|>", "color": "#555555", "linewidth": 1.4}}
 
 
-def votes_by_steps(record: Record) -> Figure:
+@_of_each(7, 3.8)
+def votes_by_steps(figure: SubFigure, record: Record) -> None:
     """Share of examples voted System 2 against reasoning steps by construction, for each teacher and the majority."""
     rows = pd.DataFrame(record.result["tables"]["by_steps"])
     panel = rows[rows["teacher"] == "majority"].set_index("steps")
-    figure, axes = plt.subplots(figsize=(7, 3.8))
+    axes = figure.subplots()
     axes.bar(range(len(panel)), panel["system2_share"], color=SYSTEM_COLOURS[2], alpha=0.45, label="majority")
     for i, row in enumerate(panel.itertuples()):
         axes.text(i, 1.03, f"n={row.n}", ha="center", fontsize="small")
@@ -124,10 +144,10 @@ def votes_by_steps(record: Record) -> Figure:
     axes.set_xticks(range(len(panel)), panel.index)
     axes.set(xlabel="reasoning steps of the example", ylabel="share voted System 2", ylim=(0, 1.12))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
 
 
-def split_accuracy(record: Record) -> Figure:
+@_of_each(7, 4.2)
+def split_accuracy(figure: SubFigure, record: Record) -> None:
     """How often each teacher and each panel agrees with the construction labels; chance is one half."""
     metrics = record.metrics
     singles = {key.removeprefix("accuracy/"): metrics[key] for key in metrics if key.startswith("accuracy/")}
@@ -137,7 +157,7 @@ def split_accuracy(record: Record) -> Figure:
         for row in record.result["tables"]["panels"]
         if row["accuracy"] and row["n"] > 1
     }
-    figure, axes = plt.subplots(figsize=(7, 0.38 * (len(singles) + len(panels)) + 1.2))
+    axes = figure.subplots()
     for y, (label, metric) in enumerate([*singles.items(), *panels.items()]):
         errors = [[error] for error in metric.errors()]
         colour = SYSTEM_COLOURS[1] if label in singles else SYSTEM_COLOURS[2]
@@ -146,29 +166,29 @@ def split_accuracy(record: Record) -> Figure:
     axes.axvline(0.5, color="#555555", linestyle="--", linewidth=1)
     axes.invert_yaxis()
     axes.set(xlabel="agreement with the construction labels (95 % interval)", xlim=(0.2, 1))
-    return figure
 
 
-def reliability(record: Record) -> Figure:
+@_of_each(6, 4)
+def reliability(figure: SubFigure, record: Record) -> None:
     """P(System 2) from the margin against the share of System 2; a calibrated teacher is on the diagonal."""
     rows = pd.DataFrame(record.result["tables"]["reliability"])
     if rows.empty:
         raise KeyError("voting: margins")
-    figure, axes = plt.subplots(figsize=(6, 4))
+    axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#555555", linestyle="--", linewidth=1, label="calibrated")
     for i, (name, points) in enumerate(rows.groupby("teacher", sort=False)):
         axes.plot(points["said"], points["share"], marker=MARKERS[i % len(MARKERS)], linewidth=1.2, label=name)
     axes.set(xlabel="P(System 2) from the calibrated margin", ylabel="share that is System 2", ylim=(0, 1), xlim=(0, 1))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
 
 
-def importance_map(record: Record) -> Figure:
+@_of_each(10, 6)
+def importance_map(figure: SubFigure, record: Record) -> None:
     """Mean importance by layer and module for System 1, System 2, and their difference."""
     rows = pd.DataFrame(record.result["tables"]["map"])
     grid = rows.groupby(["layer", "module"], sort=False)[["system1", "system2"]].mean().reset_index()
     order = list(dict.fromkeys(rows["module"]))
-    figure, panels = plt.subplots(1, 3, figsize=(10, 6), sharey=True)
+    panels = figure.subplots(1, 3, sharey=True)
     maps = {f"System {s}": grid.pivot(index="layer", columns="module", values=f"system{s}")[order] for s in (1, 2)}
     top = max(float(values.to_numpy().max()) for values in maps.values())
     for axes, (title, values) in zip(panels, maps.items(), strict=False):
@@ -182,15 +202,14 @@ def importance_map(record: Record) -> Figure:
         axes.set_xticks([i + 0.5 for i in range(len(order))], [m.removesuffix("_proj") for m in order], rotation=60)
     for axes in panels[1:]:
         axes.set_ylabel("")
-    figure.tight_layout()
-    return figure
 
 
-def importance_by_matrix(record: Record) -> Figure:
+@_of_each(9, 3.4)
+def importance_by_matrix(figure: SubFigure, record: Record) -> None:
     """Mean importance of A and of B by module, for each system; the average element has importance one."""
     rows = pd.DataFrame(record.result["tables"]["map"])
     order = list(dict.fromkeys(rows["module"]))
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    panels = figure.subplots(1, 2, sharey=True)
     for axes, matrix in zip(panels, "AB", strict=True):
         means = rows[rows["matrix"] == matrix].groupby("module")[["system1", "system2"]].mean().loc[order]
         for system, offset in ((1, -0.2), (2, 0.2)):
@@ -200,14 +219,13 @@ def importance_by_matrix(record: Record) -> Figure:
         axes.axhline(1, color="#555555", linestyle="--", linewidth=1)
         axes.set(title=f"matrix {matrix}", ylabel="importance / mean" if matrix == "A" else "")
     panels[1].legend()
-    figure.tight_layout()
-    return figure
 
 
-def importance_by_rank(record: Record) -> Figure:
+@_of_each(9, 3)
+def importance_by_rank(figure: SubFigure, record: Record) -> None:
     """Mean importance of each rank of A and of B, for each system; the average element has importance one."""
     rows = pd.DataFrame(record.result["tables"]["by_rank"])
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
+    panels = figure.subplots(1, 2, sharey=True)
     for axes, matrix in zip(panels, "AB", strict=True):
         means = rows[rows["matrix"] == matrix]
         for system in (1, 2):
@@ -222,8 +240,6 @@ def importance_by_rank(record: Record) -> Figure:
         axes.set(title=f"matrix {matrix}", xlabel="rank", ylabel="importance / mean" if matrix == "A" else "")
     axes.set_ylim(bottom=0)
     panels[1].legend()
-    figure.tight_layout()
-    return figure
 
 
 def stability(rows: pd.DataFrame) -> Figure:
@@ -260,11 +276,12 @@ def stability(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def importance_scatter(record: Record) -> Figure:
+@_of_each(6, 5)
+def importance_scatter(figure: SubFigure, record: Record) -> None:
     """System 1 against System 2 importance of LoRA elements, coloured by region (the paper's figure)."""
     rows = pd.DataFrame(record.result["tables"]["scatter"])
     rows = rows[(rows["system1"] > 0) & (rows["system2"] > 0)]
-    figure, axes = plt.subplots(figsize=(6, 5))
+    axes = figure.subplots()
     for region, label in REGION_LABELS.items():
         share = record.metric(f"region/{region}").value
         points = rows[rows["region"] == region]
@@ -279,20 +296,19 @@ def importance_scatter(record: Record) -> Figure:
     title = f"Jaccard {record.metric('jaccard').value:.2f}, by chance {record.metric('jaccard_chance').value:.2f}"
     axes.set(xscale="log", yscale="log", xlabel="System 1 importance", ylabel="System 2 importance", title=title)
     axes.legend(loc="lower right", markerscale=2)
-    return figure
 
 
-def concentration(record: Record) -> Figure:
+@_of_each(6, 3.6)
+def concentration(figure: SubFigure, record: Record) -> None:
     """Share of the total importance against share of elements, most important first."""
     rows = pd.DataFrame(record.result["tables"]["concentration"])
-    figure, axes = plt.subplots(figsize=(6, 3.6))
+    axes = figure.subplots()
     for system, points in rows.groupby("system"):
         axes.plot(
             points["elements"], points["importance"], marker="o", color=SYSTEM_COLOURS[system], label=f"System {system}"
         )
     axes.set(xlabel="share of LoRA elements, most important first", ylabel="share of importance", ylim=(0, 1.03))
     axes.legend()
-    return figure
 
 
 def theta_curve(records: list[Record]) -> Figure:
@@ -328,7 +344,8 @@ def theta_curve(records: list[Record]) -> Figure:
     return figure
 
 
-def learning_curves(record: Record) -> Figure:
+@_of_each(11, 5.5)
+def learning_curves(figure: SubFigure, record: Record) -> None:
     """Loss of SFT; reward, entropy, length and idle groups of GRPO; validation accuracy of both, by step."""
     histories = [rows for key, rows in sorted(record.result["tables"].items()) if key.startswith("history_") and rows]
     sft = [rows for rows in histories if "mean_token_accuracy" in rows[0]]
@@ -336,15 +353,13 @@ def learning_curves(record: Record) -> Figure:
     panels = [(sft, "loss", "SFT loss"), (grpo, "reward", "GRPO reward"), (grpo, "entropy", "GRPO entropy (nats)")]
     panels += [(grpo, "completions/mean_length", "completion length (tokens)")]
     panels += [(grpo, "frac_reward_zero_std", "groups without advantage")]
-    figure, grid = plt.subplots(2, 3, figsize=(11, 5.5))
+    grid = figure.subplots(2, 3)
     for axes, (stages, key, title) in zip(grid.flat, panels, strict=False):
         for rows in stages:
             points = [(row["step"], float(row[key])) for row in rows if key in row]
             axes.plot(*zip(*points, strict=True), color=SYSTEM_COLOURS[1 if stages is sft else 2])
         axes.set(title=title, xlabel="step")
     _validation_curves(grid.flat[-1], histories)
-    figure.tight_layout()
-    return figure
 
 
 def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
@@ -451,6 +466,11 @@ def two_stage_records(records: dict[str, Record]) -> list[Record]:
     return sorted(experiments, key=lambda r: (len(r.run["parameters"]["stages"]), r.name))
 
 
+def main_records(records: dict[str, Record]) -> list[Record]:
+    """The headline: the base model, LoRA-PAR, and LoRA with all elements."""
+    return [r for r in two_stage_records(records) if r.run["parameters"]["sweep"] == "two_stage" or r.name == "base-seed0"]
+
+
 def stage1_records(records: dict[str, Record]) -> list[Record]:
     """Experiments on theta: those that begin with SFT on the profile's own System 1 examples."""
     experiments = [r for r in two_stage_records(records) if r.run["parameters"]["stages"][:1] == ["sft"]]
@@ -471,34 +491,26 @@ FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "stability": lambda records: stability(pd.DataFrame(records["stability"].result["tables"]["stability"])),
     "theta_curve": lambda records: theta_curve(stage1_records(records)),
     "learning_curves": lambda records: learning_curves(records["lorapar-seed0"]),
-    "stage_accuracy": lambda records: stage_accuracy(two_stage_records(records)),
+    "stage_accuracy": lambda records: stage_accuracy(main_records(records)),
     "pareto": lambda records: pareto(list(records.values())),
 }
-# Figures that also use the records of profile `<profile>-full`.
-LONGER = ("stability", "theta_curve", "pareto")
-
-
 # Format -> metadata that makes the bytes of two runs equal.
 FORMATS = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 
 
 def save_all(
     records: dict[str, Record],
-    joined: dict[str, Record],
     folder: Path,
     names: Sequence[str] = tuple(FIGURES),
     formats: Sequence[str] = tuple(FORMATS),
 ) -> list[Path]:
-    """Draw the figures `names` in each format, if their records exist; the same records give the same bytes.
-
-    The figures in `LONGER` are drawn from `joined`, which is `records.with_longer` of `records`.
-    """
+    """Draw the figures `names` in each format, if their records exist; the same records give the same bytes."""
     use_style()
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name in names:
         try:
-            figure = FIGURES[name](joined if name in LONGER else records)
+            figure = FIGURES[name](records)
         except KeyError as missing:
             print(f"{name}: skipped, there is no record {missing}")
             continue
@@ -514,23 +526,19 @@ def save_all(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m lorapar_utils.report.figures results/cpu figures`: regenerate every figure from records.
-
-    The theta curve, stability and the Pareto front also use the records of the longer profile (`results/cpu-full`).
-    """
+    """`python -m lorapar_utils.report.figures figures`: every figure, from the published records or those of a folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("records", type=Path)
     parser.add_argument("figures", type=Path)
+    parser.add_argument("--records", type=Path, help="such as runs/laptop/records; without it, the published evidence")
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="FIGURE")
     formats = FigureCanvasBase.get_supported_filetypes()
     parser.add_argument("--formats", nargs="+", choices=formats, default=list(FORMATS), metavar="FORMAT")
     options = parser.parse_args(arguments)
-    records = read_records(options.records)
+    records = read_records(options.records) if options.records else pooled(evidence())
     if not records:
-        print(f"{options.records}: no records; run `make book` and `make publish` first", file=sys.stderr)
+        print(f"{options.records or 'results'}: no records; run `make book` and `make publish` first", file=sys.stderr)
         return 2
-    joined = with_longer(records, options.records.name)
-    for path in save_all(records, joined, options.figures, options.only, options.formats):
+    for path in save_all(records, options.figures, options.only, options.formats):
         print(path)
     return 0
 
