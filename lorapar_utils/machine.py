@@ -30,17 +30,27 @@ def threads_from_environment(default: int) -> int:
     return min(threads or default, usable_cores())
 
 
+# Instruction sets that decide in which dtype and how fast a CPU computes, as Linux names them (x86, then ARM).
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
+
+
 def hardware() -> dict:
-    """The processor, its number of cores, and the GPU, None without one or before torch is imported."""
+    """The processor, its instruction sets and cores, and the GPU, None without one or before torch is imported.
+
+    The sets are those of `INSTRUCTIONS`; only Linux tells them.
+    """
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
     cpu = platform.processor() or platform.machine()
+    flags: set[str] = set()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
         models = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
         cpu = models[0] if models else cpu
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu}
+        flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+    known = [name for name in INSTRUCTIONS if name in flags]
+    return {"cpu": cpu, "instructions": known, "cores": os.cpu_count(), "gpu": gpu}
 
 
 def lock(path: Path, timeout: float = -1) -> AcquireReturnProxy:

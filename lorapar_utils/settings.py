@@ -370,6 +370,7 @@ class EvaluationSection(Section):
     pass_k_prompts: Positive
     watch_prompts: Annotated[int, Field(ge=0)]
     watch_every: Positive
+    published_items: Annotated[int, Field(ge=0)]
     run_model_code: bool
     benchmarks: tuple[Literal["gsm8k", "mmlu", "humaneval"], ...]
     gsm8k: Gsm8kSection

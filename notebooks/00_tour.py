@@ -20,22 +20,29 @@
 # - **Paper.** Section 3, in small.
 # - **Inputs.** Records of this clone's own runs, or the published ones.
 # - **Outputs.** None: nothing here is kept.
-# - **Cost.** A minute. The first use of the model converts it once (another minute).
+# - **Cost.** A minute; `make book` has cast the votes before, else the teachers are asked first. The first use of the model converts it once.
 
 # %% tags=["parameters"]
-profile = "cpu"  # a file of profiles/, or a path
+profile = "laptop"  # a file of profiles/, or a path
+compute = True  # False: read the published records in the place of computing; no model is loaded
+questions = None  # a list of your own, such as ["What is the capital of France?", "What is 12 + 7 - 5 + 3?"]
 examples = 4  # of each system, to score
 theta = 0.9
 
 # %% tags=["hide-input"]
-from lorapar_utils.records import evidence, published_records
+import pandas as pd
+
+from lorapar_utils.records import evidence, own_records, pooled
 from lorapar_utils.report import figures, notebook, tables
 
 settings = notebook.start(profile=profile)
+from peft import PeftModel
+
 from lorapar_utils import data, evaluation, models
 from lorapar_utils.data.encoding import encode_examples
 from lorapar_utils.importance import score_importance
-from lorapar_utils.partition import build_partition
+from lorapar_utils.models.published import fits_published, published_adapters, published_items
+from lorapar_utils.partition import Partition, build_partition
 from lorapar_utils.pipeline.examples import Examples
 
 # %% [markdown]
@@ -47,43 +54,54 @@ figure = figures.pipeline()
 # %% [markdown]
 # ## What has been found so far
 #
-# Every table and figure is made from records: small files with metrics, intervals, and the command that made them. `runs/` holds this
-# clone's own, `results/` the published ones.
+# Every table and figure is made from records: small files with metrics, intervals, and the command that made them. `results/` holds the
+# published ones, `runs/` this clone's own.
 
 # %%
-records = {record.name: record for record in published_records(settings.profile)} | evidence(settings)
-main = [r for r in figures.two_stage_records(records) if r.run["parameters"]["sweep"] in ("baseline", "two_stage")]
-notebook.linked(tables.stage_table(main), main, settings)
+published, own = (figures.main_records(some) for some in (pooled(evidence()), own_records(settings)))
+notebook.linked(tables.stage_table(published, own), [*published, *own], settings)
 
 # %% [markdown]
-# ## Ask the model
+# ## Ask the model, before and after
 #
-# One question of each system, before any training. Change the questions.
+# `results/study/adapters/` holds two trained adapters: LoRA-PAR after both stages, and LoRA with all elements. They answer the same
+# questions as the model without an adapter. Set `questions` in the parameters cell to ask your own; an answer ends after
+# `evaluation.max_new_tokens`.
 
 # %%
-model, tokenizer = models.load_base(settings)
-drawn = Examples(settings)
-pool = [row for row in drawn.pool if row["split"] == "train"]
-# By how many steps a question was made with; where its source does not tell, by the teachers' votes.
-systems = [
-    [row for row in pool if data.construction_system(row["steps"]) == k][:examples] or drawn.systems[k][:examples]
-    for k in (1, 2)
-]
-asked = [rows[-1]["prompt"] for rows in systems]
-for question, [(answer, _)] in zip(asked, evaluation.generate(model, tokenizer, asked, settings), strict=True):
-    print(f"{question}\n  → {answer!r}")
+adapters = published_adapters() if not compute or fits_published(settings) else {}
+if compute:
+    model, tokenizer = models.load_base(settings)
+    rows = [row for row in Examples(settings).pool if row["split"] == "test"]
+    asked = questions or [
+        next((r["prompt"] for r in rows if data.construction_system(r["steps"]) in (k, 0)), None) for k in (1, 2)
+    ]
+    answers = {"question": asked}
+    answers["no adapter"] = [text for [(text, _)] in evaluation.generate(model, tokenizer, asked, settings)]
+    for name, folder in adapters.items():
+        model = PeftModel.from_pretrained(model, folder)
+        answers[name] = [text for [(text, _)] in evaluation.generate(model, tokenizer, asked, settings)]
+        model = model.unload()
+else:
+    answers = {name: pd.Series(published_items(folder)).str["completion"] for name, folder in adapters.items()}
+pd.DataFrame(answers).head(4)
 
 # %% [markdown]
-# ## Which elements matter to these few examples?
+# ## Which elements matter to a few examples?
 #
 # The adapter is fresh; nothing is trained. Change `examples`, and see the selection settle; the importance notebook shows how far.
 
 # %%
-model = models.attach_adapter(model, settings)
-scores = [
-    score_importance(model, encode_examples(rows, tokenizer, settings), batch_size=settings.importance.batch_size)
-    for rows in systems
-]
+if compute:
+    model = models.attach_adapter(model, settings)
+    scores = [
+        score_importance(
+            model,
+            encode_examples(rows[:examples], tokenizer, settings),
+            batch_size=settings.importance.batch_size,
+        )
+        for rows in Examples(settings).systems.values()
+    ]
 
 # %% [markdown]
 # ## Change theta
@@ -91,7 +109,10 @@ scores = [
 # This cell takes a second: change `theta`, `alpha` or `beta` and run it again.
 
 # %%
-partition = build_partition(*scores, theta=theta, alpha=1.0, beta=1.0)
+if compute:
+    partition = build_partition(*scores, theta=theta, alpha=1.0, beta=1.0)
+else:
+    partition = Partition.load(adapters["lorapar"] / "partition")
 print(
     f"Jaccard index {partition.jaccard:.2f}; active: "
     + ", ".join(f"{k} {v:.1%}" for k, v in partition.active_share.items())
@@ -102,7 +123,7 @@ partition.summary().groupby("module")[["system1_only", "system2_only", "shared",
 # ## Where to go from here
 #
 # - [Voting](01_voting.ipynb), [importance](02_importance.ipynb), [theta](03_theta_ablation.ipynb), [two stages](04_two_stage.ipynb),
-#   [benchmarks](05_benchmarks.ipynb), [claims](06_claims.ipynb): run from top to bottom. A finished phase is read back; one that you
+#   [benchmarks](05_benchmarks.ipynb), [claims](06_claims.ipynb), [your run beside the published one](07_your_run.ipynb): run from top to bottom. A finished phase is read back; one that you
 #   interrupt goes on where it stopped.
 # - [One training](experiment.ipynb): set `show_rollouts = 4` to read completions and rewards as it learns.
 # - Start with `profile = "smoke"`: everything in minutes, numbers that mean nothing.

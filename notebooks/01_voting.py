@@ -24,14 +24,14 @@
 # - **Cost.** One forward pass a local teacher and example; one call a server's. The first cell below says how many before any is made.
 
 # %% tags=["parameters"]
-profile = "cpu"  # a file of profiles/, or a path
+profile = "laptop"  # a file of profiles/, or a path
+compute = True  # False: read the published records in the place of computing; no model is loaded
 retry = True  # ask again where a call failed the last time
 
 # %% tags=["hide-input"]
 import pandas as pd
 
-from lorapar_utils.records import published_records
-from lorapar_utils.records.intervals import Metric
+from lorapar_utils.records import evidence, own_records, pooled
 from lorapar_utils.report import figures, notebook, tables
 
 settings = notebook.start(profile=profile)
@@ -54,7 +54,7 @@ figure = figures.pipeline("voting", "system1", "system2")
 # Nothing is asked twice: an answer is kept under teacher, prompt and example, as soon as it comes in.
 
 # %%
-split.voting_plan(settings)
+split.voting_plan(settings) if compute else None
 
 # %% [markdown]
 # ## Ask
@@ -64,10 +64,9 @@ split.voting_plan(settings)
 # of its two labels, less its mean over the pool. The larger side wins if it reaches the quorum; the rest is undecided and left out.
 
 # %%
-examples = Examples(settings)
-record = record_votes(settings, examples, retry=retry)
-voted = split.votes(settings, pool=examples.pool)
-voted.select_columns(["prompt", "answer", "steps", "votes", "system"]).to_pandas().head(8)
+record = record_votes(settings, Examples(settings), retry=retry) if compute else notebook.published(settings, "voting")
+published = evidence()["voting"]
+pd.DataFrame(record.items).head(8)[["prompt", "answer", "steps", "votes", "system"]]
 
 # %% [markdown]
 # ## Do the teachers agree?
@@ -75,18 +74,7 @@ voted.select_columns(["prompt", "answer", "steps", "votes", "system"]).to_pandas
 # Kappa and alpha are 0 for votes cast at random and 1 for unanimity. Intervals are bootstrapped over examples.
 
 # %%
-metrics = record.metrics
-pd.DataFrame(
-    [
-        {"": label, "value": tables.written(metrics.get(key), Metric.number)}
-        for label, key in {
-            "share voted System 1": "system1_share",
-            "undecided": "undecided",
-            "Fleiss' kappa": "kappa",
-            "Krippendorff's alpha": "alpha",
-        }.items()
-    ]
-).set_index("")
+tables.agreement_table(published, record)
 
 # %% [markdown]
 # ## Are they right?
@@ -95,20 +83,10 @@ pd.DataFrame(
 # means that a teacher's leaning carries no information about the steps.
 
 # %%
-pd.DataFrame(
-    [
-        {
-            "teacher": name,
-            "agrees with construction": tables.written(metrics.get(f"accuracy/{name}"), missing="–"),
-            "AUC": tables.written(metrics.get(f"auc/{name}"), Metric.number, "–"),
-            "abstained": tables.written(metrics.get(f"abstained/{name}"), missing="–"),
-        }
-        for name in [*(teacher.name for teacher in settings.voting.teachers), "majority"]
-    ]
-).set_index("teacher")
+tables.teacher_table(published, record)
 
 # %% mystnb={"image": {"alt": "Line and bar chart of the share of examples voted System 2 for each number of reasoning steps, by teacher and for the majority."}, "figure": {"caption": "A teacher that sees the steps rises from left to right. Bars: the majority of the panel.", "name": "fig-votes-by-steps"}}
-figure = figures.votes_by_steps(record)
+figure = figures.votes_by_steps(published, record)
 
 # %% [markdown]
 # ## How far can a margin be trusted?
@@ -119,12 +97,10 @@ figure = figures.votes_by_steps(record)
 # it sort them better than the votes do?
 
 # %% mystnb={"image": {"alt": "Reliability curves: share of System 2 examples against the probability that each teacher's margin states."}, "figure": {"caption": "Above the diagonal a teacher is too cautious about System 2, below it too eager; a flat line carries no information.", "name": "fig-reliability"}}
-if record.result["tables"]["reliability"]:
-    figure = figures.reliability(record)
+figure = figures.reliability(*(r for r in (published, record) if r.result["tables"]["reliability"]))
 
 # %%
-print("Summed margins, AUC:", tables.written(metrics.get("auc/margins"), Metric.number))
-tables.certain_table(record)
+tables.certain_table(published, record)
 
 # %% [markdown]
 # ## Who is asked, and how
@@ -132,12 +108,10 @@ tables.certain_table(record)
 # `moved` is the share of examples whose system differs from the profile's own split.
 
 # %% mystnb={"image": {"alt": "Dot plot of agreement with the construction labels, one row a teacher and a panel, with intervals."}, "figure": {"caption": "Single teachers (circles) and panels (squares) against the construction labels. Voting helps where the teachers are right more often than not, and err on different examples.", "name": "fig-split-accuracy"}}
-figure = figures.split_accuracy(record)
+figure = figures.split_accuracy(published, record)
 
 # %%
-panels = pd.DataFrame(record.result["tables"]["panels"])
-panels["accuracy"] = [tables.written(accuracy and Metric(**accuracy)) for accuracy in panels["accuracy"]]
-panels.round(2).set_index("panel")
+tables.panel_table(published, record)
 
 # %% [markdown]
 # ## Where they differ
@@ -154,14 +128,17 @@ pd.DataFrame(record.result["tables"]["disputed"])
 # %% [markdown]
 # ## Table 1: does a better split train a better model?
 #
-# Each split is partitioned at theta = 0.9 and trained by stage 1 alone; these are the published records of the `cpu-full` profile. The
+# Each split is partitioned at theta = 0.9 and trained by stage 1 alone; nothing is trained here. The
 # test set holds both systems in equal parts, and a random split puts both into stage 1, so it is a strong control here: a split by
 # votes keeps most System 2 examples for stage 2, which this table does not run. So read the gap on System 1, which is what stage 1 is meant
 # to teach, beside the gap on both. The paper's column is LLaMA-2-7B on GSM8K: compare the order, not the height.
 
 # %%
-splits_compared = [r for r in published_records("cpu-full") if r.run["parameters"].get("sweep") == "voting"]
-notebook.linked(tables.voting_table(splits_compared), splits_compared, settings)
+splits_compared, own = (
+    [r for r in records.values() if r.run["parameters"].get("sweep") == "voting"]
+    for records in (pooled(evidence()), own_records(settings))
+)
+notebook.linked(tables.voting_table(splits_compared, own), [*splits_compared, *own], settings)
 
 # %% [markdown]
 # ## What would change our mind
@@ -174,7 +151,7 @@ notebook.linked(tables.voting_table(splits_compared), splits_compared, settings)
 # What a profile's teachers would cost, and voting alone.
 #
 # ```bash
-# python -m lorapar_utils.voting.split cpu --dry-run
+# python -m lorapar_utils.voting.split laptop --dry-run
 # papermill notebooks/01_voting.ipynb out.ipynb -p profile smoke
 # ```
 
@@ -184,4 +161,4 @@ notebook.linked(tables.voting_table(splits_compared), splits_compared, settings)
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
 # %% tags=["hide-input"]
-notebook.sources([record, *splits_compared], settings)
+notebook.sources([published, record, *splits_compared, *own], settings)

@@ -23,7 +23,8 @@
 # - **Cost.** About one training pass over the scored examples.
 
 # %% tags=["parameters"]
-profile = "cpu"  # a file of profiles/, or a path
+profile = "laptop"  # a file of profiles/, or a path
+compute = True  # False: read the published records in the place of computing; no model is loaded
 seed = None  # None: the profile's
 theta = None
 alpha = None
@@ -34,16 +35,16 @@ modules = None  # QKV, GUD or QKVGUD
 import pandas as pd
 import torch
 
-from lorapar_utils.records import published_records
+from lorapar_utils.records import evidence
 from lorapar_utils.report import explorer, figures, notebook
 
-settings = notebook.start(profile=profile, seed=seed, theta=theta, alpha=alpha, beta=beta, modules=modules)
+changed = {"seed": seed, "theta": theta, "alpha": alpha, "beta": beta, "modules": modules}
+settings = notebook.start(profile=profile, **changed)
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from lorapar_utils import importance, models
-from lorapar_utils.data.encoding import encode_examples
-from lorapar_utils.partition import build_partition
 from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.prepare import record_scores
-from lorapar_utils.pipeline.scores import scores
 
 # %% [markdown]
 # ## The idea
@@ -66,21 +67,23 @@ figure = figures.pipeline("importance", "theta")
 #
 # ### The formula on two examples
 #
-# Plain PyTorch: one backward pass for each example, then the mean of the gradients and of their squares.
+# A LLaMA of two layers with random weights, and two examples of random tokens: small enough to see all of it. Plain PyTorch: one backward
+# pass for each example, then the mean of the gradients and of their squares.
 
 # %%
-base, tokenizer = models.load_base(settings)
-model = models.attach_adapter(base, settings).eval()  # without dropout
-examples = Examples(settings)
-two = encode_examples(examples.systems[2][:8], tokenizer, settings)[:2]
+torch.manual_seed(0)
+sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).requires_grad_(False)
+model = models.attach_adapter(base, settings.changed(adapter={"modules": "QKVGUD"})).eval()  # without dropout
+questions, answers = torch.randint(100, (2, 12)).tolist(), torch.randint(100, (2, 6)).tolist()
+two = [{"input_ids": q + a, "labels": [-100] * len(q) + a} for q, a in zip(questions, answers, strict=True)]
 
 # %%
 phi = importance.lora_parameters(model)
 g = {name: torch.zeros_like(p) for name, p in phi.items()}
 F = {name: torch.zeros_like(p) for name, p in phi.items()}
 for example in two:
-    ids = torch.tensor([example["input_ids"]], device=model.device)
-    labels = torch.tensor([example["labels"]], device=model.device)
+    ids, labels = (torch.tensor([example[key]]) for key in ("input_ids", "labels"))
     loss = model(input_ids=ids, labels=labels).loss
     gradients = torch.autograd.grad(loss, list(phi.values()))
     for name, gradient in zip(phi, gradients, strict=True):
@@ -91,30 +94,30 @@ for name, p in phi.items():
     I[name] = (g[name] * p - F[name] * p**2 / 2).abs().detach()
 
 # %% [markdown]
-# The package scores whole batches in one pass, without keeping any example's gradient. It has to come to the same numbers; in bf16, to the
-# same up to that format's rounding.
+# The package scores whole batches in one pass, without keeping any example's gradient. It has to come to the same numbers.
 
 # %%
 batched = importance.score_importance(model, two, batch_size=2)
 fast = torch.cat([batched[name].flatten() for name in phi])
 plain = torch.cat([I[name].flatten() for name in phi])
 difference = float((fast - plain).norm() / plain.norm())
-assert difference < (1e-4 if base.dtype == torch.float32 else 0.1)
+assert difference < 1e-5
 print(f"relative difference over {len(plain):,} elements: {difference:.1e}")
-del base, model, phi, g, F, I, batched, fast, plain
 
 # %% [markdown]
 # ### All examples
 
 # %%
-system1, system2 = scores(settings, examples.systems)
-partition = build_partition(system1, system2, **settings.partition.model_dump())
-# Records of other settings than the profile's are kept apart from those that the book is made of.
-is_profile = all(value is None for value in (seed, theta, alpha, beta, modules))
-record, *stable = record_scores(settings, examples, "records" if is_profile else "explored")
+published = evidence()["importance"]
+explored = {name: value for name, value in changed.items() if value is not None}
+if compute:
+    record, *_ = record_scores(settings, Examples(settings), explored)
+else:
+    record = notebook.published(settings, "importance")
 
 # %%
-partition.summary().groupby(["module", "matrix"])[
+shares = pd.DataFrame(record.result["tables"]["map"])
+shares.groupby(["module", "matrix"])[
     ["system1_only", "system2_only", "shared", "inactive", "stage1", "stage2"]
 ].mean().round(3)
 
@@ -124,21 +127,21 @@ partition.summary().groupby(["module", "matrix"])[
 # Scores are divided by their mean over all elements, so a value of one is average.
 
 # %% mystnb={"image": {"alt": "Three heat maps of layer against module: System 1 importance, System 2 importance, and their difference."}, "figure": {"caption": "Where importance concentrates; the third panel shows where the systems part.", "name": "fig-importance-map"}}
-figure = figures.importance_map(record)
+figure = figures.importance_map(published, record)
 
 # %% mystnb={"image": {"alt": "Bars of mean importance by module for matrix A and matrix B, System 1 beside System 2."}, "figure": {"caption": "A above B or B above A: which of a layer's two factors the importance sits in. The dashed line is the average element.", "name": "fig-importance-matrix"}}
-figure = figures.importance_by_matrix(record)
+figure = figures.importance_by_matrix(published, record)
 
 # %% mystnb={"image": {"alt": "Lines of mean importance against rank for matrices A and B, one line a system."}, "figure": {"caption": "Under a random initialisation the ranks are exchangeable, so the lines should be flat; olora and pissa order them.", "name": "fig-importance-rank"}}
-figure = figures.importance_by_rank(record)
+figure = figures.importance_by_rank(published, record)
 
 # %% [markdown]
 # ## Two systems, four regions
 
 # %% mystnb={"image": {"alt": "Scatter of System 1 against System 2 importance of LoRA elements, coloured by region."}, "figure": {"caption": "Elements near the diagonal serve both systems. Compare the Jaccard index with what chance gives.", "name": "fig-importance-scatter"}}
-figure = figures.importance_scatter(record)
+figure = figures.importance_scatter(published, record)
 # %% mystnb={"image": {"alt": "Curves of the share of importance held by the most important share of elements, one for each system."}, "figure": {"caption": "The steeper the curve, the fewer elements a given theta needs.", "name": "fig-concentration"}}
-figure = figures.concentration(record)
+figure = figures.concentration(published, record)
 
 # %% [markdown]
 # ## Move theta, alpha and beta
@@ -159,17 +162,17 @@ explorer.Page(
 # Two disjoint samples of n examples are scored under one adapter, three times over. If they disagree, the selected elements are a matter of
 # which examples were drawn. Crosses: the same examples under adapters of two seeds, where element j of the one has nothing to do with
 # element j of the other; only the matrices can agree. Two samples of one system are also the yardstick for the two systems: their Jaccard
-# index above says that they differ only as far as it lies below that of one system with itself. Run by the `cpu-full` profile; its
-# published record is shown where this run has none of its own.
+# index above says that they differ only as far as it lies below that of one system with itself. This is the published record; a
+# profile with `importance.stability` makes its own.
 
 # %% mystnb={"image": {"alt": "Three panels against the number of scored examples, by system: rank correlation of elements, of matrix means, and Jaccard index, for two samples of examples and for two adapters."}, "figure": {"caption": "The curves level off where more examples stop changing the selection. Where the crosses lie far below the lines, importance hangs on the draw of the adapter.", "name": "fig-stability"}}
-stable = stable or [record for record in published_records("cpu-full") if record.name == "stability"]
-steady = pd.DataFrame(stable[0].result["tables"]["stability"] if stable else [])
-figure = figures.stability(steady) if len(steady) else print("No stability record yet.")
+stable = evidence()["stability"]
+steady = pd.DataFrame(stable.result["tables"]["stability"])
+figure = figures.stability(steady)
 
 # %%
 agreements = ["rank_correlation", "by_matrix", "jaccard"]
-steady.groupby(["differ", "n", "system"])[agreements].mean().round(3).unstack() if len(steady) else None
+steady.groupby(["differ", "n", "system"])[agreements].mean().round(3).unstack()
 
 # %% [markdown]
 # ## What would change our mind
@@ -189,6 +192,4 @@ steady.groupby(["differ", "n", "system"])[agreements].mean().round(3).unstack() 
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
 # %% tags=["hide-input"]
-# What was explored here is kept apart from the records, in `explored`.
-behind = [r for r in (record, *stable) if is_profile or r.run["profile"] != settings.profile]
-notebook.sources(behind, settings)
+notebook.sources([published, stable, record], settings)

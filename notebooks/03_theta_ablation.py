@@ -18,19 +18,18 @@
 #
 # - **Question.** How does accuracy depend on theta, and does importance choose better than chance?
 # - **Paper.** Table 3.
-# - **Inputs.** Experiments that start with SFT on System 1, and the published ones of the longer profile (`cpu-full` beside `cpu`): more
-#   seeds, the full grid.
+# - **Inputs.** The published experiments that start with SFT on System 1; this run's beside them.
 # - **Outputs.** The table and figure below.
 # - **Cost.** None: nothing is trained here.
 
 # %% tags=["parameters"]
-profile = "cpu"  # a file of profiles/, or a path
+profile = "laptop"  # a file of profiles/, or a path
 
 # %% tags=["hide-input"]
 import pandas as pd
 import torch
 
-from lorapar_utils.records import evidence
+from lorapar_utils.records import evidence, own_records, pooled
 from lorapar_utils.report import claims, figures, notebook, tables
 
 settings = notebook.start(profile=profile)
@@ -82,12 +81,11 @@ pd.Series(counts, name="elements of 1000").to_frame().rename_axis("theta")
 # ## Accuracy by theta
 
 # %%
-notebook.experiment_records(settings, lambda spec: spec.stages[:1] == ("sft",) and spec.sweep in ("theta", "two_stage"))
-records = figures.stage1_records(evidence(settings))
-notebook.linked(tables.theta_table(records), records, settings)
+records, own = (figures.stage1_records(some) for some in (pooled(evidence()), own_records(settings)))
+notebook.linked(tables.theta_table(records, own), [*records, *own], settings)
 
 # %% mystnb={"image": {"alt": "Test accuracy with error bars against the share of active elements, one line for each way of selecting."}, "figure": {"caption": "At equal size (the same place from left to right), does importance beat the other ways of selecting?", "name": "fig-theta"}}
-figure = figures.theta_curve(records) if records else None
+figure = figures.theta_curve(records, own)
 
 # %% [markdown]
 # ## How to read it
@@ -99,7 +97,7 @@ figure = figures.theta_curve(records) if records else None
 
 # %%
 on_theta = [claim for claim in claims.load_claims() if claim["paper"] == "Table 3"]
-notebook.scoreboard(evidence(settings), settings, on_theta)
+notebook.scoreboard(settings, on_theta)
 
 # %% [markdown]
 # ## What would change our mind
@@ -118,4 +116,4 @@ notebook.scoreboard(evidence(settings), settings, on_theta)
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
 # %% tags=["hide-input"]
-notebook.sources(records, settings) if records else None
+notebook.sources([*records, *own], settings)

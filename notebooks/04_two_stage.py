@@ -18,18 +18,18 @@
 #
 # - **Question.** Does stage 2 add System 2 skill, and does stage 1's System 1 skill survive it?
 # - **Paper.** Section 3.4; Tables 2 and 7.
-# - **Inputs.** The two-stage experiments; for Table 2 the published records of `cpu-full`, for Table 7 those of `cpu-chains`.
+# - **Inputs.** The published two-stage experiments; this run's beside them.
 # - **Outputs.** Tables and curves below.
 # - **Cost.** None: nothing is trained here.
 
 # %% tags=["parameters"]
-profile = "cpu"  # a file of profiles/, or a path
+profile = "laptop"  # a file of profiles/, or a path
 
 # %% tags=["hide-input"]
 import pandas as pd
 import torch
 
-from lorapar_utils.records import published_records
+from lorapar_utils.records import evidence, own_records, pooled
 from lorapar_utils.report import figures, notebook, tables
 
 settings = notebook.start(profile=profile)
@@ -104,9 +104,9 @@ pd.DataFrame({"completion": completions, "reward": rewards, "advantage": advanta
 # Accuracy on the pool's test split after each stage.
 
 # %%
-records = notebook.experiment_records(settings, lambda spec: spec.sweep == "two_stage")
-base = notebook.experiment_records(settings, lambda spec: not spec.stages)
-notebook.linked(tables.stage_table([*base, *records]), [*base, *records], settings)
+published, here = evidence(), own_records(settings)
+records, own = figures.main_records(pooled(published)), figures.main_records(here)
+notebook.linked(tables.stage_table(records, own), [*records, *own], settings)
 
 # %% [markdown]
 # ## What stage 2 changed, item by item
@@ -114,7 +114,7 @@ notebook.linked(tables.stage_table([*base, *records]), [*base, *records], settin
 # The difference of stage 2 and stage 1 over the same test items: paired, with a bootstrap interval and McNemar's exact p.
 
 # %%
-notebook.linked(tables.gain_table(records), records, settings)
+notebook.linked(tables.gain_table([*records, *own]), [*records, *own], settings)
 
 # %% [markdown]
 # ## LoRA-PAR against LoRA at equal budget
@@ -128,7 +128,8 @@ notebook.linked(tables.budget_table(records), records, settings)
 # ## Learning curves
 
 # %% mystnb={"image": {"alt": "Six panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "A group whose completions all earn the same reward has no advantage and teaches nothing.", "name": "fig-learning"}}
-figure = figures.learning_curves(records[0]) if records else None
+reinforced = [r for r in (*records, *own) if r.run["parameters"]["method"] == "lorapar" and r.run["seed"] == 0]
+figure = figures.learning_curves(*reinforced)
 # %% [markdown]
 # ## Room to learn
 #
@@ -137,8 +138,13 @@ figure = figures.learning_curves(records[0]) if records else None
 # %%
 pd.DataFrame(
     [
-        {"experiment": record.run["parameters"]["title"], "stage and metric": key, "value": metric.percent()}
-        for record in records
+        {
+            "profile": record.run["profile"],
+            "experiment": record.run["parameters"]["title"],
+            "stage and metric": key,
+            "value": metric.percent(),
+        }
+        for record in (*records, *own)
         for key, metric in record.metrics.items()
         if "/pass@" in key
     ]
@@ -148,9 +154,7 @@ pd.DataFrame(
 # ## The same prompts, stage by stage
 
 # %%
-items = pd.DataFrame(
-    [{**item, "experiment": r.run["parameters"]["title"]} for r in [*base, *records[:1]] for item in r.items]
-)
+items = pd.DataFrame([item for r in records if r.name in ("base-seed0", "lorapar-seed0") for item in r.items])
 shown = items[
     items["id"].isin(
         items["id"].drop_duplicates().tolist()[:3] + items[items["system"] == 2]["id"].drop_duplicates().tolist()[:3]
@@ -162,11 +166,11 @@ shown.pivot_table(index="id", columns="stage", values="completion", aggfunc="fir
 # ## Where stage 1 has seen no chain
 #
 # The votes above put chains into System 1 too, so stage 1 learns to write them, and what is left to stage 2 are slips of arithmetic. Here
-# (profile `cpu-chains`) the systems are told apart by construction, and System 1 asks enough short sums that the arithmetic holds. Stage 1
+# (records of the profile `cpu-chains`) the systems are told apart by construction, and System 1 asks enough short sums that the arithmetic holds. Stage 1
 # then stops chains too early, and that is what GRPO mends. Three seeds; the gain is paired over test items.
 
 # %%
-chains = [record for record in published_records("cpu-chains") if record.run["parameters"].get("stages")]
+chains = [r for name, r in published.items() if name.startswith("cpu-chains/") and r.run["parameters"].get("stages")]
 notebook.linked(tables.stage_table(chains), chains, settings)
 
 # %%
@@ -186,9 +190,10 @@ notebook.linked(tables.budget_table(chains), chains, settings)
 # test items; the paper's are LLaMA-2-7B on GSM8K: compare the direction, not the height.
 
 # %%
-full = published_records("cpu-full")
-grid = [record for record in full if record.run["parameters"].get("sweep") == "alpha_beta"]
-notebook.linked(tables.alpha_beta_table(grid), grid, settings)
+grid, own_grid = (
+    [r for r in some.values() if r.run["parameters"].get("sweep") == "alpha_beta"] for some in (pooled(published), here)
+)
+notebook.linked(tables.alpha_beta_table(grid, own_grid), [*grid, *own_grid], settings)
 
 # %% [markdown]
 # ## Table 7: does the order matter?
@@ -215,4 +220,4 @@ notebook.linked(tables.order_table(chains), chains, settings)
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
 # %% tags=["hide-input"]
-notebook.sources([*base, *records, *chains, *grid], settings)
+notebook.sources([*records, *own, *chains, *grid, *own_grid], settings)

@@ -18,15 +18,15 @@
 #
 # - **Question.** Does LoRA-PAR match or beat full LoRA, by how much, and what does training on one thing cost elsewhere?
 # - **Paper.** Tables 4, 5 and 6. Our pool is not GSM8K and our model is not a 7B model: columns stand side by side, they are not the same measurement.
-# - **Inputs.** All experiments; published records of the longer profile, and of the one that scores GSM8K, MMLU and HumanEval.
+# - **Inputs.** The published experiments, those that score GSM8K, MMLU and HumanEval too; this run's beside them.
 # - **Outputs.** The tables and figures below.
 # - **Cost.** None: nothing is trained here.
 
 # %% tags=["parameters"]
-profile = "cpu"  # a file of profiles/, or a path
+profile = "laptop"  # a file of profiles/, or a path
 
 # %% tags=["hide-input"]
-from lorapar_utils.records import evidence, published_records
+from lorapar_utils.records import evidence, own_records, pooled
 from lorapar_utils.report import figures, notebook, tables
 
 settings = notebook.start(profile=profile)
@@ -41,8 +41,8 @@ settings = notebook.start(profile=profile)
 figure = figures.pipeline("system1", "system2", "importance", "theta", "stage1", "stage2")
 
 # %%
-records = notebook.experiment_records(settings, lambda spec: spec.sweep in ("baseline", "two_stage"))
-longer = list(evidence(settings).values())
+published, here = evidence(), own_records(settings)
+records, own = list(pooled(published).values()), list(here.values())
 
 # %% [markdown]
 # ## Table 6: every method on the pool
@@ -52,10 +52,10 @@ longer = list(evidence(settings).values())
 # says what the worked solutions of System 2 are worth.
 
 # %%
-notebook.linked(tables.benchmark_table(longer), longer, settings)
+notebook.linked(tables.benchmark_table(records, own=own), [*records, *own], settings)
 
 # %% mystnb={"image": {"alt": "Dot plot with error bars of System 1 and System 2 accuracy for every method and stage."}, "figure": {"caption": "Overlapping intervals are not a ranking.", "name": "fig-stage-accuracy"}}
-figure = figures.stage_accuracy(records) if records else None
+figure = figures.stage_accuracy(figures.main_records(pooled(published)), figures.main_records(here))
 
 # %% [markdown]
 # ## What accuracy costs
@@ -64,7 +64,7 @@ figure = figures.stage_accuracy(records) if records else None
 # of runs at other hours and on like machines: read the order of magnitude.
 
 # %% mystnb={"image": {"alt": "Three panels of accuracy with error bars for every trained method, against active elements, training time and peak memory, with the Pareto front drawn."}, "figure": {"caption": "Intervals that overlap the front's are not behind it.", "name": "fig-pareto"}}
-figure = figures.pareto(longer)
+figure = figures.pareto(records)
 
 # %% [markdown]
 # ## Table 4: GSM8K, MMLU and HumanEval
@@ -73,15 +73,14 @@ figure = figures.pareto(longer)
 # book's pool: what training on one thing does elsewhere. The paper trains on GSM8K, Dolly-15k and CodeAlpaca, each for its own benchmark.
 
 # %%
-# This run's own, where its profile asks for benchmarks.
-elsewhere = longer if settings.evaluation.benchmarks else published_records("cpu-elsewhere")
-notebook.linked(tables.benchmark_table(elsewhere, "gsm8k"), elsewhere, settings)
+elsewhere = [record for name, record in published.items() if name.startswith("cpu-elsewhere/")]
+notebook.linked(tables.benchmark_table(elsewhere, "gsm8k", own), [*elsewhere, *own], settings)
 
 # %%
-notebook.linked(tables.benchmark_table(elsewhere, "mmlu"), elsewhere, settings)
+notebook.linked(tables.benchmark_table(elsewhere, "mmlu", own), [*elsewhere, *own], settings)
 
 # %%
-notebook.linked(tables.benchmark_table(elsewhere, "humaneval"), elsewhere, settings)
+notebook.linked(tables.benchmark_table(elsewhere, "humaneval", own), [*elsewhere, *own], settings)
 
 # %% [markdown]
 # ## Table 5: another architecture
@@ -105,5 +104,5 @@ notebook.linked(tables.benchmark_table(elsewhere, "humaneval"), elsewhere, setti
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
 # %% tags=["hide-input"]
-shown = [r for r in longer if r.run["parameters"].get("sweep") in ("baseline", "two_stage")]
+shown = [r for r in (*records, *own) if r.run["parameters"].get("sweep") in ("baseline", "two_stage")]
 notebook.sources([*shown, *elsewhere], settings)

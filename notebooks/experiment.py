@@ -23,7 +23,8 @@
 # - **Cost.** Minutes on two cores for SFT; GRPO takes most of it.
 
 # %% tags=["parameters"]
-profile = "cpu"  # a file of profiles/, or a path
+profile = "laptop"  # a file of profiles/, or a path
+compute = True  # False: read the published records in the place of computing; no model is loaded
 name = "lorapar"  # one of the experiments of the profile
 seed = 0
 show_rollouts = 0  # completions to print at each GRPO step, with their rewards
@@ -53,7 +54,7 @@ settings.for_experiment(name, seed).partition, settings.experiments[name]
 # Stages that an earlier, interrupted run finished are read back; one that it had begun goes on from its last checkpoint.
 
 # %%
-record = experiment(settings, name, seed)
+record = experiment(settings, name, seed) if compute else notebook.published(settings, f"{name}-seed{seed}")
 
 # %%
 notebook.linked(tables.stage_table([record]), [record], settings)

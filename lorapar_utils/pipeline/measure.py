@@ -26,7 +26,7 @@ def measure_inputs(settings: Settings, trained: str | None, held_out: list[dict]
         Whether the experiment has a GRPO stage: only then are chains sampled for pass@k.
     """
     asked = settings.evaluation
-    unread = {"watch_prompts", "watch_every", *({*BENCHMARKS} - {*asked.benchmarks})}
+    unread = {"watch_prompts", "watch_every", "published_items", *({*BENCHMARKS} - {*asked.benchmarks})}
     return {
         **common_inputs(__file__, settings),
         "trained": trained,

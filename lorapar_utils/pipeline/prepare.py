@@ -4,6 +4,7 @@
 """
 
 import argparse
+import os
 import sys
 
 from lorapar_utils.cache import origin_of
@@ -25,22 +26,27 @@ def record_votes(settings: Settings, examples: Examples, *, retry: bool = False)
     return record
 
 
-def record_scores(settings: Settings, examples: Examples, folder: str = "records") -> list[Record]:
+def record_scores(settings: Settings, examples: Examples, explored: dict | None = None) -> list[Record]:
     """Score every element or read the scores back, and write record `importance`, and `stability` where asked for.
 
     Parameters
     ----------
-    folder
-        Of `runs/<profile>/`. Scores of other settings than the profile's belong elsewhere than in `records`.
+    explored
+        Settings that differ from the profile's, by their short names. Their record has them in its name and command,
+        and lies in `runs/<profile>/explored/`, apart from the records that the book is made of.
     """
     systems = examples.systems
     both = scores(settings, systems)
     origin = origin_of(scores_folder(settings, systems))
-    records = [importance_record(both, partition(settings, both), settings, origin)]
+    records = [importance_record(both, partition(settings, both), settings, origin, explored)]
+    if explored:
+        path = write_record(records[0], settings.runs / "explored" / f"{records[0].name}.json")
+        print(f"explored: {os.path.relpath(path)}")
+        return records
     if rows := stability(settings, systems):
         records.append(stability_record(rows, settings, origin_of(stability_folder(settings, systems))))
     for record in records:
-        write_record(record, settings.runs / folder / f"{record.name}.json")
+        write_record(record, settings.runs / "records" / f"{record.name}.json")
     return records
 
 

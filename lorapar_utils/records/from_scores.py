@@ -14,9 +14,16 @@ SCATTER_POINTS = 1500
 
 
 def importance_record(
-    scores: Sequence[dict[str, torch.Tensor]], partition: Partition, settings: Settings, origin: dict | None = None
+    scores: Sequence[dict[str, torch.Tensor]],
+    partition: Partition,
+    settings: Settings,
+    origin: dict | None = None,
+    explored: dict | None = None,
 ) -> Record:
     """The layer x module map, the regions, concentration curves and a sample of the paper's scatter.
+
+    `explored` are settings that differ from the profile's. The record's name and command have them.
+
 
     Metrics: `active/…`, `selected/…`, `region/…`, `jaccard`, `jaccard_chance` (expected of two random sets of these
     sizes). Tables: `map` (mean score by layer, module and matrix, scaled to mean 1 per system, and region shares),
@@ -45,8 +52,15 @@ def importance_record(
         "scatter": _scatter(flat, partition),
         "explorer": _explorer(scores),
     }
+    explored = explored or {}
     return new_record(
-        "importance", settings, metrics=metrics, tables=tables, notebook="02_importance.ipynb out.ipynb", origin=origin
+        "-".join(["importance", *(f"{key}_{value}" for key, value in explored.items())]),
+        settings,
+        metrics=metrics,
+        tables=tables,
+        parameters=explored,
+        notebook=" ".join(["02_importance.ipynb out.ipynb", *(f"-p {key} {value}" for key, value in explored.items())]),
+        origin=origin,
     )
 
 

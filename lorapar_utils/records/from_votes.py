@@ -24,6 +24,7 @@ def voting_record(voted: datasets.Dataset, settings: Settings, origin: dict | No
     labels: `accuracy/NAME`, `accuracy/majority`, `auc/NAME` (teachers with a margin), `auc/margins` (the panel's summed
     margins). Tables: `panels` (the split that each panel makes), `by_steps`, `confusion`, `reliability` (calibration of
     the margins), `certain` (accuracy where the summed margins are largest), `disputed`.
+    Items: each example with its system, every teacher's vote and, of local teachers, margin.
     A metric that is undefined, as with one teacher or one system only, is absent.
     """
     frame = voted.to_pandas()
@@ -56,8 +57,27 @@ def voting_record(voted: datasets.Dataset, settings: Settings, origin: dict | No
         "disputed": _disputed(frame, members),
     }
     return new_record(
-        "voting", settings, metrics=metrics, tables=tables, notebook="01_voting.ipynb out.ipynb", origin=origin
+        "voting",
+        settings,
+        metrics=metrics,
+        tables=tables,
+        items=_items(frame, names),
+        notebook="01_voting.ipynb out.ipynb",
+        origin=origin,
     )
+
+
+def _items(frame: pd.DataFrame, names: list[str]) -> list[dict]:
+    """One row per example: question, what it was made with, its system, and what each teacher said."""
+    rows = []
+    for row in frame.to_dict("records"):
+        margins = {name: row.get(f"margin_{name}") for name in names}
+        rows.append(
+            {key: row[key] for key in ("id", "prompt", "answer", "steps", "system")}
+            | {"votes": dict(zip(names, map(int, row["votes"]), strict=True))}
+            | {"margins": {name: round(margin, 4) for name, margin in margins.items() if margin is not None}}
+        )
+    return rows
 
 
 def _agreement(votes: np.ndarray) -> dict[str, Metric]:

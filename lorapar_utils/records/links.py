@@ -9,6 +9,8 @@ from lorapar_utils.settings import Settings, project_root
 def record_link(record: Record, settings: Settings) -> str:
     """Address of `record` from `notebooks/`: in the runs of `settings.profile`, or among the published records."""
     profile, name = record.run["profile"], f"{record.name}.json"
+    if (settings.runs / "explored" / name).is_file():
+        return f"../runs/{profile}/explored/{name}"
     published = (project_root() / "results" / profile / name).is_file()
     own = profile == settings.profile and ((settings.runs / "records" / name).is_file() or not published)
     return f"../runs/{profile}/records/{name}" if own else f"../results/{profile}/{name}"

@@ -7,11 +7,13 @@ Per-item outcomes lie beside the record in `NAME.items.jsonl`.
 
 import json
 import shlex
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from lorapar_utils import models
 from lorapar_utils.cache import PACKAGE, code_of, write_atomically
 from lorapar_utils.cache import origin as new_origin
 from lorapar_utils.errors import InputError
@@ -95,10 +97,18 @@ def new_record(
             "python": origin["python"],
             "packages": origin["packages"],
             "hardware": origin["hardware"] | {"threads": settings.threads},
+            "dtype": _dtype(settings),
             "hashes": {"scorer": code_of(PACKAGE / "data" / "answers.py"), **(hashes or {})},
         },
         items=list(items),
     )
+
+
+def _dtype(settings: Settings) -> str | None:
+    """The dtype of the model here, such as `bfloat16`; None in a process that has loaded none."""
+    if "torch" not in sys.modules:
+        return None
+    return str(models.compute_dtype(settings)).removeprefix("torch.")
 
 
 def write_record(record: Record, path: Path) -> Path:

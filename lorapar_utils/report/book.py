@@ -18,9 +18,9 @@ import jinja2
 import nbformat
 import pandas as pd
 
-from lorapar_utils.records import Record, companions, evidence, read_records, record_link
+from lorapar_utils.records import Record, evidence, own_records, pooled, record_link
 from lorapar_utils.records.intervals import Metric
-from lorapar_utils.report import claims, figures
+from lorapar_utils.report import agreement, claims, figures
 from lorapar_utils.settings import Settings, load_profile, project_root
 
 RECORD_LINK = re.compile(r'href="\.\./(?:runs/([\w.-]+)/records|results/([\w.-]+))/')
@@ -32,46 +32,48 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("profile")
     parser.add_argument("--experiment", type=Path, required=True, help="the executed experiment notebook to show")
+    parser.add_argument("--stamp", type=Path, required=True, help="file of book/_build that says whose book is there")
     options = parser.parse_args(arguments)
     settings = load_profile(options.profile)
-    source = assemble(settings, options.experiment)
-    return build(settings, source)
+    home = options.experiment.parent.parent.parent
+    assemble(settings, options.experiment, home / "book")
+    return build(home / "book", home / "book_build", options.stamp)
 
 
-def assemble(settings: Settings, experiment: Path) -> Path:
-    """The book's source folder, written anew: executed notebooks, rendered pages, figures, scripts."""
+def assemble(settings: Settings, experiment: Path, source: Path) -> None:
+    """Write the book's source folder anew: executed notebooks, rendered pages, figures, scripts.
+
+    The other executed notebooks are in the folder above that of `experiment`.
+    """
     book = project_root() / "book"
-    source = settings.runs / "book"
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)
-    records = read_records(settings.runs / "records")
-    figure_files = figures.save_all(records, evidence(settings), source / "figures")
-    for path in sorted((settings.runs / "notebooks").glob("*.ipynb")):
+    figure_files = figures.save_all(pooled(evidence()), source / "figures", formats=["svg"])
+    for path in sorted(experiment.parent.parent.glob("*.ipynb")):
         _write_notebook(path, source / path.name)
     _write_notebook(experiment, source / "experiment.ipynb")
     for name in EXTRAS:
         shutil.copy(book / name, source / name)
     shutil.copytree(book / "_static", source / "_static")
     _copy_records(settings, source / "_static" / "records")
-    context = page_context(settings, records) | {"figures": {path.stem for path in figure_files}}
+    context = page_context(settings) | {"figures": {path.stem for path in figure_files}}
     for page in sorted(book.glob("*.md")):
         text = render(page.read_text(encoding="utf-8"), context, page.name)
         (source / page.name).write_text(_with_records_of_the_book(text), encoding="utf-8")
-    return source
 
 
 def _copy_records(settings: Settings, target: Path) -> None:
     """Copy the records that pages may link to, one folder per profile: all that are published, then this run's."""
-    without_items = shutil.ignore_patterns("*.items.jsonl")
+    without_items = shutil.ignore_patterns("*.items.jsonl", "adapters", "partition")
     for path in (project_root() / "results").glob("*/"):
         shutil.copytree(path, target / path.name, ignore=without_items)
-    own = target / settings.profile
-    shutil.copytree(settings.runs / "records", own, ignore=without_items, dirs_exist_ok=True)
+    if (settings.runs / "records").is_dir():
+        own = target / settings.profile
+        shutil.copytree(settings.runs / "records", own, ignore=without_items, dirs_exist_ok=True)
 
 
-def build(settings: Settings, source: Path) -> int:
+def build(source: Path, out: Path, stamp: Path) -> int:
     """Run `jupyter-book build -W -n`: any warning fails. Replaces `book/_build/html` only when it succeeds."""
-    out = settings.runs / "book_build"
     shutil.rmtree(out, ignore_errors=True)
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", "-W", "-n", "--keep-going"]
     process = subprocess.run([*command, "--path-output", str(out), str(source)])
@@ -82,9 +84,9 @@ def build(settings: Settings, source: Path) -> int:
     target.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(target / "html", ignore_errors=True)
     shutil.move(out / "_build" / "html", target / "html")
-    for stamp in target.glob("*.stamp"):
-        stamp.unlink()
-    (target / f"{settings.profile}.stamp").write_text("")
+    for other in target.glob("*.stamp"):
+        other.unlink()
+    stamp.write_text("")
     return 0
 
 
@@ -108,9 +110,12 @@ def _with_records_of_the_book(text: str) -> str:
     return RECORD_LINK.sub(r'href="_static/records/\1\2/', text)
 
 
-def page_context(settings: Settings, records: dict[str, Record]) -> dict:
-    """The names that pages can use: `percent(record, metric)`, `share`, `points`, `table(name)`, `verdicts`, …"""
+def page_context(settings: Settings) -> dict:
+    """The names that pages can use: `percent(record, metric)`, `share`, `points`, `table(name)`, `verdicts`, …
 
+    Numbers are those of the published evidence; `own` are this run's records.
+    """
+    records, own = evidence(), own_records(settings)
     link = partial(record_link, settings=settings)
 
     def shown(record: str, metric: str, style: Callable[[Metric], str]) -> str:
@@ -132,22 +137,24 @@ def page_context(settings: Settings, records: dict[str, Record]) -> dict:
     def points(record: str, metric: str) -> str:
         return shown(record, metric, Metric.difference)
 
-    scoreboard = claims.scoreboard(evidence(settings) | companions(settings.profile), link=link)
+    scoreboard = claims.scoreboard(records, link=link, own=own)
     makers = {
-        "claims": lambda: scoreboard[["claim", "verdict", "effect"]],
-        "status": lambda: status_table(records, link),
+        "claims": lambda: scoreboard[[c for c in ("claim", "verdict", "effect", "this run") if c in scoreboard]],
+        "agreement": lambda: agreement.verdicts(settings),
+        "status": lambda: status_table(own or records, link),
         "gpu": lambda: gpu_table("gpu-h100.json"),
         "gpu_second": lambda: gpu_table("gpu-h100-second.json"),
     }
     return {
         "settings": settings,
         "records": records,
+        "own": own,
         "percent": percent,
         "share": share,
         "points": points,
         "verdicts": list(scoreboard["verdict"].value_counts().items()),
         "table": lambda name: to_markdown(makers[name]()),
-        "environment": next(iter(records.values())).environment if records else {},
+        "environment": next(iter((own or records).values())).environment,
     }
 
 

@@ -24,14 +24,19 @@ def load_claims(path: Path | None = None) -> list[dict]:
 
 
 def scoreboard(
-    records: dict[str, Record], claims: list[dict] | None = None, link: Callable[[Record], str] | None = None
+    records: dict[str, Record],
+    claims: list[dict] | None = None,
+    link: Callable[[Record], str] | None = None,
+    own: dict[str, Record] | None = None,
 ) -> pd.DataFrame:
     """One row per claim: verdict, effect with interval, n, and the records as evidence.
 
     Parameters
     ----------
     records
-        By name, as `records.evidence` and `records.companions` give them.
+        By name, as `records.evidence` gives them. The verdict rests on these alone.
+    own
+        Records of a reader's run, by name: its effect stands beside, where it has what the claim compares.
     claims
         Claims from `load_claims`; None judges all.
     link
@@ -48,11 +53,17 @@ def scoreboard(
                 "paper": claim["paper"],
                 "verdict": verdict,
                 "effect": effect,
+                **({"this run": _effect(claim, own)} if own else {}),
                 "n": "–" if n is None else f"{n:,}",
                 "evidence": "; ".join(cite(name, runs, link) for name, runs in evidence.items()) or "–",
             }
         )
     return pd.DataFrame(rows)
+
+
+def _effect(claim: dict, records: dict[str, Record]) -> str:
+    verdict, effect, _ = judge(claim, records)
+    return "–" if verdict == "not run" else effect
 
 
 def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None]:

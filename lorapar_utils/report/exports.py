@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from lorapar_utils.cache import write_atomically
-from lorapar_utils.records import Record, companions, read_records, with_longer
+from lorapar_utils.records import Record, evidence, pooled, read_records
 from lorapar_utils.report import claims, figures, tables
 
 
@@ -17,7 +17,7 @@ def _swept(name: str) -> Callable[[dict[str, Record]], list[Record]]:
 
 
 def _published_by(variant: str) -> Callable[[dict[str, Record]], list[Record]]:
-    return lambda records: [record for key, record in records.items() if f"-{variant}/" in key]
+    return lambda records: [record for key, record in records.items() if key.startswith(f"{variant}/")]
 
 
 def _all(records: dict[str, Record]) -> dict[str, Record]:
@@ -34,22 +34,19 @@ TABLES: dict[str, tuple[Callable, Callable]] = {
     "table6_methods": (figures.two_stage_records, tables.benchmark_table),
 }
 VARIED: dict[str, tuple[Callable, Callable]] = {
-    "table7_order": (_published_by("chains"), tables.order_table),
-    "table4_gsm8k": (_published_by("elsewhere"), lambda records: tables.benchmark_table(records, "gsm8k")),
-    "table4_mmlu": (_published_by("elsewhere"), lambda records: tables.benchmark_table(records, "mmlu")),
-    "table4_humaneval": (_published_by("elsewhere"), lambda records: tables.benchmark_table(records, "humaneval")),
+    "table7_order": (_published_by("cpu-chains"), tables.order_table),
+    "table4_gsm8k": (_published_by("cpu-elsewhere"), lambda records: tables.benchmark_table(records, "gsm8k")),
+    "table4_mmlu": (_published_by("cpu-elsewhere"), lambda records: tables.benchmark_table(records, "mmlu")),
+    "table4_humaneval": (_published_by("cpu-elsewhere"), lambda records: tables.benchmark_table(records, "humaneval")),
     "claims": (_all, claims.scoreboard),
 }
 
 
-def save_all(records: dict[str, Record], varied: dict[str, Record], folder: Path) -> list[Path]:
-    """Write each table as .html, .csv and .tex, if the table's records exist; the same records give the same bytes.
-
-    `records` come from `records.with_longer`, `varied` from `records.companions`.
-    """
+def save_all(records: dict[str, Record], folder: Path) -> list[Path]:
+    """Write each table as .html, .csv and .tex, if the table's records exist; the same records give the same bytes."""
     paths = []
     for name, (choose, make) in (TABLES | VARIED).items():
-        inputs = choose(records if name in TABLES else records | varied)
+        inputs = choose(pooled(records) if name in TABLES else records)
         if not inputs:
             print(f"{name}: skipped, there is no record of it")
             continue
@@ -70,17 +67,16 @@ def _latex(frame: pd.DataFrame) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m lorapar_utils.report.exports results/cpu tables`: every table, of related profiles too."""
+    """`python -m lorapar_utils.report.exports tables`: every table, from the published records or those of a folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("records", type=Path)
     parser.add_argument("tables", type=Path)
+    parser.add_argument("--records", type=Path, help="such as runs/laptop/records; without it, the published evidence")
     options = parser.parse_args(arguments)
-    records = read_records(options.records)
+    records = read_records(options.records) if options.records else evidence()
     if not records:
-        print(f"{options.records}: no records; run `make book` and `make publish` first", file=sys.stderr)
+        print(f"{options.records or 'results'}: no records; run `make book` and `make publish` first", file=sys.stderr)
         return 2
-    profile = options.records.name
-    for path in save_all(with_longer(records, profile), companions(profile), options.tables):
+    for path in save_all(records, options.tables):
         print(path)
     return 0
 

@@ -311,11 +311,12 @@ def concentration(figure: SubFigure, record: Record) -> None:
     axes.legend()
 
 
-def theta_curve(records: list[Record]) -> Figure:
+def theta_curve(records: list[Record], own: list[Record] = ()) -> Figure:
     """Stage 1 test accuracy against the share of active elements: a line per selection, a panel per set of modules.
 
-    Points are means over the seeds; intervals are over test items.
+    Points are means over the seeds; intervals are over test items. Black crosses are a reader's run, `own`.
     """
+    here = tables.theta_points(own)
     rows = pd.DataFrame([point | point["metric"]._asdict() for point in tables.theta_points(records)])
     modules = list(dict.fromkeys(rows["modules"]))
     figure, panels = plt.subplots(
@@ -337,6 +338,9 @@ def theta_curve(records: list[Record]) -> Figure:
                 capsize=3,
                 label=selection,
             )
+        points = [(p["active"], p["metric"].value) for p in here if p["modules"] == which]
+        if points:
+            axes.plot(*zip(*points, strict=True), "kx", markersize=9, markeredgewidth=2, label="this run")
         axes.set(title=which, xlabel="share of elements active in stage 1", ylim=(0, 1), xlim=(0, 1.05))
     panels[0][0].set_ylabel("test accuracy")
     panels[0][-1].legend()
@@ -389,19 +393,18 @@ def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
     axes.set(title="validation accuracy", xlabel="step, both stages", ylim=(0, 1))
 
 
-def stage_accuracy(records: list[Record]) -> Figure:
+def stage_accuracy(records: list[Record], own: list[Record] = ()) -> Figure:
     """Test accuracy of each system before training, after stage 1 and after stage 2, with 95 % intervals.
 
-    For free text, overlap with the reference instead.
+    For free text, overlap with the reference instead. Rows of a reader's run, `own`, say so.
     """
     rows = []
-    for record in records:
+    for record, whose in [*((record, "") for record in records), *((record, "this run: ") for record in own)]:
         for key, metric in record.metrics.items():
             stage, _, field = key.partition("/")
             if stage in STAGES and field in SCORES:
-                rows.append(
-                    {"title": record.run["parameters"]["title"], "stage": stage, "field": field, **metric._asdict()}
-                )
+                title = f"{whose}{record.run['parameters']['title']}"
+                rows.append({"title": title, "stage": stage, "field": field, **metric._asdict()})
     if not rows:
         raise InputError("records: none has scores by stage; run the experiments first")
     frame = pd.DataFrame(rows)
@@ -468,7 +471,9 @@ def two_stage_records(records: dict[str, Record]) -> list[Record]:
 
 def main_records(records: dict[str, Record]) -> list[Record]:
     """The headline: the base model, LoRA-PAR, and LoRA with all elements."""
-    return [r for r in two_stage_records(records) if r.run["parameters"]["sweep"] == "two_stage" or r.name == "base-seed0"]
+    return [
+        r for r in two_stage_records(records) if r.run["parameters"]["sweep"] == "two_stage" or r.name == "base-seed0"
+    ]
 
 
 def stage1_records(records: dict[str, Record]) -> list[Record]:

@@ -4,10 +4,9 @@ import ast
 import html
 import os
 import re
-import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 
 import pandas as pd
@@ -15,9 +14,9 @@ from IPython import get_ipython
 from pandas.io.formats.style import Styler
 
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, cite, claim_runs, command, read_record, record_link
+from lorapar_utils.records import Record, cite, claim_runs, evidence, own_records, published_records, record_link
 from lorapar_utils.report import claims, figures, tables
-from lorapar_utils.settings import ExperimentSection, Settings, load_profile
+from lorapar_utils.settings import Settings, load_profile
 
 
 def start(*, profile: str, **parameters) -> Settings:
@@ -49,19 +48,12 @@ def start(*, profile: str, **parameters) -> Settings:
     return settings
 
 
-def experiment_records(settings: Settings, wanted: Callable[[ExperimentSection], bool]) -> list[Record]:
-    """This run's records of the experiments for which `wanted` is true, in the profile's order.
-
-    Missing records are left out, and the command for the first one is printed. Nothing is trained here.
-    """
-    runs = [(name, seed) for name, seed in settings.experiment_runs() if wanted(settings.experiments[name])]
-    files = {run: settings.runs / "records" / f"{run[0]}-seed{run[1]}.json" for run in runs}
-    missing = [run for run, file in files.items() if not file.is_file()]
-    if missing:
-        name, seed = missing[0]
-        line = command(settings, f"experiment.ipynb out.ipynb -p name {shlex.quote(name)} -p seed {seed}")
-        print(f"{len(missing)} of {len(runs)} experiments have not been run yet, first {name}; to run it:\n  {line}")
-    return [read_record(file) for run, file in files.items() if run not in missing]
+def published(settings: Settings, name: str) -> Record:
+    """The published record `name` of this profile, else of the evidence: what a page shows that is told not to compute."""
+    records = evidence() | {record.name: record for record in published_records(settings.profile)}
+    if name not in records:
+        raise InputError(f"compute = False: no record {name} of profile {settings.profile} is published; compute it")
+    return records[name]
 
 
 def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -> Styler:
@@ -98,9 +90,10 @@ def _cited(records: Iterable[Record], settings: Settings) -> list[str]:
     return [cite(name, [seeds[seed] for seed in sorted(seeds)], link) for name, seeds in sorted(runs.items())]
 
 
-def scoreboard(records: dict[str, Record], settings: Settings, judged: list[dict] | None = None) -> Styler:
-    """`claims.scoreboard` of the claims `judged` (None: all), with links to the records' files."""
-    return _as_html(claims.scoreboard(records, judged, partial(record_link, settings=settings)))
+def scoreboard(settings: Settings, judged: list[dict] | None = None) -> Styler:
+    """The claims `judged` (None: all) by the published evidence, this run's effects beside, with links to the records."""
+    link = partial(record_link, settings=settings)
+    return _as_html(claims.scoreboard(evidence(), judged, link, own_records(settings)))
 
 
 def _as_html(frame: pd.DataFrame) -> Styler:

@@ -1,16 +1,22 @@
-"""`make publish PROFILE=…`: copy a run's records to results/, the source of figures and README."""
+"""`make publish PROFILE=…`: copy a run's records to results/, the source of figures and README; of `study`, adapters too."""
 
+import json
 import re
 import shlex
 import shutil
 import sys
 
-from lorapar_utils.cache import write_atomically
+from lorapar_utils.cache import MANIFEST, completed, write_atomically
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, read_records
+from lorapar_utils.models.published import TRAINED_BY
+from lorapar_utils.records import Record, evidence, pooled, read_record, read_records, write_record
 from lorapar_utils.records.intervals import Metric
 from lorapar_utils.report import tables
-from lorapar_utils.settings import load_profile, project_root
+from lorapar_utils.settings import Settings, load_profile, project_root
+
+# The experiments whose adapters are published, and where their base is to be had.
+PUBLISHED = ("lorapar", "lora_rl")
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def publish(profile: str) -> int:
@@ -34,10 +40,34 @@ def publish(profile: str) -> int:
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.glob("*.json*")):
         shutil.copy(path, target / path.name)
+    ours = settings.runs / "experiments" / "lorapar-seed0"
+    if (ours / "stage1" / "partition").is_dir():
+        shutil.copytree(ours / "stage1" / "partition", target / "partition", dirs_exist_ok=True)
+    if settings.profile == TRAINED_BY:
+        publish_adapters(settings)
     readme = project_root() / "README.md"
-    if settings.profile == "cpu" and readme.is_file():
-        write_atomically(readme, readme_with_results(readme.read_text(encoding="utf-8"), records))
+    if readme.is_file():
+        write_atomically(readme, readme_with_results(readme.read_text(encoding="utf-8"), pooled(evidence())))
     return len(records)
+
+
+def publish_adapters(settings: Settings) -> None:
+    """Copy the adapters of `PUBLISHED` at the first seed, after their last stage, with partition and record."""
+    for name in PUBLISHED:
+        run = f"{name}-seed{settings.seeds[0]}"
+        stage = sorted((settings.runs / "experiments" / run).glob("stage*"))[-1].resolve()
+        manifest = json.loads((stage / MANIFEST).read_text(encoding="utf-8"))
+        target = project_root() / "results" / settings.profile / "adapters" / name
+        shutil.rmtree(target, ignore_errors=True)
+        with completed(target, manifest["inputs"], manifest["origin"]) as scratch:
+            shutil.copy(stage / "adapter" / "adapter_model.safetensors", scratch)
+            config = json.loads((stage / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+            # In the place of a folder of this machine.
+            config["base_model_name_or_path"] = BASE
+            write_atomically(scratch / "adapter_config.json", json.dumps(config, indent=1))
+            if (stage / "partition").is_dir():
+                shutil.copytree(stage / "partition", scratch / "partition")
+            write_record(read_record(settings.runs / "records" / f"{run}.json"), scratch / "record.json")
 
 
 def readme_with_results(readme: str, records: dict[str, Record]) -> str:
@@ -76,6 +106,6 @@ def _check(record: Record) -> None:
 
 if __name__ == "__main__":
     try:
-        print(f"published {publish(sys.argv[1] if len(sys.argv) > 1 else 'cpu')} records")
+        print(f"published {publish(sys.argv[1] if len(sys.argv) > 1 else 'laptop')} records")
     except InputError as error:
         sys.exit(str(error))

@@ -1,9 +1,10 @@
 """Records in, tables out: ours beside the paper's, each with n and interval. No training, no torch.
 
-Column `records` names the records of a row's numbers; `notebook.linked` turns the names into links.
+Column `records` names the records of a row's numbers; `notebook.linked` turns the names into links. A table that is
+also given records `own`, those of a reader's run, has their numbers in columns of their own.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 import pandas as pd
@@ -26,33 +27,54 @@ def written(
     return missing if metric is None else style(metric)
 
 
-def stage_table(records: Iterable[Record]) -> pd.DataFrame:
+def stage_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.DataFrame:
     """One row per experiment and stage: test accuracy on System 1 and System 2, and the active share.
 
     Where the answers are free text, overlap with the reference and loss take the place of the accuracies.
     """
+    published, here = ({what: r for r in some for what in _trained(r)} for some in (records, own))
     rows = []
-    for record in records:
-        metrics = record.metrics
-        for stage in ("base", "stage1", "stage2"):
-            if score_after(record, stage):
-                scores = {f"System {k}": written(metrics.get(f"{stage}/system{k}")) for k in (1, 2)}
-                if overlap := metrics.get(f"{stage}/overlap"):
-                    scores = {
-                        "overlap": overlap.percent(),
-                        "loss": written(metrics.get(f"{stage}/loss"), Metric.number),
-                    }
-                rows.append(
-                    {
-                        "experiment": record.run["parameters"]["title"],
-                        "seed": record.run["seed"],
-                        "stage": stage,
-                        **scores,
-                        "active": written(metrics.get(f"active/{stage}"), Metric.share, "–"),
-                        "records": label(record),
-                    }
-                )
-    return pd.DataFrame(rows)
+    for what in dict.fromkeys([*published, *here]):
+        record, mine = published.get(what), here.get(what)
+        either, stage = record or mine, what[-1]
+        rows.append(
+            {
+                "experiment": either.run["parameters"]["title"],
+                "seed": either.run["seed"],
+                "stage": stage,
+                **(_scores(record, stage) if record else dict.fromkeys(_scores(mine, stage), "–")),
+                **({f"{key}, this run": score for key, score in _scores(mine, stage).items()} if mine else {}),
+                "active": written(either.metrics.get(f"active/{stage}"), Metric.share, "–"),
+                "records": _labels(filter(None, (record, mine))),
+            }
+        )
+    return _records_last(pd.DataFrame(rows)).fillna("–")
+
+
+# What tells one trained model from another, beside its stages.
+IDENTITY = ("method", "init", "score", "modules", "selection", "theta", "alpha", "beta", "panel", "split_by")
+
+
+def _trained(record: Record) -> Iterator[tuple]:
+    """What was scored, for each scored stage: parameters, seed, the stages up to this one, the stage's name."""
+    parameters = record.run["parameters"]
+    identity = tuple(parameters.get(key) for key in IDENTITY)
+    for number, stage in enumerate(("base", "stage1", "stage2")):
+        if score_after(record, stage):
+            trained = tuple(parameters["stages"][:number])
+            yield (*(identity if trained else ()), record.run["seed"], trained, stage)
+
+
+def _scores(record: Record, stage: str) -> dict[str, str]:
+    metrics = record.metrics
+    if overlap := metrics.get(f"{stage}/overlap"):
+        return {"overlap": overlap.percent(), "loss": written(metrics.get(f"{stage}/loss"), Metric.number)}
+    return {f"System {k}": written(metrics.get(f"{stage}/system{k}")) for k in (1, 2)}
+
+
+def _records_last(frame: pd.DataFrame) -> pd.DataFrame:
+    """`frame` with column `records` at the end: rows have different columns."""
+    return frame[[column for column in frame if column != "records"] + ["records"] * ("records" in frame)]
 
 
 def gain_table(records: Iterable[Record]) -> pd.DataFrame:
@@ -64,6 +86,7 @@ def gain_table(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
+                "profile": record.run["profile"],
                 "experiment": record.run["parameters"]["title"],
                 "seed": record.run["seed"],
                 "system": system,
@@ -107,25 +130,37 @@ def budget_table(records: Iterable[Record]) -> pd.DataFrame:
     )
 
 
-def theta_table(records: Iterable[Record]) -> pd.DataFrame:
+def theta_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.DataFrame:
     """Table 3 at our scale: stage 1 accuracy by modules, theta and selection, beside the paper's numbers."""
+    points, here = (
+        {(point["modules"], point["theta"], point["selection"]): point for point in theta_points(some)}
+        for some in (records, own)
+    )
     rows = []
-    for point in theta_points(records):
-        published = _published_point(point["modules"], point["theta"], point["selection"])
+    for key in sorted({*points, *here}):
+        point, mine = points.get(key), here.get(key)
+        modules, theta, selection = key
+        paper_point = _published_point(*key)
         rows.append(
             {
-                "modules": point["modules"],
-                "theta": point["theta"],
-                "selection": point["selection"],
-                "active (stage 1)": f"{100 * point['active']:.1f} %",
-                "ours, accuracy": point["metric"].percent(),
-                "each seed": ", ".join(f"{100 * value:.1f}" for value in point["seeds"]),
-                "paper, active %": _or_dash(published.get("active")),
-                "paper, accuracy %": _or_dash(published.get("accuracy")),
-                "records": _labels(point["records"]),
+                "modules": modules,
+                "theta": theta,
+                "selection": selection,
+                "active (stage 1)": f"{100 * (point or mine)['active']:.1f} %",
+                "ours, accuracy": point["metric"].percent() if point else "–",
+                "each seed": ", ".join(f"{100 * value:.1f}" for value in point["seeds"]) if point else "–",
+                **_this_run(own, mine and mine["metric"]),
+                "paper, active %": _or_dash(paper_point.get("active")),
+                "paper, accuracy %": _or_dash(paper_point.get("accuracy")),
+                "records": _labels(run for side in (point, mine) if side for run in side["records"]),
             }
         )
     return pd.DataFrame(rows)
+
+
+def _this_run(own: Iterable[Record], metric: Metric | None) -> dict[str, str]:
+    """The column of a reader's run, if there is one."""
+    return {"this run": written(metric, missing="–")} if own else {}
 
 
 def _published_point(modules: str, theta: float, selection: str) -> dict[str, float]:
@@ -222,21 +257,21 @@ def method_runs(records: Iterable[Record]) -> dict[str, list[Record]]:
     return {row.title: list(runs[row.title].values()) for row in METHOD_ROWS if row.title in runs}
 
 
-def benchmark_table(records: Iterable[Record], benchmark: str = "pool") -> pd.DataFrame:
+def benchmark_table(records: Iterable[Record], benchmark: str = "pool", own: Iterable[Record] = ()) -> pd.DataFrame:
     """Tables 4 and 6 at our scale: every method on one benchmark, over the seeds, beside the paper's numbers.
 
     Our accuracies are after stage 1, where there are two stages, and at the end. The paper's are after each of two
     epochs: both SFT, or SFT then GRPO. The gap to LoRA is paired over test items and seeds. A method without a record
     reads "not run". `truncated` is the share of completions that never ended, which count as wrong.
     """
-    runs = method_runs(records)
+    runs, here = method_runs(records), method_runs(own)
     pools = {record.run["parameters"].get("pool") for group in runs.values() for record in group}
     column = TRAINED_ON.get((benchmark, pools.pop())) if len(pools) == 1 else None
     published = _published_epochs(column or PUBLISHED[benchmark])
     rows = []
     for row in METHOD_ROWS:
-        group = runs.get(row.title, [])
-        last = _last(group)
+        group, mine = runs.get(row.title, []), here.get(row.title, [])
+        last, last_here = _last(group), _last(mine)
         epochs = published.get(row.paper, (None, None))
         rows.append(
             {
@@ -245,11 +280,12 @@ def benchmark_table(records: Iterable[Record], benchmark: str = "pool") -> pd.Da
                 "active": written(group[0].metrics.get(f"active/{last}") if group else None, Metric.share, "–"),
                 "ours, after stage 1": _over_seeds(group, _stage_of("stage1", benchmark)) if last == "stage2" else "–",
                 "ours, at the end": _over_seeds(group, _stage_of(last, benchmark)) if group else "not run",
+                **_this_run(own, _mean(mine, _stage_of(last_here, benchmark))),
                 "gap to LoRA": _gap_to_lora(runs, row.title, benchmark),
                 "truncated": _truncated(group, _stage_of(last, benchmark)),
                 "paper, epoch 1 %": _or_dash(epochs[0]),
                 "paper, epoch 2 %": _or_dash(epochs[1]),
-                "records": _labels(group),
+                "records": _labels([*group, *mine]),
             }
         )
     return pd.DataFrame(rows)
@@ -308,9 +344,13 @@ def _stage_of(stage: str, benchmark: str) -> str:
 
 
 def _over_seeds(runs: Iterable[Record], stage: str, system: int | None = None) -> str:
+    return written(_mean(runs, stage, system))
+
+
+def _mean(runs: Iterable[Record], stage: str, system: int | None = None) -> Metric | None:
     """Mean accuracy over the seeds, with an interval over test items."""
     outcomes = mean_outcomes(runs, stage, system)
-    return written(intervals.share(list(outcomes.values())) if outcomes else None)
+    return intervals.share(list(outcomes.values())) if outcomes else None
 
 
 def _truncated(runs: list[Record], stage: str) -> str:
@@ -326,46 +366,53 @@ def _gap_to_lora(runs: dict[str, list[Record]], title: str, benchmark: str) -> s
     return _paired([mean_outcomes(side, _stage_of(_last(side), benchmark)) for side in sides])
 
 
-def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
+def alpha_beta_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.DataFrame:
     """Table 2 at our scale: accuracy after each stage by alpha and beta, over the seeds, beside the paper's numbers.
 
     The gap to alpha = beta = 1 after both stages is paired over items, at the seeds that both cells have.
     """
     published = {(row["alpha"], row["beta"]): row for row in paper("table2_alpha_beta")}
-    runs: dict[tuple[float, float], list[Record]] = {}
-    for record in records:
-        parameters = record.run["parameters"]
-        runs.setdefault((parameters["alpha"], parameters["beta"]), []).append(record)
-    return pd.DataFrame(
-        [
+    runs, here = (
+        _grouped(some, lambda parameters: (parameters["alpha"], parameters["beta"])) for some in (records, own)
+    )
+    rows = []
+    for alpha, beta in sorted({*runs, *here}):
+        group, mine = runs.get((alpha, beta), []), here.get((alpha, beta), [])
+        either = (group or mine)[0]
+        rows.append(
             {
                 "alpha": alpha,
                 "beta": beta,
                 "seeds": len(group),
-                "active (stage 1)": group[0].metric("active/stage1").share(),
-                "active (stage 2)": group[0].metric("active/stage2").share(),
+                "active (stage 1)": either.metric("active/stage1").share(),
+                "active (stage 2)": either.metric("active/stage2").share(),
                 "after SFT": _over_seeds(group, "stage1"),
                 "after RL": _over_seeds(group, "stage2"),
+                **_this_run(own, _mean(mine, "stage2")),
                 "gap to alpha = beta = 1": _gap(group, runs.get((1.0, 1.0), []), "stage2"),
                 "paper, after SFT %": published.get((alpha, beta), {}).get("sft", "–"),
                 "paper, after RL %": published.get((alpha, beta), {}).get("rl", "–"),
-                "records": _labels(group),
+                "records": _labels([*group, *mine]),
             }
-            for (alpha, beta), group in sorted(runs.items())
-        ]
-    )
+        )
+    return pd.DataFrame(rows)
 
 
-def order_table(records: Iterable[Record]) -> pd.DataFrame:
+def _grouped(records: Iterable[Record], key: Callable[[dict], Hashable]) -> dict[Hashable, list[Record]]:
+    """The records by a function of their parameters."""
+    groups: dict[Hashable, list[Record]] = {}
+    for record in records:
+        groups.setdefault(key(record.run["parameters"]), []).append(record)
+    return groups
+
+
+def order_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.DataFrame:
     """Table 7 at our scale: LoRA-PAR's stages in both orders, over the seeds, beside the paper's (Qwen-2.5-7B)."""
     published = {row["schedule"]: row for row in paper("table7_order")}
-    runs: dict[tuple[str, ...], list[Record]] = {}
-    for record in records:
-        parameters = record.run["parameters"]
-        if parameters.get("method") == "lorapar" and set(parameters["stages"]) == {"sft", "grpo"}:
-            runs.setdefault(tuple(parameters["stages"]), []).append(record)
+    runs, here = (_grouped(filter(_has_both_stages, some), lambda p: tuple(p["stages"])) for some in (records, own))
     rows = []
-    for stages, group in sorted(runs.items(), reverse=True):
+    for stages in sorted({*runs, *here}, reverse=True):
+        group, mine = runs.get(stages, []), here.get(stages, [])
         row = published["SFT then RL (LoRA-PAR)" if stages == ("sft", "grpo") else "RL then SFT"]
         rows.append(
             {
@@ -373,27 +420,79 @@ def order_table(records: Iterable[Record]) -> pd.DataFrame:
                 "seeds": len(group),
                 "after phase 1": _over_seeds(group, "stage1"),
                 "after phase 2": _over_seeds(group, "stage2"),
+                **_this_run(own, _mean(mine, "stage2")),
                 "gap to SFT then RL": _gap(group, runs.get(("sft", "grpo"), []), "stage2"),
                 "paper, phase 1 %": row["phase1"],
                 "paper, phase 2 %": row["phase2"],
-                "records": _labels(group),
+                "records": _labels([*group, *mine]),
             }
         )
     return pd.DataFrame(rows)
 
 
-def certain_table(record: Record) -> pd.DataFrame:
-    """From the voting record: agreement with construction among the examples with the largest summed margins."""
+def _has_both_stages(record: Record) -> bool:
+    parameters = record.run["parameters"]
+    return parameters.get("method") == "lorapar" and set(parameters["stages"]) == {"sft", "grpo"}
+
+
+def agreement_table(*records: Record) -> pd.DataFrame:
+    """From voting records, one column each: how the teachers split the pool, and how far they agree."""
+    labels = {
+        "system1_share": "share voted System 1",
+        "undecided": "undecided",
+        "kappa": "Fleiss' kappa",
+        "alpha": "Krippendorff's alpha",
+    }
+    columns = {
+        f"profile {record.run['profile']}": [written(record.metrics.get(key), Metric.number) for key in labels]
+        for record in records
+    }
+    return pd.DataFrame(columns, index=list(labels.values()))
+
+
+def teacher_table(*records: Record) -> pd.DataFrame:
+    """From voting records: each teacher's agreement with the construction labels, its AUC, and its abstentions."""
+    names = dict.fromkeys(
+        key.removeprefix("accuracy/") for record in records for key in record.metrics if key.startswith("accuracy/")
+    )
+    styles = {"agrees with construction": ("accuracy", Metric.percent), "AUC": ("auc", Metric.number)}
+    styles["abstained"] = ("abstained", Metric.percent)
+    rows = [
+        {"teacher": name}
+        | {
+            f"{column}, {record.run['profile']}": written(record.metrics.get(f"{key}/{name}"), style, "–")
+            for column, (key, style) in styles.items()
+            for record in records
+        }
+        for name in names
+    ]
+    return pd.DataFrame(rows)
+
+
+def certain_table(*records: Record) -> pd.DataFrame:
+    """From voting records: agreement with construction among the examples with the largest summed margins."""
     return pd.DataFrame(
         [
             {
+                "profile": record.run["profile"],
                 "kept": f"{row['kept']:.0%} most certain",
                 "System 1": f"{100 * row['system1_share']:.0f} %",
                 "agrees with construction": Metric(**row["accuracy"]).percent(),
             }
+            for record in records
             for row in record.result["tables"]["certain"]
         ]
     )
+
+
+def panel_table(*records: Record) -> pd.DataFrame:
+    """From voting records: the split that each panel makes, and the share of examples that it moves."""
+    rows = [
+        {"profile": record.run["profile"]} | row | {"accuracy": written(row["accuracy"] and Metric(**row["accuracy"]))}
+        for record in records
+        for row in record.result["tables"]["panels"]
+    ]
+    return pd.DataFrame(rows).round(2)
 
 
 # Our strategies -> the paper's rows of Table 1. We have no counterpart of DeepSeek-R1 alone.
@@ -407,39 +506,47 @@ SPLITS = {
 }
 
 
-def voting_table(records: Iterable[Record]) -> pd.DataFrame:
+def voting_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.DataFrame:
     """Table 1 at our scale: stage 1 accuracy by how the examples were split, and the gap to a random split.
 
     The gap is paired over test items, with a 95 % bootstrap interval. An item counts as the mean over common seeds.
     """
     published = {row["strategy"]: row["accuracy"] for row in paper("table1_data_classification")}
-    runs: dict[str, list[Record]] = {}
-    for record in records:
-        runs.setdefault(record.name.rsplit("-seed", 1)[0], []).append(record)
+    runs, here = (_by_experiment(some) for some in (records, own))
     rows = []
     for name, strategy in SPLITS.items():
-        if name not in runs:
+        group, mine = runs.get(name, []), here.get(name, [])
+        if not group and not mine:
             continue
-        accuracies = [record.metric("stage1/accuracy").value for record in runs[name]]
+        accuracies = [record.metric("stage1/accuracy").value for record in group]
         rows.append(
             {
-                "split": runs[name][0].run["parameters"]["title"],
-                "seeds": len(runs[name]),
-                "ours, accuracy": _over_seeds(runs[name], "stage1"),
+                "split": (group or mine)[0].run["parameters"]["title"],
+                "seeds": len(group),
+                "ours, accuracy": _over_seeds(group, "stage1"),
                 "each seed": ", ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies),
+                **_this_run(own, _mean(mine, "stage1")),
                 **{
-                    f"gap to a random split{part}": _gap(runs[name], runs.get("split_random", []), "stage1", system)
+                    f"gap to a random split{part}": _gap(group, runs.get("split_random", []), "stage1", system)
                     for part, system in (("", None), (", System 1", 1), (", System 2", 2))
                 },
                 "paper, GSM8K %": published.get(strategy, "–"),
-                "records": _labels(runs[name]),
+                "records": _labels([*group, *mine]),
             }
         )
     return pd.DataFrame(rows)
 
 
+def _by_experiment(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """The records of each experiment, one per seed."""
+    runs: dict[str, list[Record]] = {}
+    for record in records:
+        runs.setdefault(record.name.rsplit("-seed", 1)[0], []).append(record)
+    return runs
+
+
 def _gap(runs: list[Record], control: list[Record], stage: str, system: int | None = None) -> str:
-    if not control or runs is control:
+    if not runs or not control or runs is control:
         return "–"
     return _paired([mean_outcomes(side, stage, system) for side in common_seeds([runs, control])])
 

@@ -1,0 +1,176 @@
+"""This run beside the published one: do votes, importance, answers and training agree, and if not, why may they not?"""
+
+from collections.abc import Iterable
+
+import pandas as pd
+from scipy.stats import t
+
+from lorapar_utils.models.published import published_adapters
+from lorapar_utils.records import Record, own_records, published_records, read_record
+from lorapar_utils.report.tables import written
+from lorapar_utils.settings import Settings
+
+# From here on two runs agree. Equal arithmetic gives 1; bf16 beside fp32 gave 0.999 and 0.93 (book/lab_log.md).
+RANK_CORRELATION, JACCARD = 0.99, 0.85
+LEVEL = 0.95
+
+
+def verdicts(settings: Settings) -> pd.DataFrame:
+    """One row for each comparison that this run allows: what was compared, how far it agrees, the verdict and why."""
+    own = own_records(settings)
+    published = {record.name: record for record in published_records(settings.profile)}
+    rows = []
+    if {"voting"} <= own.keys() & published.keys() and published["voting"].items:
+        teachers = votes(own["voting"], published["voting"])
+        equal, compared = int(teachers["equal"].sum()), int(teachers["examples"].sum())
+        said = f"{equal:,} of {compared:,} equal, example by example"
+        rows.append(_row("votes", said, equal == compared, own["voting"], published["voting"]))
+    if {"importance"} <= own.keys() & published.keys():
+        systems = importance(own["importance"], published["importance"], own.get("again"))
+        lowest = systems["rank correlation"].min()
+        agrees, said = lowest >= RANK_CORRELATION, f"rank correlation of matrices at least {lowest:.4f}"
+        if "Jaccard index" in systems:
+            agrees &= systems["Jaccard index"].min() >= JACCARD
+            said += f", Jaccard index of selected elements at least {systems['Jaccard index'].min():.3f}"
+        rows.append(_row("importance", said, agrees, own["importance"], published["importance"]))
+    if "again" in own:
+        for row in adapters(own["again"]).itertuples():
+            said = f"{row.same} of {row.questions} questions right or wrong as published, {row.identical} in the same words"
+            trained = read_record(published_adapters()[row.adapter] / "record.json")
+            rows.append(
+                _row(f"published adapter {row.adapter}", said, row.same == row.questions, own["again"], trained)
+            )
+    live = training(own.values(), published.values())
+    for name, group in live.groupby("experiment", sort=False) if len(live) else ():
+        inside, count = int(group["inside"].sum()), len(group)
+        said = f"{inside} of {count} accuracies inside the spread of the published seeds"
+        record = next(r for r in own.values() if r.run["parameters"].get("title") == name)
+        beside = next(r for r in published.values() if r.run["parameters"].get("title") == name)
+        rows.append(_row(f"training, {name}", said, inside == count, record, beside))
+    return pd.DataFrame(rows, columns=["compared", "agreement", "verdict", "because"])
+
+
+def _row(what: str, said: str, agrees: bool, own: Record, published: Record) -> dict:
+    why = differences(own, published)
+    if agrees:
+        verdict, because = "agrees", "–"
+    elif why:
+        verdict, because = "differs, as other machines do", "; ".join(why)
+    else:
+        verdict, because = (
+            "differs, and should not",
+            "dtype, versions and instruction sets are the same: please report it",
+        )
+    return {"compared": what, "agreement": said, "verdict": verdict, "because": because}
+
+
+def differences(own: Record, published: Record) -> list[str]:
+    """What of the two machines may change a number, in words; empty if nothing does."""
+
+    def value(record: Record, *keys: str) -> object:
+        found = record.environment
+        for key in keys:
+            found = found.get(key) if found else None
+        return found
+
+    asked = {
+        "dtype": ("dtype",),
+        "instruction sets": ("hardware", "instructions"),
+        "GPU": ("hardware", "gpu"),
+        **{name: ("packages", name) for name in ("torch", "transformers", "peft", "trl")},
+    }
+    words = []
+    for name, keys in asked.items():
+        here, there = value(own, *keys), value(published, *keys)
+        if here != there:
+            words.append(f"{name} {_text(here)} here, {_text(there)} there")
+    return words
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return "+".join(value) or "unknown"
+    return "unknown" if value is None else str(value)
+
+
+def votes(own: Record, published: Record) -> pd.DataFrame:
+    """One row per teacher of both runs: the examples that both asked about, and how many votes are equal."""
+    theirs = {item["id"]: item["votes"] for item in published.items}
+    rows: dict[str, list[bool]] = {}
+    for item in own.items:
+        for teacher, vote in item["votes"].items():
+            if teacher in theirs.get(item["id"], {}):
+                rows.setdefault(teacher, []).append(vote == theirs[item["id"]][teacher])
+    return pd.DataFrame(
+        [{"teacher": name, "examples": len(equal), "equal": sum(equal)} for name, equal in rows.items()],
+        columns=["teacher", "examples", "equal"],
+    )
+
+
+def importance(own: Record, published: Record, again: Record | None = None) -> pd.DataFrame:
+    """One row per system: rank correlation of the matrices' mean scores, and Jaccard index of the selected elements."""
+    places = ["layer", "module", "matrix"]
+    tables = [pd.DataFrame(record.result["tables"]["map"]) for record in (own, published)]
+    joined = tables[0].merge(tables[1], on=places, suffixes=("", "_published"))
+    metrics = again.metrics if again else {}
+    rows = []
+    for system in (1, 2):
+        ranks = joined[[f"system{system}", f"system{system}_published"]].rank()
+        row = {"system": system, "matrices": len(joined), "rank correlation": ranks.corr().iloc[0, 1]}
+        if jaccard := metrics.get(f"partition/system{system}"):
+            row["Jaccard index"] = jaccard.value
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def adapters(again: Record) -> pd.DataFrame:
+    """One row per published adapter: its accuracy as published and here, over the same questions, item by item."""
+    frame = pd.DataFrame(again.items)
+    rows = []
+    for name, items in frame.groupby("adapter", sort=False):
+        published = pd.DataFrame(items["published"].tolist(), index=items.index)
+        rows.append(
+            {
+                "adapter": name,
+                "questions": len(items),
+                "right, published": int(published["correct"].sum()),
+                "right, here": int(items["correct"].sum()),
+                "same": int((items["correct"] == published["correct"]).sum()),
+                "identical": int((items["completion"] == published["completion"]).sum()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def training(own: Iterable[Record], published: Iterable[Record]) -> pd.DataFrame:
+    """One row per accuracy that this run trained: beside the published seeds' mean and the range for one more seed.
+
+    The range is the 95 % prediction interval of a normal distribution with the seeds' mean and spread.
+    """
+    seeds: dict[str, list[Record]] = {}
+    for record in published:
+        seeds.setdefault(record.name.rsplit("-seed", 1)[0], []).append(record)
+    rows = []
+    for record in own:
+        runs = seeds.get(record.name.rsplit("-seed", 1)[0], [])
+        stages = [f"stage{k}" for k in range(1, 1 + len(record.run["parameters"].get("stages", ())))]
+        for key in [f"{stage}/system{k}" for stage in stages for k in (1, 2)]:
+            values = pd.Series([run.metrics[key].value for run in runs if key in run.metrics])
+            metric = record.metrics.get(key)
+            if metric is None or len(values) < 2:
+                continue
+            reach = t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std() * (1 + 1 / len(values)) ** 0.5
+            low, high = max(0.0, values.mean() - reach), min(1.0, values.mean() + reach)
+            rows.append(
+                {
+                    "experiment": record.run["parameters"]["title"],
+                    "after": key.split("/")[0],
+                    "system": key[-1],
+                    "this run": written(metric),
+                    "published, mean": f"{100 * values.mean():.1f} %",
+                    "seeds": len(values),
+                    "one more seed": f"{100 * low:.1f} to {100 * high:.1f} %",
+                    "inside": low <= metric.value <= high,
+                }
+            )
+    return pd.DataFrame(rows)

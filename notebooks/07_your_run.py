@@ -1,0 +1,103 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 7. Your run beside the published one
+#
+# - **Question.** Does this machine come to the same votes, importance, answers and accuracies as the machine that made the published records?
+# - **Paper.** None: this is about this book.
+# - **Inputs.** This run's records, the published records of the same profile, the published adapters.
+# - **Outputs.** The comparisons below.
+# - **Cost.** None here: `make book` has asked the published adapters again.
+
+# %% tags=["parameters"]
+profile = "laptop"  # a file of profiles/, or a path
+
+# %% tags=["hide-input"]
+from lorapar_utils.records import own_records, published_records
+from lorapar_utils.report import agreement, notebook
+
+settings = notebook.start(profile=profile)
+
+# %% [markdown]
+# ## The idea
+#
+# Votes and scores are arithmetic without chance: on the same kind of machine they are equal, on another they differ by rounding. Answers
+# follow a greedy path, so rounding can turn a word. Training adds up such differences; it can only be compared with the spread of
+# several seeds.
+
+# %% [markdown]
+# ## The verdicts
+#
+# A difference is put down to the machines where dtype, instruction sets, GPU or versions differ. Where they do not, it is flagged.
+
+# %%
+own = own_records(settings)
+published = {record.name: record for record in published_records(settings.profile)}
+print("" if own else "Nothing has been run here yet: `make book` fills this page.")
+agreement.verdicts(settings)
+
+# %% [markdown]
+# ## Votes, teacher by teacher
+
+# %%
+both = "voting" in own and "voting" in published
+agreement.votes(own["voting"], published["voting"]) if both else None
+
+# %% [markdown]
+# ## Importance, system by system
+#
+# The rank correlation is over the mean scores of all matrices. The Jaccard index is of the selected elements, one by one, where the
+# profile has published its partition.
+
+# %%
+both = "importance" in own and "importance" in published
+agreement.importance(own["importance"], published["importance"], own.get("again")).round(4) if both else None
+
+# %% [markdown]
+# ## The published adapters, asked again
+#
+# *Same*: questions that are right or wrong as they were when published. *Identical*: the completions are equal, letter by letter.
+
+# %%
+agreement.adapters(own["again"]) if "again" in own else None
+
+# %% [markdown]
+# ## Training, inside the spread of the published seeds?
+#
+# *One more seed* is the range in which another seed of the published machine would lie, 19 times in 20.
+
+# %%
+live = agreement.training(own.values(), published.values())
+live if len(live) else None
+
+# %% [markdown]
+# ## What would change our mind
+#
+# A verdict that reads *differs, and should not*: then something that the records do not know changes the numbers.
+#
+# ## Try it yourself
+#
+# ```bash
+# papermill notebooks/07_your_run.ipynb out.ipynb -p profile smoke
+# ```
+
+# %% [markdown]
+# ## The records behind this page
+#
+# Every number above is drawn from these files. Hovering tells commit and date.
+
+# %% tags=["hide-input"]
+notebook.sources([*own.values(), *published.values()], settings)
