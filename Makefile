@@ -1,7 +1,7 @@
-# make book | plan | rehearse | test | lab | figures | bench | publish   (PROFILE=cpu unless given: a name of profiles/, or the path of a
-# YAML file; CORES=1 for fewer than this machine has)
+# make book | read | plan | rehearse | test | lab | figures | bench | publish   (PROFILE=laptop unless given: a name of profiles/, or the
+# path of a YAML file; CORES=1 for fewer than this machine has)
 # make book CLUSTER=slurm sends the jobs to a cluster (see profiles/cluster/); make test-slurm tries that on a Slurm of its own.
-PROFILE ?= cpu
+PROFILE ?= laptop
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -10,10 +10,13 @@ PY := $(VENV)/bin/python
 quoted = '$(subst ','\'',$(value $(1)))'
 profile = $(call quoted,PROFILE)
 
-.PHONY: book test test-slurm lab figures bench publish plan rehearse
+.PHONY: book read test test-slurm lab figures bench publish plan rehearse
 
 book: $(VENV)/.installed
 	@$(PY) -m lorapar_utils.build $(profile) $(if $(CORES),--cores $(CORES)) $(if $(CLUSTER),--cluster $(call quoted,CLUSTER))
+
+read: $(VENV)/.installed
+	@$(PY) -m lorapar_utils.build $(profile) --read $(if $(CORES),--cores $(CORES))
 
 plan: $(VENV)/.installed
 	@$(PY) -m lorapar_utils.build $(profile) $(if $(CORES),--cores $(CORES)) --dry-run $(if $(MACHINE),--machine $(call quoted,MACHINE))
@@ -32,8 +35,8 @@ lab: $(VENV)/.installed
 	JUPYTER_CONFIG_PATH="$$PWD/.jupyter" $(VENV)/bin/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
 
 figures: $(VENV)/.installed
-	@$(PY) -m lorapar_utils.report.figures "results/$$(basename $(profile) .yaml)" figures
-	@$(PY) -m lorapar_utils.report.exports "results/$$(basename $(profile) .yaml)" tables
+	@$(PY) -m lorapar_utils.report.figures figures
+	@$(PY) -m lorapar_utils.report.exports tables
 
 bench: $(VENV)/.installed
 	$(PY) benchmarks/scoring.py

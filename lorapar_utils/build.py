@@ -4,42 +4,51 @@ import argparse
 import importlib.util
 import os
 import re
+import shlex
 import shutil
-import subprocess
 import sys
+import time
+import warnings
+from contextlib import suppress
 from pathlib import Path
-from urllib.parse import quote
 
+import psutil
 import yaml
 from filelock import Timeout
 
+from lorapar_utils.cache import fingerprint, write_atomically
 from lorapar_utils.errors import InputError
 from lorapar_utils.machine import lock, usable_cores
-from lorapar_utils.planning import plan, preflight
+from lorapar_utils.models.published import published_adapters
+from lorapar_utils.planning import jobs
 from lorapar_utils.records import claim_runs
 from lorapar_utils.settings import Settings, load_profile, profile_files, project_root
 
 FREE_BYTES = 1_000_000_000
+# After Ctrl-C, seconds until what still runs is killed; and the exit status that shells give for it.
+PATIENCE, STOPPED = 3, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("profile", nargs="?", default="cpu", help="a name of profiles/, or the path of a YAML file")
+    parser.add_argument("profile", nargs="?", default="laptop", help="a name of profiles/, or the path of a YAML file")
     parser.add_argument("--cores", type=int, default=usable_cores())
     parser.add_argument("--cluster", default="", help="a folder of profiles/cluster: send the jobs there")
+    parser.add_argument("--read", action="store_true", help="the book from the published records; nothing is computed")
     parser.add_argument("--dry-run", action="store_true", help="show what it would take and what would run")
     parser.add_argument("--machine", default="here", help="of --dry-run: here, or a GPU of machines.yaml")
     options = parser.parse_args(arguments)
     try:
         if options.dry_run:
-            print_plan(options.profile, options.machine)
-        return build(options.profile, options.cores, cluster=options.cluster, dry_run=options.dry_run)
+            print_plan(options.profile, options.machine, options.cores)
+            return 0
+        return build(options.profile, options.cores, cluster=options.cluster, read=options.read)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
 
 
-def build(profile: str, cores: int, *, cluster: str = "", dry_run: bool = False) -> int:
+def build(profile: str, cores: int, *, cluster: str = "", read: bool = False) -> int:
     """Run the DAG of `profile`; returns Snakemake's exit code.
 
     Parameters
@@ -48,73 +57,108 @@ def build(profile: str, cores: int, *, cluster: str = "", dry_run: bool = False)
         Of this machine, for jobs that run here.
     cluster
         A folder of `profiles/cluster`, whose executor runs the jobs; empty: this machine does.
+    read
+        Make the pages from the published records; nothing is computed.
 
     Raises
     ------
     InputError
         A profile that is invalid, has no experiments, needs more memory than there is, or has another file's runs; a
-        cluster that is unknown or whose executor is not installed; a `runs/` that cannot be written or is full; another
-        build under way.
+        cluster that is unknown or whose executor is not installed; a `runs/` that cannot be written or is full; a
+        published adapter that was changed; another build under way.
     """
-    settings = load_profile(profile)
-    if not settings.experiment_runs():
-        raise InputError(f"profile {settings.profile}: it has no experiments or no seeds; name some, or extend cpu")
-    root = project_root()
-    for path in profile_files(profile):
-        if re.search("[{}]", str(path)):
-            raise InputError(f"{path}: Snakemake takes what is in braces for a wildcard; rename the folder")
+    settings, root = _checked(profile), project_root()
     runs = root / "runs"
     _check_writable(runs)
-    claim_runs(settings)
-    if not dry_run:
+    published_adapters()
+    if not read:
+        claim_runs(settings)
         _check_before(settings, here=not cluster)
-    # As in an address (%20): Snakemake reads it as YAML, and hands it on to a cluster's jobs through a shell.
-    asked = quote(settings.profile_file)
-    command = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--config", f"profile={asked}"]
-    # Our own lock is released by the system when a process dies; Snakemake's would outlive a kill -9.
-    command += ["--nolock", "--rerun-incomplete"] + (["--dry-run"] if dry_run else [])
+    command = jobs.command(settings, cores, read=read)
     if cluster:
         command += ["--workflow-profile", str(_cluster_profile(cluster))]
     try:
         with lock(runs / ".lock", timeout=0):
-            code = subprocess.run(command, cwd=root).returncode
+            code = _run(command, root)
     except Timeout:
         raise InputError(f"another build is running in {root}; wait for it, or stop it") from None
-    if code:
-        _explain(settings.runs / "logs")
-    elif not dry_run:
+    if code == STOPPED:
+        again = "read" if read else f"book PROFILE={shlex.quote(profile)}"
+        print(f"\nStopped. `make {again}` goes on from here.", file=sys.stderr)
+    elif code:
+        _explain(root / "runs" / "read" / "logs" if read else settings.runs / "logs")
+    else:
         print(f"The book: {root / 'book' / '_build' / 'html' / 'index.html'}")
     return code
 
 
-def _check_before(settings: Settings, here: bool) -> None:
-    """Whether this machine has the memory, and of a first run whether all that it reads can be read."""
-    first = not (settings.runs / "records" / "voting.json").is_file()
-    # A cluster's nodes are not this machine, and the test profile fits any.
-    memory = settings.publishable and here
-    if not first and not memory:
-        return
+def _run(command: list[str], root: Path) -> int:
+    """Run Snakemake to its end; after Ctrl-C, until all that it started has ended."""
+    (root / ".snakemake").mkdir(exist_ok=True)
+    with (root / ".snakemake" / "errors.txt").open("w+", encoding="utf-8") as errors:
+        process = psutil.Popen(command, cwd=root, stderr=errors)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            # All have got the signal too. Kernels are in sessions of their own, and whoever is left is ended.
+            started = [process, *process.children(recursive=True)]
+            _, left = psutil.wait_procs(started, timeout=PATIENCE)
+            for one in left:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            return STOPPED
+        errors.seek(0)
+        if code and (text := errors.read().strip()):
+            print(text, file=sys.stderr)
+    return code
 
-    if first:
-        print("checking the model's files, the data, the teachers' files and keys …", flush=True)
-        preflight.check(settings)
-    if memory:
+
+def _checked(profile: str) -> Settings:
+    settings = load_profile(profile)
+    if not settings.experiment_runs():
+        raise InputError(f"profile {settings.profile}: it has no experiments or no seeds; name some, or extend laptop")
+    for path in profile_files(profile):
+        if re.search("[{}]", str(path)):
+            raise InputError(f"{path}: Snakemake takes what is in braces for a wildcard; rename the folder")
+    return settings
+
+
+def _check_before(settings: Settings, here: bool) -> None:
+    """Whether this machine has the memory, and whether all that a run reads can be read; once for each state of a profile.
+
+    A cluster's nodes are not this machine, and the test profile fits any.
+    """
+    checked, state = settings.runs / "checked.txt", fingerprint([settings.model_dump(), here])
+    if checked.is_file() and checked.read_text(encoding="utf-8") == state:
+        return
+    # Here, because these import torch, and an unchanged build needs none of it.
+    from lorapar_utils.planning import plan, preflight
+
+    print("checking the model's files, the data, the teachers' files and keys …", flush=True)
+    preflight.check(settings)
+    if settings.publishable and here:
         machine = plan.memory_here()
         plan.check_fits(settings, machine, plan.phases_of(plan.Model(settings), machine))
+    write_atomically(checked, state)
 
 
-def print_plan(profile: str, machine_name: str) -> None:
-    """Memory and time of every phase on a machine; an `InputError` if it has no memory for one of them."""
+def print_plan(profile: str, machine_name: str, cores: int) -> None:
+    """What a build would do on a machine; an `InputError` if it has no memory for one of the phases."""
+    import datasets
 
-    settings = load_profile(profile)
+    from lorapar_utils.planning import plan
+
+    warnings.simplefilter("ignore", FutureWarning)
+    datasets.disable_progress_bars()
+    # What this process has just imported is what every job imports first.
+    start = time.time() - psutil.Process().create_time()
+    settings = _checked(profile)
     machine = plan.machine_named(machine_name)
     model = plan.Model(settings)
     untimed = plan.memory_here() if machine_name == "here" else machine
     plan.check_fits(settings, untimed, plan.phases_of(model, untimed))
-    if machine.flops is None:
-        print("running a few layers on this machine …", flush=True)
     phases = plan.phases_of(model, machine)
-    print(f"{plan.table(phases).round(2).to_string()}\n\n{plan.summary(settings, machine, phases)}\n")
+    print(plan.as_text(settings, machine, plan.rows(settings, phases, jobs.would_run(settings, cores), cores, start)))
 
 
 def _cluster_profile(name: str) -> Path:

@@ -16,15 +16,17 @@ class Examples:
     ----------
     settings
         For an experiment, those of `Settings.for_experiment`: an experiment may have a split of its own.
+    pool
+        Every row, of all splits; None loads it.
     """
 
-    def __init__(self, settings: Settings):
-        self._settings = settings
+    def __init__(self, settings: Settings, pool: datasets.Dataset | None = None):
+        self._settings, self._pool = settings, pool
 
     @functools.cached_property
     def pool(self) -> datasets.Dataset:
         """Every row, of all splits."""
-        return data.load_pool(self._settings)
+        return data.load_pool(self._settings) if self._pool is None else self._pool
 
     @functools.cached_property
     def systems(self) -> dict[int, list[dict]]:

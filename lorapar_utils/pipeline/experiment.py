@@ -17,7 +17,7 @@ from lorapar_utils.pipeline.record import experiment_record
 from lorapar_utils.pipeline.scores import partition, scores, scores_folder
 from lorapar_utils.pipeline.train import check_rows, stage_inputs, train
 from lorapar_utils.records import Record, read_record, write_record
-from lorapar_utils.settings import Settings
+from lorapar_utils.settings import ExperimentSection, Settings
 
 
 def experiment(settings: Settings, name: str, seed: int) -> Record:
@@ -42,20 +42,8 @@ def experiment(settings: Settings, name: str, seed: int) -> Record:
     settings = settings.for_experiment(name, seed)
     examples = Examples(settings)
     systems = examples.systems if spec.stages else {}
-    stages = settings.runs / "stages"
-
-    # What each stage is made from, and where it is kept.
     partial = spec.method == "lorapar"
-    kept_scores = scores_folder(settings, systems).name if partial else None
-    trained, measured = {}, {}
-    for number in range(1, len(spec.stages) + 1):
-        inputs = stage_inputs(settings, spec, number, systems, kept_scores, examples.watched)
-        trained[f"stage{number}"] = inputs, stages / fingerprint(inputs)
-    for stage in trained or ("base",):
-        folder = trained[stage][1].name if trained else None
-        inputs = measure_inputs(settings, folder, examples.held_out, "grpo" in spec.stages)
-        measured[stage] = inputs, stages / fingerprint(inputs)
-
+    trained, measured = _kept_at(settings, spec, examples, systems)
     missing = not all(is_whole(folder) for _, folder in [*trained.values(), *measured.values()])
     # Every process has to see the same.
     if distributed.by_first(lambda: missing):
@@ -93,6 +81,32 @@ def experiment(settings: Settings, name: str, seed: int) -> Record:
         lambda: write_record(experiment_record(settings, spec, run, outcomes, origin, examples.pool), path)
     )
     return read_record(path)
+
+
+def is_kept(settings: Settings, name: str, seed: int, examples: Examples) -> bool:
+    """Whether all that an experiment trains and measures is kept, so that only its record has to be put together."""
+    spec, settings = settings.experiments[name], settings.for_experiment(name, seed)
+    systems = Examples(settings, examples.pool).systems if spec.stages else {}
+    trained, measured = _kept_at(settings, spec, examples, systems)
+    return all(is_whole(folder) for _, folder in [*trained.values(), *measured.values()])
+
+
+Kept = dict[str, tuple[dict, Path]]
+
+
+def _kept_at(settings: Settings, spec: ExperimentSection, examples: Examples, systems: dict) -> tuple[Kept, Kept]:
+    """What each stage of an experiment is trained from, and measured from, with the folder that keeps the outcome."""
+    stages = settings.runs / "stages"
+    kept_scores = scores_folder(settings, systems).name if spec.method == "lorapar" else None
+    trained, measured = {}, {}
+    for number in range(1, len(spec.stages) + 1):
+        inputs = stage_inputs(settings, spec, number, systems, kept_scores, examples.watched)
+        trained[f"stage{number}"] = inputs, stages / fingerprint(inputs)
+    for stage in trained or ("base",):
+        folder = trained[stage][1].name if trained else None
+        inputs = measure_inputs(settings, folder, examples.held_out, "grpo" in spec.stages)
+        measured[stage] = inputs, stages / fingerprint(inputs)
+    return trained, measured
 
 
 def _check(settings: Settings, kinds: tuple[str, ...], systems: dict[int, list[dict]]) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import timeit
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,13 +23,19 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lorapar_utils import models
+from lorapar_utils.cache import is_whole
 from lorapar_utils.errors import InputError
 from lorapar_utils.fast.architecture import has_other_states
 from lorapar_utils.fast.decoding import answering
 from lorapar_utils.fast.shared_prefix import LONGEST
 from lorapar_utils.machine import threads_from_environment
+from lorapar_utils.pipeline.examples import Examples
+from lorapar_utils.pipeline.experiment import is_kept
+from lorapar_utils.pipeline.scores import scores_folder
 from lorapar_utils.planning import preflight
+from lorapar_utils.planning.jobs import Job
 from lorapar_utils.settings import Settings, project_root
+from lorapar_utils.voting import split
 
 # Mean tokens of a chat prompt, of a solution, and of what every prompt begins with (SmolLM2's tokenizer; `builtin` and
 # `gsm8k` counted, the others assumed); of persona, template and question around a teacher's example.
@@ -72,6 +79,7 @@ class Phase(NamedTuple):
     runs: int
     seconds: float
     memory: dict[str, float]
+    kind: tuple | None = None  # of experiments: their stages, and whether they are LoRA-PAR's
 
     @property
     def bytes(self) -> float:
@@ -100,19 +108,118 @@ def memory_here() -> Machine:
     return Machine("this machine's CPU", psutil.virtual_memory().total, LIBRARIES["cpu"], cpu=True)
 
 
-def table(phases: list[Phase]) -> pd.DataFrame:
-    """One row a phase: GB by part, hours."""
-    gigabytes = pd.DataFrame([phase.memory | {"GB": phase.bytes} for phase in phases]) / 1e9
-    gigabytes.insert(0, "runs", [phase.runs for phase in phases])
-    gigabytes["hours"] = [phase.seconds / 3600 for phase in phases]
-    return gigabytes.set_index(pd.Index([phase.name for phase in phases], name="phase"))
+class Row(NamedTuple):
+    """A row of the plan: what would be made, how many of how many, why, the most memory of one, seconds of all."""
+
+    phase: str
+    runs: int
+    kept: int
+    why: str
+    bytes: float
+    seconds: float
 
 
-def summary(settings: Settings, machine: Machine, phases: list[Phase]) -> str:
-    """The plan in one sentence."""
-    most, hours = max(phase.bytes for phase in phases) / 1e9, sum(phase.seconds for phase in phases) / 3600
-    length = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
-    return f"{settings.profile} needs {most:.1f} GB and at most about {length} on {machine.name}, one job at a time."
+def rows(settings: Settings, phases: list[Phase], jobs: Sequence[Job], cores: int, start: float) -> list[Row]:
+    """What a build would do: one row a phase, of those with a job to run.
+
+    Parameters
+    ----------
+    jobs
+        Those that would run (`jobs.would_run`).
+    cores
+        Of the machine: jobs run beside each other where their threads leave room.
+    start
+        Seconds in which a job's libraries are imported.
+    """
+    by_rule: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_rule.setdefault(job.rule, []).append(job)
+    examples = Examples(settings)
+    asked = bool(settings.voting.teachers)
+    voted = not asked or is_whole(split.votes_folder(settings, examples.pool))
+    scored = voted and is_whole(scores_folder(settings, examples.systems))
+    table, beside = [], max(1, cores // settings.threads)
+    whole = min(1.0, (settings.threads / cores) ** SHARED_WORK)  # what all cores take of the threads' time
+    for phase in phases:
+        if phase.kind is None:
+            here, kept = by_rule.get("prepare", []), voted if phase.name.startswith("voting") else scored
+            made = [] if kept else here
+            seconds = start + whole * phase.seconds
+        else:
+            here = [job for job in by_rule.get("experiment", []) if _kind(settings, job) == phase.kind]
+            made = [job for job in here if not (voted and scored and is_kept(settings, *_run(job), examples))]
+            seconds = (1.5 * start * len(made) + phase.seconds * len(made) / phase.runs) / min(
+                beside, max(1, len(made))
+            )
+        if here:
+            kept = len(here) - len(made)
+            table.append(Row(phase.name, len(made), kept, _why(here[0].reason), phase.bytes, seconds * bool(made)))
+    for rule, name, starts in (
+        ("again", "published adapters, asked again", 4),
+        ("page", "pages", 1),
+        ("book", "book", 2),
+    ):
+        if here := by_rule.get(rule):
+            seconds = starts * start * len(here) / min(beside, len(here))
+            table.append(Row(name, len(here), 0, _why(here[0].reason), LIBRARIES["cpu"], seconds))
+    return table
+
+
+def _run(job: Job) -> tuple[str, int]:
+    name, _, seed = job.what.rpartition("-seed")
+    return name, int(seed)
+
+
+def _kind(settings: Settings, job: Job) -> tuple:
+    spec = settings.experiments[_run(job)[0]]
+    return spec.stages, spec.method == "lorapar"
+
+
+# What Snakemake gives as a reason -> in short; the first that applies. Of changed files the first two are named.
+REASONS = {
+    "Updated input files: ": "changed: {}",
+    "Missing output files": "not made yet",
+    "Set of input files has changed": "other files to read",
+    "Params have changed": "other parameters",
+    "Input files updated by another job": "what it reads is made anew",
+}
+
+
+def _why(reason: str) -> str:
+    for long, short in REASONS.items():
+        if long in reason:
+            names = reason.partition(long)[2].partition(";")[0].split(", ")
+            return short.format(", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else ""))
+    return reason[:60]
+
+
+def as_text(settings: Settings, machine: Machine, table: list[Row]) -> str:
+    """The plan for a terminal: a line each row, and the sum in one sentence."""
+    if not table:
+        return f"{settings.profile}: everything is made; `make book` would do nothing."
+    cells = [("phase", "runs", "read back", "GB", "time", "why")]
+    cells += [
+        (
+            row.phase,
+            str(row.runs or "–"),
+            str(row.kept or "–"),
+            f"{row.bytes / 1e9:.1f}",
+            _length(row.seconds) if row.runs else "–",
+            row.why,
+        )
+        for row in table
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    most, seconds = max(row.bytes for row in table) / 1e9, sum(row.seconds for row in table)
+    sentence = f"{settings.profile} needs {most:.1f} GB a job and about {_length(seconds)} on {machine.name}."
+    return "\n".join([*lines, "", sentence])
+
+
+def _length(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def check_fits(settings: Settings, machine: Machine, phases: list[Phase]) -> None:
@@ -133,10 +240,10 @@ def phases_of(model: "Model", machine: Machine) -> list[Phase]:
     pool, sft, evaluation = settings.pool, settings.sft, settings.evaluation
     tested, train = pool.system1.test + pool.system2.test, (pool.system1.train, pool.system2.train)
 
-    def add(name: str, runs: int, optimizer: float, times: dict[str, float]) -> None:
+    def add(name: str, runs: int, optimizer: float, times: dict[str, float], kind: tuple | None = None) -> None:
         seconds = runs * sum(count * need.seconds for kind, count in times.items() for need in batch[kind])
         memory = model.memory(machine, [need for kind in times for need in batch[kind]], optimizer)
-        phases.append(Phase(name, runs, seconds, memory))
+        phases.append(Phase(name, runs, seconds, memory, kind))
 
     teachers = sum(teacher.kind == "local" for teacher in settings.voting.teachers)
     asked = {"voting": teachers * sum(train) / settings.voting.batch_size}
@@ -155,7 +262,8 @@ def phases_of(model: "Model", machine: Machine) -> list[Phase]:
         active = model.elements * (0.4 if lorapar else 1.0)
         # fp32 gradients; two fp32 moments and an 8-byte place for each active element; masks of a byte.
         optimizer = (5 * model.elements + 16 * active) * bool(stages)
-        add((" then ".join(stages) or "base model") + ", LoRA-PAR" * lorapar, runs, optimizer, times)
+        name = (" then ".join(stages) or "base model") + ", LoRA-PAR" * lorapar
+        add(name, runs, optimizer, times, (stages, lorapar))
     return phases
 
 

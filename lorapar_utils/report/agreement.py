@@ -35,7 +35,7 @@ def verdicts(settings: Settings) -> pd.DataFrame:
         rows.append(_row("importance", said, agrees, own["importance"], published["importance"]))
     if "again" in own:
         for row in adapters(own["again"]).itertuples():
-            said = f"{row.same} of {row.questions} questions right or wrong as published, {row.identical} in the same words"
+            said = f"{row.same} of {row.questions} right or wrong as published, {row.identical} in the same words"
             trained = read_record(published_adapters()[row.adapter] / "record.json")
             rows.append(
                 _row(f"published adapter {row.adapter}", said, row.same == row.questions, own["again"], trained)

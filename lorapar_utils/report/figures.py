@@ -531,7 +531,7 @@ def save_all(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m lorapar_utils.report.figures figures`: every figure, from the published records or those of a folder."""
+    """`python -m lorapar_utils.report.figures figures`: every figure, from published records or those of a folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("figures", type=Path)
     parser.add_argument("--records", type=Path, help="such as runs/laptop/records; without it, the published evidence")

@@ -49,7 +49,7 @@ def start(*, profile: str, **parameters) -> Settings:
 
 
 def published(settings: Settings, name: str) -> Record:
-    """The published record `name` of this profile, else of the evidence: what a page shows that is told not to compute."""
+    """The published record `name` of this profile, else of the evidence: for a page that is told not to compute."""
     records = evidence() | {record.name: record for record in published_records(settings.profile)}
     if name not in records:
         raise InputError(f"compute = False: no record {name} of profile {settings.profile} is published; compute it")
@@ -91,7 +91,7 @@ def _cited(records: Iterable[Record], settings: Settings) -> list[str]:
 
 
 def scoreboard(settings: Settings, judged: list[dict] | None = None) -> Styler:
-    """The claims `judged` (None: all) by the published evidence, this run's effects beside, with links to the records."""
+    """The claims `judged` (None: all) by the published evidence, this run's effects beside, with links to records."""
     link = partial(record_link, settings=settings)
     return _as_html(claims.scoreboard(evidence(), judged, link, own_records(settings)))
 
