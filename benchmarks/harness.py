@@ -29,8 +29,8 @@ def main(folder: Path, chosen: list[str]) -> None:
             "items": 5,
         },  # with five the stock model needs too long for repeats
     }
-    exact = load_profile("cpu", model={"dtype": "float32"}, evaluation=asked)
-    low = load_profile("cpu", evaluation=asked)
+    exact = load_profile("laptop", model={"dtype": "float32"}, evaluation=asked)
+    low = load_profile("laptop", evaluation=asked)
     for name in chosen or asked:
         compare(name, exact, 1)
         if models.compute_dtype(low) == torch.bfloat16:

@@ -24,7 +24,7 @@ EXAMPLES, BATCH, REPEATS, LOOP = 200, 16, 3, 24
 
 
 def prepared(dtype: str = "auto"):
-    settings = load_profile("cpu", model={"dtype": dtype})
+    settings = load_profile("laptop", model={"dtype": dtype})
     base, tokenizer = models.load_base(settings)
     model = models.attach_adapter(base, settings)
     rows = spread([row for row in data.load_pool(settings) if row["split"] == "train"], EXAMPLES)

@@ -124,7 +124,7 @@ def _checked(profile: str) -> Settings:
 
 
 def _check_before(settings: Settings, here: bool) -> None:
-    """Whether this machine has the memory, and whether all that a run reads can be read; once for each state of a profile.
+    """Check memory, and that all that a run reads can be read; once for each state of a profile.
 
     A cluster's nodes are not this machine, and the test profile fits any.
     """

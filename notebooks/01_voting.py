@@ -66,7 +66,7 @@ split.voting_plan(settings) if compute else None
 # %%
 record = record_votes(settings, Examples(settings), retry=retry) if compute else notebook.published(settings, "voting")
 published = evidence()["voting"]
-pd.DataFrame(record.items).head(8)[["prompt", "answer", "steps", "votes", "system"]]
+pd.DataFrame(record.items, columns=["prompt", "answer", "steps", "votes", "system"]).head(8)
 
 # %% [markdown]
 # ## Do the teachers agree?

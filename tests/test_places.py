@@ -22,6 +22,7 @@ from lorapar_utils import build, cache, machine, models
 from lorapar_utils.errors import InputError
 from lorapar_utils.models import files
 from lorapar_utils.pipeline import launch
+from lorapar_utils.planning import jobs
 from lorapar_utils.records import claim_runs, new_record, write_record
 from lorapar_utils.report import publish
 from lorapar_utils.settings import load_profile, project_root
@@ -166,7 +167,7 @@ def test_two_profiles_of_one_name_never_share_a_folder(home):
     claim_runs(load_profile(first))
     expected = "runs/mine was made from ~/experiments/mine.yaml, and this is elsewhere/mine.yaml: rename one"
     with pytest.raises(InputError, match=expected):
-        build.build(str(second), 1, dry_run=True)
+        build.build(str(second), 1)
 
 
 def test_a_profile_that_was_moved_goes_on_with_its_runs(home, capsys):
@@ -193,10 +194,10 @@ def test_a_profile_without_experiments_or_in_a_folder_with_braces_is_refused_by_
     path.parent.mkdir()
     path.write_text("seed: 1\n")
     with pytest.raises(InputError, match="profile mine: it has no experiments or no seeds"):
-        build.build(str(path), 1, dry_run=True)
+        build.build(str(path), 1)
     path.write_text("extends: smoke\n")
     with pytest.raises(InputError, match="Snakemake takes what is in braces for a wildcard; rename the folder"):
-        build.build(str(path), 1, dry_run=True)
+        build.build(str(path), 1)
 
 
 # In the place of papermill and of the book's build: notes what it was given, and leaves nothing of what a phase makes.
@@ -223,7 +224,12 @@ def test_clone_and_profile_may_lie_in_folders_with_awkward_names(tmp_path, monke
     packages = os.pathsep.join([str(clone), *(path for path in sys.path if path.endswith("site-packages"))])
     monkeypatch.setenv("PYTHONPATH", packages)
     monkeypatch.delenv("MAKEFLAGS", raising=False)
-    for module in ("papermill", "lorapar_utils.pipeline.prepare", "lorapar_utils.report.book"):
+    for module in (
+        "papermill",
+        "lorapar_utils.pipeline.prepare",
+        "lorapar_utils.pipeline.again",
+        "lorapar_utils.report.book",
+    ):
         rules = (clone / "Snakefile").read_text()
         assert f"-m {module}" in rules
         (clone / "Snakefile").write_text(rules.replace(f"-m {module}", "notes.py"))
@@ -235,7 +241,7 @@ def test_clone_and_profile_may_lie_in_folders_with_awkward_names(tmp_path, monke
         text=True,
     )
     commands = re.findall(r"Shell command: (OMP_NUM_THREADS=.+)", plan.stdout)
-    assert plan.returncode == 0 and len(commands) == 10, plan.stdout[-3000:] + plan.stderr
+    assert plan.returncode == 0 and len(commands) == 12, plan.stdout[-3000:] + plan.stderr
     (clone / "runs" / "mine" / "logs").mkdir(parents=True)
     for command in commands:
         subprocess.run(command, shell=True, cwd=clone, check=True)
@@ -246,18 +252,14 @@ def test_clone_and_profile_may_lie_in_folders_with_awkward_names(tmp_path, monke
 
 
 def asked(path: Path) -> str:
-    """The profile as `build` names it to Snakemake."""
-    said: list[str] = []
+    """The profile as a build names it to Snakemake."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            build.subprocess, "run", lambda command, **_: said.extend(command) or subprocess.CompletedProcess([], 1)
-        )
         patch.chdir(path.parent / "clone")
-        build.build(str(path), 1, dry_run=True)
+        said = jobs.command(load_profile(str(path)), 1)
     return next(word for word in said if word.startswith("profile=")).removeprefix("profile=")
 
 
-@pytest.mark.parametrize("target", ["book", "plan", "publish"])
+@pytest.mark.parametrize("target", ["book", "read", "plan", "publish"])
 def test_make_hands_the_path_of_a_profile_on_as_it_is(target):
     path = f"/home/{AWKWARD}/mine.yaml"
     command = ["make", "--no-print-directory", "-n", target, f"PROFILE={path}", "MACHINE=RTX 4090", "CLUSTER=my slurm"]
@@ -330,7 +332,7 @@ def test_another_error_of_a_lock_is_not_taken_for_a_file_system_without_any(tmp_
 def test_one_build_at_a_time_and_one_conversion_of_the_model_with_locks_and_without(home, monkeypatch):
     for _ in range(2):
         with machine.lock(runs_lock(home), timeout=0), pytest.raises(InputError, match="another build is running"):
-            build.build("smoke", 1, dry_run=True)
+            build.build("smoke", 1)
         monkeypatch.setenv("LORAPAR_CACHE", str(home / "cache"))
         target = home / "cache" / "SmolLM2-135M-Instruct"
         target.mkdir(parents=True, exist_ok=True)
@@ -383,13 +385,13 @@ def test_a_vote_that_cannot_be_kept_stops_the_asking(home):
 
 
 def test_without_git_a_record_names_no_commit_and_is_not_published(home, monkeypatch):
-    settings = load_profile("cpu")
+    settings = load_profile("laptop")
     monkeypatch.setenv("PATH", str(home))
     made = new_record("voting", settings, metrics={})
     assert (made.run["commit"], made.run["dirty"]) == (None, None)
     write_record(made, settings.runs / "records" / "voting.json")
     with pytest.raises(InputError, match="record voting: made without git, .*; install git"):
-        publish.publish("cpu")
+        publish.publish("laptop")
 
 
 def test_the_repository_around_an_unpacked_archive_is_not_taken_for_the_projects(home):

@@ -25,15 +25,27 @@ def test_short_names_and_sections_override():
 
 
 def test_a_profile_can_extend_another(project):
-    full, cpu = load_profile("cpu-full"), load_profile("cpu")
-    assert full.voting == cpu.voting and full.seeds == (0, 1, 2) and full.experiments.keys() != cpu.experiments.keys()
+    study, laptop = load_profile("study"), load_profile("laptop")
+    assert study.adapter == laptop.adapter and len(study.seeds) >= 5 and study.pool != laptop.pool
+    assert study.experiments.keys() != laptop.experiments.keys()
     path = project / "profiles" / "mine.yaml"
     path.write_text("extends: nothing\n")
     with pytest.raises(InputError, match="mine.yaml: extends = 'nothing': there is no profiles/nothing.yaml"):
         load_profile("mine")
 
 
-@pytest.mark.parametrize("parent", ["cpu-full", "cpu-chains", "cpu-elsewhere", "llama2-7b-sharded"])
+def test_a_list_can_be_added_to_its_parents_list(project):
+    path = project / "profiles" / "mine.yaml"
+    teacher = {"name": "mine", "kind": "recorded", "path": "votes.csv"}
+    path.write_text(yaml.safe_dump({"extends": "smoke", "voting": {"teachers+": [teacher], "tie": "system2"}}))
+    names = [teacher.name for teacher in load_profile("mine").voting.teachers]
+    assert names == ["psychologist", "tutor", "examiner", "mine"]
+    path.write_text(yaml.safe_dump({"extends": "smoke", "voting": {"teacher+": [teacher]}}))
+    with pytest.raises(InputError, match="teacher"):
+        load_profile("mine")
+
+
+@pytest.mark.parametrize("parent", ["study", "llama2-7b-sharded"])
 def test_a_profile_has_all_that_its_parents_parents_say(project, parent):
     (project / "profiles" / "mine.yaml").write_text(f"extends: {parent}\nseed: 7\n")
     mine, theirs = load_profile("mine"), load_profile(parent)
@@ -63,12 +75,12 @@ def test_profiles_extend_files_beside_them_through_any_depth(project):
         ),
         (
             "lost",
-            r"lost.yaml: extends = 'gone': there is no profiles/gone.yaml \(mine.yaml -> lost.yaml -> gone\); .*cpu",
+            r"lost.yaml: extends = 'gone': there is no profiles/gone.yaml \(mine.yaml -> lost.yaml -> gone\); .*laptop",
         ),
         ("../gone.yaml", r"mine.yaml: extends = '../gone.yaml': there is no ../gone.yaml"),
         ("defaults", "every profile starts from the defaults; leave the line out"),
         ("../profiles/defaults.yaml", "every profile starts from the defaults"),
-        ("[cpu, smoke]", r"extends = \['cpu', 'smoke'\] is no name; give that of one profile"),
+        ("[laptop, smoke]", r"extends = \['laptop', 'smoke'\] is no name; give that of one profile"),
         ("7", "extends = 7 is no name"),
         ("", "extends = None is no name"),
     ],
@@ -86,7 +98,7 @@ def test_a_profile_that_says_nothing_is_refused_and_one_that_only_extends_is_not
     assert load_profile("mine").sft == load_profile("smoke").sft
     for nothing in ("", "# later\n", "{}\n", "---\n"):
         path.write_text(nothing)
-        with pytest.raises(InputError, match="mine.yaml: the file is empty; begin it with `extends: cpu`"):
+        with pytest.raises(InputError, match="mine.yaml: the file is empty; begin it with `extends: laptop`"):
             load_profile("mine")
 
 
@@ -214,16 +226,14 @@ def test_a_grid_is_one_experiment_for_each_combination(project):
     with pytest.raises(InputError, match="experiments.QKV_2.theta = 2"):
         written(over={"modules": ["QKV"], "theta": [2]})
     # A profile with experiments of its own takes over neither those of the profile that it extends, nor its grids.
-    path.write_text(
-        "extends: cpu-full\nexperiments: {base: {sweep: baseline, method: lora, stages: [], title: base}}\n"
-    )
+    path.write_text("extends: study\nexperiments: {base: {sweep: baseline, method: lora, stages: [], title: base}}\n")
     assert list(load_profile("mine").experiments) == ["base"]
 
 
 def test_cpu_full_holds_the_whole_of_table_3():
     cells = {
         (s.modules or "QKVGUD", s.theta, s.selection, s.score)
-        for s in load_profile("cpu-full").experiments.values()
+        for s in load_profile("study").experiments.values()
         if s.sweep == "theta"
     }
     every = [(m, t / 10) for m in ("QKV", "GUD", "QKVGUD") for t in range(1, 11)]
@@ -240,7 +250,7 @@ def test_cpu_full_holds_the_whole_of_table_3():
 
 
 def test_an_experiment_carries_its_own_theta(project):
-    settings = load_profile("cpu").for_experiment("theta_0.5", seed=7)
+    settings = load_profile("study").for_experiment("theta_0.5", seed=7)
     assert settings.partition.theta == 0.5 and settings.seed == 7
 
 
@@ -271,7 +281,7 @@ def test_bad_settings_name_key_value_and_remedy(override, message):
 
 
 def test_unknown_profile_lists_those_there_are():
-    with pytest.raises(InputError, match="no 'gpu'; choose one of cpu, cpu-chains, cpu-elsewhere, cpu-full"):
+    with pytest.raises(InputError, match="no 'gpu'; choose one of laptop, llama2-7b"):
         load_profile("gpu")
 
 

@@ -74,7 +74,7 @@ class LogHandler(LogHandlerBase):
 
     writes_to_stream = True
     writes_to_file = has_filter = has_formatter = needs_rulegraph = False
-    settings: Settings  # of the profile that is built, set by `main`
+    profile: Settings  # that is built; set by `main`
 
     def __post_init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -114,14 +114,14 @@ class LogHandler(LogHandlerBase):
 
     def _left(self) -> str:
         """How long the rest takes, if it goes on as fast as so far."""
-        done, left = sum(effort(self.settings, job) for job in self.ended), 0.0
+        done, left = sum(effort(self.profile, job) for job in self.ended), 0.0
         for rule, count in self.counts.items():
             ended = [job for job in self.ended if job.rule == rule]
-            kinds = [f"{name}-seed{seed}" for name, seed in self.settings.experiment_runs()]
+            kinds = [f"{name}-seed{seed}" for name, seed in self.profile.experiment_runs()]
             kinds = (
                 [what for what in kinds if what not in {job.what for job in ended}] if rule == "experiment" else [""]
             )
-            efforts = [effort(self.settings, Job(rule, what, "", "")) for what in kinds]
+            efforts = [effort(self.profile, Job(rule, what, "", "")) for what in kinds]
             left += (count - len(ended)) * sum(efforts) / max(1, len(efforts))
         return f"   about {_time((time.time() - self.start) * left / done)} left" if left else ""
 
@@ -164,7 +164,7 @@ def would_run(settings: Settings, cores: int) -> list[Job]:
 
 def main() -> None:
     """Run Snakemake, the first argument being the profile."""
-    LogHandler.settings = load_profile(sys.argv[1])
+    LogHandler.profile = load_profile(sys.argv[1])
     registry = LoggerPluginRegistry()
     registry.plugins["lines"] = registry.load_plugin("lines", sys.modules[__name__])
     snakemake.cli.main([*sys.argv[2:], "--logger", "lines"])

@@ -15,7 +15,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 import psutil
 import torch
 import yaml
@@ -135,8 +134,8 @@ def rows(settings: Settings, phases: list[Phase], jobs: Sequence[Job], cores: in
     for job in jobs:
         by_rule.setdefault(job.rule, []).append(job)
     examples = Examples(settings)
-    asked = bool(settings.voting.teachers)
-    voted = not asked or is_whole(split.votes_folder(settings, examples.pool))
+    # Before the first run nothing is kept, and the data may not have come from the hub yet.
+    voted = (settings.runs / "votes").is_dir() and is_whole(split.votes_folder(settings, examples.pool))
     scored = voted and is_whole(scores_folder(settings, examples.systems))
     table, beside = [], max(1, cores // settings.threads)
     whole = min(1.0, (settings.threads / cores) ** SHARED_WORK)  # what all cores take of the threads' time
@@ -229,9 +228,28 @@ def check_fits(settings: Settings, machine: Machine, phases: list[Phase]) -> Non
         parts = " + ".join(f"{part} {size / 1e9:.1f}" for part, size in worst.memory.items() if size)
         raise InputError(
             f"profile {settings.profile}: {worst.name} needs {worst.bytes / 1e9:.1f} GB ({parts}), and {machine.name} "
-            f"has {machine.memory / 1e9:.1f}; lower its batch sizes, set gradient_checkpointing, model.quantization or "
-            "model.sharded, or take a smaller model; make plan MACHINE=H200 plans for another machine"
+            f"has {machine.memory / 1e9:.1f}; {_smaller(settings, worst)}, set model.quantization or model.sharded, or "
+            "take a smaller model; make plan MACHINE=H200 plans for another machine"
         )
+
+
+def _smaller(settings: Settings, phase: Phase) -> str:
+    """Which settings to lower, with their values, for a phase to hold less."""
+    stages = phase.kind[0] if phase.kind else ()
+    if "grpo" in stages:
+        names, checkpointed = ["grpo.micro_batch", "grpo.rollout_batch"], settings.grpo.gradient_checkpointing
+    elif stages:
+        names, checkpointed = ["sft.batch_size"], settings.sft.gradient_checkpointing
+    else:
+        batch = {"importance": "importance", "base model": "evaluation"}.get(phase.name, "voting")
+        names, checkpointed = [f"{batch}.batch_size"], True
+
+    def value(name: str) -> object:
+        section, _, field = name.partition(".")
+        return getattr(getattr(settings, section), field)
+
+    lower = "lower " + " and ".join(f"{name} ({value(name)})" for name in names)
+    return lower if checkpointed else f"{lower}, set {names[0].partition('.')[0]}.gradient_checkpointing"
 
 
 def phases_of(model: "Model", machine: Machine) -> list[Phase]:

@@ -1,4 +1,4 @@
-"""`make publish PROFILE=…`: copy a run's records to results/, the source of figures and README; of `study`, adapters."""
+"""`make publish PROFILE=…`: copy a run's records to results/, which figures and README show; of `study`, adapters."""
 
 import json
 import re

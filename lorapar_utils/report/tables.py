@@ -61,7 +61,7 @@ def _trained(record: Record) -> Iterator[tuple]:
     identity = tuple(parameters.get(key) for key in IDENTITY)
     for number, stage in enumerate(("base", "stage1", "stage2")):
         if score_after(record, stage):
-            trained = tuple(parameters["stages"][:number])
+            trained = tuple(parameters.get("stages", ())[:number])
             yield (*(identity if trained else ()), record.run["seed"], trained, stage)
 
 

@@ -20,11 +20,11 @@ GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
 @pytest.fixture(scope="module")
 def pool():
-    return list(data.load_pool(load_profile("cpu")))
+    return list(data.load_pool(load_profile("study")))
 
 
 def test_splits_have_their_sizes_and_share_no_prompt(pool):
-    sizes = load_profile("cpu").pool
+    sizes = load_profile("study").pool
     for split in splits.SPLITS:
         rows = [row for row in pool if row["split"] == split]
         for system in (1, 2):

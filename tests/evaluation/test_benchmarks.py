@@ -116,7 +116,7 @@ def test_a_benchmark_has_no_validation_split(tmp_path):
 def test_real_items_score_as_with_the_stock_model_of_lm_eval(tmp_path):
     """Whole completions and letters of SmolLM2 in fp32; `benchmarks/harness.py` does it at length, and times it."""
     settings = load_profile(
-        "cpu",
+        "laptop",
         model={"dtype": "float32"},
         evaluation={
             "gsm8k": {"path": str(REAL / "gsm8k"), "shots": 1, "items": 10, "max_new_tokens": 48},

@@ -7,7 +7,7 @@ from transformers import AutoConfig, DynamicCache
 from lorapar_utils import build
 from lorapar_utils.errors import InputError
 from lorapar_utils.fast.decoding import answering
-from lorapar_utils.planning import plan, preflight
+from lorapar_utils.planning import jobs, plan, preflight
 from lorapar_utils.settings import load_profile
 
 LAPTOP = plan.Machine("a laptop", 8e9, 0.6e9, cpu=True)
@@ -102,11 +102,16 @@ def test_a_cpu_reads_once_what_sequences_share(monkeypatch):
 
 
 def test_a_profile_that_cannot_fit_is_refused_with_the_arithmetic(monkeypatch, capsys):
-    build.print_plan("llama2-7b", "H100")
-    assert "on one H100" in capsys.readouterr().out
+    monkeypatch.setattr(jobs, "would_run", lambda *_: [jobs.Job("prepare", "", "Missing output files: x", "")])
+    build.print_plan("llama2-7b", "H100", cores=2)
+    shown = capsys.readouterr().out.splitlines()
+    assert "on one H100" in shown[-1] and any(line.startswith("importance ") for line in shown)
     monkeypatch.setattr(plan, "memory_here", lambda: LAPTOP)
     monkeypatch.setattr(preflight, "check", lambda settings: None)
-    with pytest.raises(InputError, match=r"llama2-7b: .* needs \d+\.\d GB \(libraries 0.6 \+ weights 13.5 .* has 8.0"):
+    with pytest.raises(
+        InputError,
+        match=r"llama2-7b: .* needs \d+\.\d GB \(libraries 0.6 \+ weights 13.5 .* has 8.0; lower \w+\.\w+ \(",
+    ):
         build._check_before(load_profile("llama2-7b"), here=True)
 
 
@@ -120,3 +125,38 @@ def test_unknown_machines_and_models_are_named(monkeypatch):
     lost = load_profile("smoke", model={"source": "nobody/nothing-7b"})
     with pytest.raises(InputError, match=r"no configuration there .* no profiles/architectures/nothing-7b.json"):
         plan.configuration(lost)
+
+
+def job(rule, what="", reason="Missing output files: x"):
+    return jobs.Job(rule, what, reason, "")
+
+
+def test_a_plan_has_a_row_for_each_phase_with_a_job_and_tells_what_is_read_back(monkeypatch, project):
+    settings = load_profile("smoke")
+    (settings.runs / "votes").mkdir(parents=True)
+    phases = [plan.Phase("voting by local teachers", 1, 60.0, {"weights": 1e9}), plan.Phase("importance", 1, 30.0, {})]
+    phases += [plan.Phase("sft, LoRA-PAR", 1, 40.0, {}, (("sft",), True)), plan.Phase("base", 1, 20.0, {}, ((), False))]
+    asked = [
+        job("prepare", reason="Updated input files: profiles/smoke.yaml, a.py, b.py"),
+        job("experiment", "random_0.9-seed0", "Input files updated by another job: x"),
+        job("experiment", "base-seed0"),
+        job("page", "00_tour"),
+        job("book"),
+    ]
+    monkeypatch.setattr(plan, "is_whole", lambda folder: folder.parent.name == "votes")
+    monkeypatch.setattr(plan, "scores_folder", lambda *_: settings.runs / "scores" / "x")
+    monkeypatch.setattr(plan.Examples, "systems", {})
+    rows = plan.rows(settings, phases, asked, cores=2, start=5.0)
+    found = {row.phase: (row.runs, row.kept, row.why) for row in rows}
+    assert found == {
+        "voting by local teachers": (0, 1, "changed: profiles/smoke.yaml, a.py and 1 more"),
+        "importance": (1, 0, "changed: profiles/smoke.yaml, a.py and 1 more"),
+        "sft, LoRA-PAR": (1, 0, "what it reads is made anew"),
+        "base": (1, 0, "not made yet"),
+        "pages": (1, 0, "not made yet"),
+        "book": (1, 0, "not made yet"),
+    }
+    assert rows[0].seconds == 0 and rows[2].seconds > 40
+    text = plan.as_text(settings, LAPTOP, rows)
+    assert len(text.splitlines()) == 9 and max(map(len, text.splitlines())) < 120
+    assert "nothing" in plan.as_text(settings, LAPTOP, [])

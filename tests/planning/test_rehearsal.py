@@ -31,7 +31,7 @@ GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
     """What of the clone a rehearsal reads, as the working directory."""
-    for name in ("profiles", "book", "notebooks"):
+    for name in ("profiles", "book", "notebooks", "results"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_build"))
     monkeypatch.chdir(tmp_path)
     return tmp_path

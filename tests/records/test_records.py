@@ -12,12 +12,12 @@ from conftest import ROOT
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import (
     Record,
-    companions,
+    evidence,
     intervals,
     new_record,
+    pooled,
     read_record,
     read_records,
-    with_longer,
     write_record,
 )
 from lorapar_utils.records.intervals import Metric
@@ -129,23 +129,19 @@ def test_diminishing_returns_compare_two_gains():
     assert claims.judge(claim, records(0, 20, 40))[0] == "inconclusive"
 
 
-def test_longer_records_join_a_run_by_seed(project):
-    for profile, names in (("cpu-full", ["a-seed0", "a-seed1", "b-seed0"]), ("cpu", ["a-seed0"])):
+def test_the_evidence_is_the_study_and_what_it_has_not_replaced(project):
+    values = {"study": ["a-seed0"], "cpu": ["a-seed0", "b-seed0"], "cpu-full": ["b-seed0", "b-seed1"], "laptop": ["c"]}
+    for number, (profile, names) in enumerate(values.items()):
         for name in names:
-            made = record(name, x=Metric(len(names), 1))
-            write_record(made, project / "results" / profile / f"{name}.json")
-    joined = with_longer(read_records(project / "results" / "cpu"), "cpu")
-    assert {name: found.metric("x").value for name, found in joined.items()} == {
-        "a-seed0": 1,
-        "a-seed1": 3,
-        "b-seed0": 3,
-    }
+            write_record(record(name, x=Metric(number, 1)), project / "results" / profile / f"{name}.json")
+    found = {name: record.metric("x").value for name, record in evidence().items()}
+    assert found == {"a-seed0": 0, "b-seed0": 1, "b-seed1": 2}
 
 
-def test_varied_records_keep_their_profile_in_their_name(project):
+def test_records_of_other_pools_keep_their_profile_in_their_name(project):
     for profile in ("cpu", "cpu-full", "cpu-chains"):
         write_record(record("a-seed0"), project / "results" / profile / "a-seed0.json")
-    assert list(companions("cpu")) == ["cpu-chains/a-seed0"]
+    assert list(evidence()) == ["a-seed0", "cpu-chains/a-seed0"] and list(pooled(evidence())) == ["a-seed0"]
     where = {"first": {"record": "cpu-chains/a", "stage": "stage1"}, "second": {"record": "a", "stage": "stage1"}}
     claim = {"claim": "c", "paper": "t", "min_n": 10, "test": {"kind": "greater", "margin": 0.0, **where}}
     found = {
@@ -153,6 +149,19 @@ def test_varied_records_keep_their_profile_in_their_name(project):
         "cpu-chains/a-seed0": outcomes("a", "stage1", [True] * 40),
     }
     assert claims.judge(claim, found)[0] == "reproduced"
+
+
+def test_a_verdict_rests_on_the_published_records_and_this_run_stands_beside():
+    where = {"first": {"record": "a", "stage": "stage1"}, "second": {"record": "b", "stage": "stage1"}}
+    claim = {"claim": "c", "paper": "t", "min_n": 10, "test": {"kind": "greater", "margin": 0.0, **where}}
+    sides = {"a": [True] * 40, "b": [False] * 40}
+    published = {f"{name}-seed0": outcomes(name, "stage1", right) for name, right in sides.items()}
+    own = {f"{name}-seed0": outcomes(name, "stage1", right[::-1]) for name, right in sides.items()}
+    own["a-seed0"], own["b-seed0"] = own["b-seed0"], own["a-seed0"]
+    row = claims.scoreboard(published, [claim], own=own).iloc[0]
+    assert row["verdict"] == "reproduced" and row["this run"].startswith("-100.0 points")
+    assert "this run" not in claims.scoreboard(published, [claim])
+    assert claims.scoreboard(published, [claim], own={"a-seed0": own["a-seed0"]}).iloc[0]["this run"] == "–"
 
 
 def trained(method, seed, stages, right, *, stage="stage1", **more):
@@ -260,7 +269,7 @@ def test_macro_average_weighs_groups_alike():
 
 def test_tables_are_exported_in_three_formats(tmp_path):
     records = {r.name: r for r in [trained("lora", 0, ["sft_all"], 20), trained("a_b&c", 0, ["sft_all"], 20)]}
-    written = {path.name for path in exports.save_all(records, {}, tmp_path)}
+    written = {path.name for path in exports.save_all(records, tmp_path)}
     assert {"table6_methods.html", "table6_methods.csv", "table6_methods.tex", "stages.tex"} <= written
     latex = (tmp_path / "stages.tex").read_text()
     assert r"\toprule" in latex and r"a\_b\&c" in latex
@@ -298,7 +307,7 @@ def test_the_declared_claims_are_well_formed():
         assert claims.judge(claim, {})[0] == "not run"
 
 
-def test_a_verdict_links_to_every_record_that_it_rests_on(tmp_path):
+def test_a_verdict_links_to_every_record_that_it_rests_on(tmp_path, monkeypatch):
 
     items = [{"id": str(i), "stage": "stage1", "system": 1, "correct": i < 3} for i in range(4)]
     records = {f"a-seed{k}": record(f"a-seed{k}", items=items, seed=k) for k in (0, 1)}
@@ -310,7 +319,8 @@ def test_a_verdict_links_to_every_record_that_it_rests_on(tmp_path):
         "a (seed 0, seed 1); smoke-chains/b (seed 0)",
         "a (seed 0, seed 1); c (no record)",
     ]
-    shown = notebook.scoreboard(records, load_profile("smoke"), [claim]).to_html()
+    monkeypatch.setattr(notebook, "evidence", lambda: records)
+    shown = notebook.scoreboard(load_profile("smoke"), [claim]).to_html()
     assert 'href="../runs/smoke/records/a-seed1.json"' in shown
     executed = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell()])
     executed.cells[0].outputs = [nbformat.v4.new_output("display_data", {"text/html": shown})]
@@ -327,7 +337,7 @@ def test_the_records_behind_a_page_are_one_row_an_experiment_with_a_link_for_eac
     first, second = shown.data["record"]
     assert re.sub("<.*?>", "", first) == "a (seed 0, seed 1)" and re.sub("<.*?>", "", second) == "voting"
     assert first.count('href="../runs/smoke/records/a-seed') == 2 and "commit" in second
-    elsewhere = notebook.sources(made, load_profile("cpu"))
+    elsewhere = notebook.sources(made, load_profile("laptop"))
     assert 'href="../results/smoke/voting.json"' in elsewhere.data["record"][1]
 
 
@@ -345,20 +355,21 @@ def test_publish_refuses_smoke_and_uncommitted_records(project):
     with pytest.raises(InputError, match="not publishable"):
         publish.publish("smoke")
     with pytest.raises(InputError, match="no records"):
-        publish.publish("cpu")
-    settings = load_profile("cpu")
+        publish.publish("laptop")
+    settings = load_profile("laptop")
     made = new_record("voting", settings, metrics={})
     dirty = Record(run={**made.run, "dirty": True}, result=made.result, environment=made.environment)
     write_record(dirty, settings.runs / "records" / "voting.json")
     with pytest.raises(InputError, match="uncommitted changes"):
-        publish.publish("cpu")
+        publish.publish("laptop")
     assert not (project / "results").exists()
 
 
-def test_a_number_on_a_page_links_to_its_record_and_tells_n_interval_and_commit():
+def test_a_number_on_a_page_links_to_its_record_and_tells_n_interval_and_commit(monkeypatch):
 
     made = record("a-seed0", **{"stage1/accuracy": intervals.proportion([True, False] * 20)})
-    context = book.page_context(load_profile("smoke"), {"a-seed0": made})
+    monkeypatch.setattr(book, "evidence", lambda: {"a-seed0": made})
+    context = book.page_context(load_profile("smoke"))
     text = book.render('{{ percent("a-seed0", "stage1/accuracy") }}, {{ share("b", "x") }}', context, "page.md")
     assert 'href="../runs/smoke/records/a-seed0.json"' in text and ">50.0 % [35.2, 64.8], n = 40</a>" in text
     assert f"commit {(made.run['commit'] or 'none')[:10]}" in text and text.endswith(", not measured")
@@ -380,27 +391,16 @@ def test_figures_need_no_torch():
 
 
 @pytest.mark.parametrize(
-    "folder",
-    sorted({path.parent for path in (ROOT / "results").rglob("*.json")}),
-    ids=lambda folder: str(folder.relative_to(ROOT)),
+    "folder", sorted((ROOT / "results").iterdir()), ids=lambda folder: str(folder.relative_to(ROOT))
 )
 def test_published_records_are_publishable(folder):
-    for found in read_records(folder).values():
+    adapters = [read_record(path) for path in folder.glob("adapters/*/record.json")]
+    for found in (*read_records(folder).values(), *adapters):
         assert found.run["publishable"] and found.run["dirty"] is False and found.run["profile"] == folder.name
 
 
-@pytest.mark.skipif(not (ROOT / "results" / "cpu").is_dir(), reason="no results are published yet")
 def test_readme_shows_what_the_published_records_say():
     from lorapar_utils.report.publish import readme_with_results
 
     readme = (ROOT / "README.md").read_text()
-    assert readme_with_results(readme, read_records(ROOT / "results" / "cpu")) == readme
-
-
-def test_a_page_reads_the_records_that_are_there_and_names_the_command_for_the_first_that_is_not(project, capsys):
-    settings = load_profile("smoke")
-    (first, seed), *_, (last, _) = settings.experiment_runs()
-    write_record(new_record(f"{last}-seed0", settings, metrics={}), settings.runs / f"records/{last}-seed0.json")
-    assert [record.name for record in notebook.experiment_records(settings, lambda spec: True)] == [f"{last}-seed0"]
-    line = f"papermill notebooks/experiment.ipynb out.ipynb -p name {first} -p seed {seed} -p profile smoke\n"
-    assert line in capsys.readouterr().out
+    assert readme_with_results(readme, pooled(evidence())) == readme

@@ -9,20 +9,15 @@ from conftest import ROOT
 from matplotlib.colors import to_hex
 
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import read_records, with_longer
+from lorapar_utils.records import Record, evidence, pooled
 from lorapar_utils.report import figures, tables
 
 matplotlib.use("Agg")
 
 
 @pytest.fixture(scope="module")
-def own():
-    return read_records(ROOT / "results" / "cpu")
-
-
-@pytest.fixture(scope="module")
-def joined(own):
-    return with_longer(own, "cpu")
+def published():
+    return pooled(evidence())
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +37,9 @@ def error_bars(axes):
     return {tuple(np.round(xy, 6)) for bars in axes.containers for xy in bars.lines[0].get_xydata()}
 
 
-def test_votes_by_steps_draws_every_teacher_and_the_majority(own):
-    rows = pd.DataFrame(own["voting"].result["tables"]["by_steps"])
-    axes = figures.votes_by_steps(own["voting"]).axes[0]
+def test_votes_by_steps_draws_every_teacher_and_the_majority(published):
+    rows = pd.DataFrame(published["voting"].result["tables"]["by_steps"])
+    axes = figures.votes_by_steps(published["voting"]).axes[0]
     assert [bar.get_height() for bar in axes.patches] == rows.query("teacher == 'majority'")["system2_share"].tolist()
     drawn = lines(axes)
     assert drawn.keys() == set(rows["teacher"]) - {"majority"}
@@ -52,10 +47,10 @@ def test_votes_by_steps_draws_every_teacher_and_the_majority(own):
         assert points[:, 1].tolist() == rows[rows["teacher"] == teacher]["system2_share"].tolist()
 
 
-def test_importance_map_is_the_mean_of_a_and_b_and_their_difference(own):
-    rows = pd.DataFrame(own["importance"].result["tables"]["map"])
+def test_importance_map_is_the_mean_of_a_and_b_and_their_difference(published):
+    rows = pd.DataFrame(published["importance"].result["tables"]["map"])
     first, second, gap = (
-        axes.collections[0].get_array() for axes in figures.importance_map(own["importance"]).axes[:3]
+        axes.collections[0].get_array() for axes in figures.importance_map(published["importance"]).axes[:3]
     )
     means = rows.groupby(["layer", "module"], sort=False)[["system1", "system2"]].mean()
     assert first.size == len(means)
@@ -63,15 +58,24 @@ def test_importance_map_is_the_mean_of_a_and_b_and_their_difference(own):
     np.testing.assert_allclose(np.ravel(gap), np.ravel(second) - np.ravel(first))
 
 
-def test_theta_curve_has_one_point_for_each_setting(joined):
-    records = figures.stage1_records(joined)
+def test_a_second_record_is_drawn_under_the_first_with_both_profiles_named(published):
+    record = published["importance"]
+    other = Record(run={**record.run, "profile": "mine"}, result=record.result, environment=record.environment)
+    figure = figures.importance_map(record, other)
+    assert len(figure.subfigs) == 2 and len(figure.axes) == 2 * len(figures.importance_map(record).axes)
+    titles = [part._suptitle.get_text() for part in figure.subfigs]
+    assert titles == ["profile cpu", "profile mine"]
+
+
+def test_theta_curve_has_one_point_for_each_setting(published):
+    records = figures.stage1_records(published)
     points = tables.theta_points(records)
     drawn = set.union(*(error_bars(axes) for axes in figures.theta_curve(records).axes))
     assert drawn == {(round(p["active"], 6), round(p["metric"].value, 6)) for p in points} and len(points) >= 8
 
 
-def test_learning_curves_are_the_logs(own):
-    record = own["lorapar-seed0"]
+def test_learning_curves_are_the_logs(published):
+    record = published["lorapar-seed0"]
     axes = {panel.get_title(): panel for panel in figures.learning_curves(record).axes}
     for title, stage, key in (("SFT loss", "stage1", "loss"), ("GRPO reward", "stage2", "reward")):
         log = record.result["tables"][f"history_{stage}"]
@@ -81,8 +85,8 @@ def test_learning_curves_are_the_logs(own):
     assert len(lines(axes["validation accuracy"])["System 2"]) == len(watched) >= 4
 
 
-def test_stage_accuracy_shows_every_system_of_every_stage(own):
-    records = figures.two_stage_records(own)
+def test_stage_accuracy_shows_every_system_of_every_stage(published):
+    records = figures.main_records(published)
     x = sorted(x for x, _ in error_bars(figures.stage_accuracy(records).axes[0]))
     metrics = [record.result["metrics"] for record in records]
     values = [
@@ -91,8 +95,8 @@ def test_stage_accuracy_shows_every_system_of_every_stage(own):
     np.testing.assert_allclose(x, sorted(values), atol=1e-6)
 
 
-def test_pareto_front_is_what_nothing_beats(joined):
-    records = list(joined.values())
+def test_pareto_front_is_what_nothing_beats(published):
+    records = list(published.values())
     points = tables.cost_points(records)
     axes = figures.pareto(records).axes[0]
     assert error_bars(axes) == {(round(p.active, 6), round(p.value, 6)) for p in points.itertuples()}
@@ -102,8 +106,8 @@ def test_pareto_front_is_what_nothing_beats(joined):
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
-def test_every_figure_is_labelled_and_readable(name, own, joined):
-    figure = figures.FIGURES[name](joined if name in figures.LONGER else own)
+def test_every_figure_is_labelled_and_readable(name, published):
+    figure = figures.FIGURES[name](published)
     figure.canvas.draw()
     texts = [t for t in figure.findobj(matplotlib.text.Text) if t.get_text().strip() and t.get_visible()]
     assert texts and min(t.get_fontsize() for t in texts) >= 8
@@ -131,9 +135,9 @@ def test_pipeline_fills_the_boxes_that_it_is_told_and_no_others():
 
 
 def test_one_figure_in_another_format(tmp_path, capsys):
-    command = [str(ROOT / "results" / "cpu"), str(tmp_path), "--only", "theta_curve", "--formats", "eps", "jpg"]
+    command = [str(tmp_path), "--only", "theta_curve", "--formats", "eps", "jpg"]
     assert figures.main(command) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theta_curve.eps", "theta_curve.jpg"]
     with pytest.raises(SystemExit):
-        figures.main([*command[:3], "theta_curv"])
+        figures.main([*command[:2], "theta_curv"])
     assert "invalid choice: 'theta_curv'" in capsys.readouterr().err

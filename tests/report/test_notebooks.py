@@ -35,6 +35,7 @@ def test_every_notebook_is_there():
         "04_two_stage",
         "05_benchmarks",
         "06_claims",
+        "07_your_run",
         "experiment",
     ]
     assert [path.stem for path in PAIRS] == expected
@@ -97,7 +98,7 @@ def papermill(tmp_path, notebook, *parameters):
             "thetta is no parameter of this notebook; it has alpha",
         ),
         ("02_importance", ("profile", "smoke", "theta", "1.5"), "partition.theta = 1.5"),
-        ("06_claims", ("profile", "smokey"), "no 'smokey'; choose one of cpu"),
+        ("06_claims", ("profile", "smokey"), "no 'smokey'; choose one of laptop"),
     ],
 )
 def test_bad_papermill_parameters_stop_with_one_message(tmp_path, notebook, parameters, message):
@@ -105,7 +106,7 @@ def test_bad_papermill_parameters_stop_with_one_message(tmp_path, notebook, para
     assert done.returncode != 0 and message in done.stderr
 
 
-@pytest.mark.parametrize("page", ["03_theta_ablation", "04_two_stage", "05_benchmarks", "06_claims"])
+@pytest.mark.parametrize("page", ["03_theta_ablation", "04_two_stage", "05_benchmarks", "06_claims", "07_your_run"])
 def test_pages_of_tables_train_nothing(page):
     """Their imports, run alone, load no trainer; so they cannot call one."""
     cells = [cell.source for cell in jupytext.read(ROOT / "notebooks" / f"{page}.py").cells if cell.cell_type == "code"]
