@@ -87,7 +87,7 @@ def test_a_stage_killed_at_random_moments_ends_as_if_it_had_not_been(stage, tmp_
     a_step = (time.perf_counter() - began) / STEPS[stage]
     moments = random.Random(0)
     killed = resumed = 0
-    for trial in range(10):
+    for trial in range(5):
         folder = tmp_path / f"trial{trial}"
         code, found = run(folder, (trial % (STEPS[stage] // 2) * 2, moments.uniform(0, a_step)))
         killed += code == -signal.SIGKILL
@@ -95,7 +95,7 @@ def test_a_stage_killed_at_random_moments_ends_as_if_it_had_not_been(stage, tmp_
             resumed += bool(checkpoints.finished_checkpoints(folder))
             code, found = run(folder)
         assert code == 0 and found == straight
-    assert killed >= 5 and resumed >= 3
+    assert killed >= 3 and resumed >= 1
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
