@@ -52,7 +52,7 @@ def stop_at(folder, path, sign, limit=600):
     os.killpg(process.pid, sign)
     output, _ = process.communicate(timeout=60)
     seconds = time.monotonic() - begun
-    gone, alive = psutil.wait_procs(started, timeout=3)
+    _, alive = psutil.wait_procs(started, timeout=3)
     return output, seconds, [one.cmdline() for one in alive if one.is_running()]
 
 

@@ -5,7 +5,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
 from matplotlib.colors import to_hex
 
 from lorapar_utils.errors import InputError
