@@ -48,7 +48,9 @@ def assemble(settings: Settings, experiment: Path, source: Path) -> None:
     book = project_root() / "book"
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)
-    figure_files = figures.save_all(pooled(evidence()), source / "figures", formats=["svg"])
+    pages = {path.name: path.read_text(encoding="utf-8") for path in sorted(book.glob("*.md"))}
+    shown = [name for name in figures.FIGURES if any(f"figures/{name}.svg" in text for text in pages.values())]
+    figure_files = figures.save_all(pooled(evidence()), source / "figures", shown, formats=["svg"])
     for path in sorted(experiment.parent.parent.glob("*.ipynb")):
         _write_notebook(path, source / path.name)
     _write_notebook(experiment, source / "experiment.ipynb")
@@ -57,9 +59,9 @@ def assemble(settings: Settings, experiment: Path, source: Path) -> None:
     shutil.copytree(book / "_static", source / "_static")
     _copy_records(settings, source / "_static" / "records")
     context = page_context(settings) | {"figures": {path.stem for path in figure_files}}
-    for page in sorted(book.glob("*.md")):
-        text = render(page.read_text(encoding="utf-8"), context, page.name)
-        (source / page.name).write_text(_with_records_of_the_book(text), encoding="utf-8")
+    for name, page in pages.items():
+        text = render(page, context, name)
+        (source / name).write_text(_with_records_of_the_book(text), encoding="utf-8")
 
 
 def _copy_records(settings: Settings, target: Path) -> None:
