@@ -79,13 +79,11 @@ class Partition:
     def summary(self) -> pd.DataFrame:
         """One row per matrix: layer, module, matrix (A or B), elements, and the share in each region and stage."""
         parts = self.regions() | {f"stage{k}": mask for k, mask in enumerate(self.active, start=1)}
-        split = {key: _split(value, self.shapes) for key, value in parts.items()}
-        rows = [
-            {**_locate(name), "elements": int(np.prod(shape))}
-            | {key: float(masks[name].float().mean()) for key, masks in split.items()}
-            for name, shape in self.shapes.items()
-        ]
-        return pd.DataFrame(rows)
+        sizes = np.array([math.prod(shape) for shape in self.shapes.values()])
+        starts = np.cumsum(sizes) - sizes
+        table = pd.DataFrame([_locate(name) for name in self.shapes]).assign(elements=sizes)
+        shares = {key: np.add.reduceat(mask.numpy(), starts, dtype=np.int64) / sizes for key, mask in parts.items()}
+        return table.assign(**shares)
 
     def by_rank(self) -> pd.DataFrame:
         """One row per rank and matrix kind (A or B): mean share in each region and stage over layers and modules."""
