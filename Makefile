@@ -43,6 +43,7 @@ bench: $(VENV)/.installed
 	$(PY) benchmarks/partition.py
 	$(PY) benchmarks/voting.py
 	$(PY) benchmarks/training.py
+	$(PY) benchmarks/shares.py
 	$(PY) benchmarks/costs.py
 	$(PY) benchmarks/processes.py
 	$(if $(DATA),$(PY) benchmarks/harness.py $(call quoted,DATA))
