@@ -84,7 +84,7 @@ if compute:
         model = model.unload()
 else:
     answers = {name: pd.Series(published_items(folder)).str["completion"] for name, folder in adapters.items()}
-pd.DataFrame(answers).head(4)
+notebook.shown(pd.DataFrame(answers).head(4))
 
 # %% [markdown]
 # ## Which elements matter to a few examples?

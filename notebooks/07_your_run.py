@@ -46,15 +46,13 @@ settings = notebook.start(profile=profile)
 # %%
 own = own_records(settings)
 published = {record.name: record for record in published_records(settings.profile)}
-print("" if own else "Nothing has been run here yet: `make book` fills this page.")
-agreement.verdicts(settings)
+notebook.shown(agreement.verdicts(settings), "There is nothing to compare yet: `make book` fills this page.")
 
 # %% [markdown]
 # ## Votes, teacher by teacher
 
 # %%
-both = "voting" in own and "voting" in published
-agreement.votes(own["voting"], published["voting"]) if both else None
+notebook.shown(agreement.votes(own.get("voting"), published.get("voting")))
 
 # %% [markdown]
 # ## Importance, system by system
@@ -63,8 +61,7 @@ agreement.votes(own["voting"], published["voting"]) if both else None
 # profile has published its partition.
 
 # %%
-both = "importance" in own and "importance" in published
-agreement.importance(own["importance"], published["importance"], own.get("again")).round(4) if both else None
+notebook.shown(agreement.importance(own.get("importance"), published.get("importance"), own.get("again")).round(4))
 
 # %% [markdown]
 # ## The published adapters, asked again
@@ -72,7 +69,7 @@ agreement.importance(own["importance"], published["importance"], own.get("again"
 # *Same*: questions that are right or wrong as they were when published. *Identical*: the completions are equal, letter by letter.
 
 # %%
-agreement.adapters(own["again"]) if "again" in own else None
+notebook.shown(agreement.adapters(own.get("again")))
 
 # %% [markdown]
 # ## Training, inside the spread of the published seeds?
@@ -80,8 +77,7 @@ agreement.adapters(own["again"]) if "again" in own else None
 # *One more seed* is the range in which another seed of the published machine would lie, 19 times in 20.
 
 # %%
-live = agreement.training(own.values(), published.values())
-live if len(live) else None
+notebook.shown(agreement.training(own.values(), published.values()))
 
 # %% [markdown]
 # ## What would change our mind

@@ -15,11 +15,20 @@ from tokenizers.pre_tokenizers import Split, Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker on each core: threads of torch would only wait for those of the other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
+
+
+def pytest_collection_modifyitems(items):
+    """The smoke book first: it takes longest, and one worker makes it while the others run the rest."""
+    items.sort(key=lambda item: "test_end_to_end" not in item.nodeid)
 
 
 def make_tiny_model():

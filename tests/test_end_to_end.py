@@ -21,6 +21,9 @@ from conftest import ROOT, copy_project
 
 from lorapar_utils.machine import usable_cores
 
+# All on one worker, because the book is built once.
+pytestmark = pytest.mark.xdist_group("book")
+
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
@@ -145,6 +148,32 @@ def test_an_edited_file_runs_what_rests_on_it(built, file, rules):
     finally:
         path.write_text(text)
     assert not jobs(built)
+
+
+@pytest.mark.slow
+def test_the_plan_after_a_changed_setting_tells_what_is_made_anew_and_what_is_read_back(built):
+    path = built / "profiles" / "smoke.yaml"
+    text = path.read_text()
+    path.write_text(text.replace("sft: {epochs: 1,", "sft: {epochs: 2,"))
+    try:
+        plan = subprocess.run(
+            [sys.executable, "-m", "lorapar_utils.build", "smoke", "--dry-run"],
+            cwd=built,
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        path.write_text(text)
+    assert plan.returncode == 0, plan.stderr
+    rows = {re.split(r"  +", line)[0]: re.split(r"  +", line)[1:] for line in plan.stdout.splitlines() if "  " in line}
+    # Votes, scores and the base model do not rest on the epochs.
+    kept = {phase: cells[:2] for phase, cells in rows.items() if cells[0] == "–"}
+    assert kept == {"voting by local teachers": ["–", "1"], "importance": ["–", "1"], "base model": ["–", "1"]}
+    assert [rows[phase][0] for phase in ("sft then grpo, LoRA-PAR", "sft_all", "pages", "book")] == ["1", "1", "8", "1"]
+    assert all(
+        "changed: profiles/smoke.yaml" in row[-1] for phase, row in rows.items() if phase.startswith(("vot", "sft"))
+    )
+    assert len(plan.stdout.splitlines()) < 20
 
 
 def jobs(folder):

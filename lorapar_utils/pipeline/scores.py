@@ -4,10 +4,10 @@ import itertools
 import json
 from pathlib import Path
 
+import scipy
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from scipy.stats import spearmanr
 from transformers import PreTrainedTokenizerBase
 
 from lorapar_utils import distributed, models
@@ -134,8 +134,8 @@ def _agreement(first: Scores, second: Scores, settings: Settings) -> dict[str, f
     flat = [torch.cat([values.flatten() for values in scores.values()]).numpy() for scores in both]
     means = [[float(values.mean()) for values in scores.values()] for scores in both]
     return {
-        "rank_correlation": float(spearmanr(*flat).statistic),
-        "by_matrix": float(spearmanr(*means).statistic),
+        "rank_correlation": float(scipy.stats.spearmanr(*flat).statistic),
+        "by_matrix": float(scipy.stats.spearmanr(*means).statistic),
         "jaccard": build_partition(first, second, theta=settings.partition.theta).jaccard,
     }
 

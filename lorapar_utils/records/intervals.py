@@ -4,9 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.proportion import proportion_confint
+import scipy  # which imports scipy.stats, half a second, at its first use
 
 from lorapar_utils.errors import InputError
 
@@ -78,8 +76,8 @@ def proportion(outcomes: Sequence[bool | int]) -> Metric:
     if not len(outcomes):
         raise InputError("outcomes: none to take a share of")
     n, hits = len(outcomes), int(np.sum(np.asarray(outcomes, dtype=bool)))
-    low, high = proportion_confint(hits, n, method="wilson")
-    return Metric(hits / n, n, float(low), float(high))
+    interval = scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")
+    return Metric(hits / n, n, float(interval.low), float(interval.high))
 
 
 def mean(values: Sequence[float]) -> Metric:
@@ -127,9 +125,10 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Metric
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if a.shape != b.shape or not a.size:
         raise InputError(f"outcomes: {a.size} and {b.size} items cannot be paired; score both on the same items")
-    table = [[int(np.sum((a == x) & (b == y))) for y in (1, 0)] for x in (1, 0)]
     low, high = _interval(b - a)
-    p_value = float(mcnemar(table, exact=True).pvalue)
+    # McNemar's exact test: of the items that changed, as many would have changed either way.
+    gained, lost = int(np.sum(b > a)), int(np.sum(b < a))
+    p_value = float(scipy.stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return Metric(float((b - a).mean()), int(a.size), low, high, p_value)
 
 
@@ -156,5 +155,5 @@ def pass_at_k(successes: int, samples: int, k: int) -> float:
 def _interval(values: np.ndarray) -> tuple[float, float]:
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    interval = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
-    return float(interval.low), float(interval.high)
+    resamples = scipy.stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0)
+    return float(resamples.confidence_interval.low), float(resamples.confidence_interval.high)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import pandas as pd
-from scipy.stats import t
+import scipy
 
 from lorapar_utils.models.published import published_adapters
 from lorapar_utils.records import Record, own_records, published_records, read_record
@@ -20,26 +20,23 @@ def verdicts(settings: Settings) -> pd.DataFrame:
     own = own_records(settings)
     published = {record.name: record for record in published_records(settings.profile)}
     rows = []
-    if {"voting"} <= own.keys() & published.keys() and published["voting"].items:
-        teachers = votes(own["voting"], published["voting"])
+    teachers = votes(own.get("voting"), published.get("voting"))
+    if len(teachers):
         equal, compared = int(teachers["equal"].sum()), int(teachers["examples"].sum())
         said = f"{equal:,} of {compared:,} equal, example by example"
         rows.append(_row("votes", said, equal == compared, own["voting"], published["voting"]))
-    if {"importance"} <= own.keys() & published.keys():
-        systems = importance(own["importance"], published["importance"], own.get("again"))
+    systems = importance(own.get("importance"), published.get("importance"), own.get("again"))
+    if len(systems):
         lowest = systems["rank correlation"].min()
         agrees, said = lowest >= RANK_CORRELATION, f"rank correlation of matrices at least {lowest:.4f}"
         if "Jaccard index" in systems:
             agrees &= systems["Jaccard index"].min() >= JACCARD
             said += f", Jaccard index of selected elements at least {systems['Jaccard index'].min():.3f}"
         rows.append(_row("importance", said, agrees, own["importance"], published["importance"]))
-    if "again" in own:
-        for row in adapters(own["again"]).itertuples():
-            said = f"{row.same} of {row.questions} right or wrong as published, {row.identical} in the same words"
-            trained = read_record(published_adapters()[row.adapter] / "record.json")
-            rows.append(
-                _row(f"published adapter {row.adapter}", said, row.same == row.questions, own["again"], trained)
-            )
+    for row in adapters(own.get("again")).itertuples():
+        said = f"{row.same} of {row.questions} right or wrong as published, {row.identical} in the same words"
+        trained = read_record(published_adapters()[row.adapter] / "record.json")
+        rows.append(_row(f"published adapter {row.adapter}", said, row.same == row.questions, own["again"], trained))
     live = training(own.values(), published.values())
     for name, group in live.groupby("experiment", sort=False) if len(live) else ():
         inside, count = int(group["inside"].sum()), len(group)
@@ -93,8 +90,10 @@ def _text(value: object) -> str:
     return "unknown" if value is None else str(value)
 
 
-def votes(own: Record, published: Record) -> pd.DataFrame:
+def votes(own: Record | None, published: Record | None) -> pd.DataFrame:
     """One row per teacher of both runs: the examples that both asked about, and how many votes are equal."""
+    if own is None or published is None:
+        return pd.DataFrame()
     theirs = {item["id"]: item["votes"] for item in published.items}
     rows: dict[str, list[bool]] = {}
     for item in own.items:
@@ -102,13 +101,14 @@ def votes(own: Record, published: Record) -> pd.DataFrame:
             if teacher in theirs.get(item["id"], {}):
                 rows.setdefault(teacher, []).append(vote == theirs[item["id"]][teacher])
     return pd.DataFrame(
-        [{"teacher": name, "examples": len(equal), "equal": sum(equal)} for name, equal in rows.items()],
-        columns=["teacher", "examples", "equal"],
+        [{"teacher": name, "examples": len(equal), "equal": sum(equal)} for name, equal in rows.items()]
     )
 
 
-def importance(own: Record, published: Record, again: Record | None = None) -> pd.DataFrame:
+def importance(own: Record | None, published: Record | None, again: Record | None = None) -> pd.DataFrame:
     """One row per system: rank correlation of the matrices' mean scores, and Jaccard index of the selected elements."""
+    if own is None or published is None:
+        return pd.DataFrame()
     places = ["layer", "module", "matrix"]
     tables = [pd.DataFrame(record.result["tables"]["map"]) for record in (own, published)]
     joined = tables[0].merge(tables[1], on=places, suffixes=("", "_published"))
@@ -123,8 +123,10 @@ def importance(own: Record, published: Record, again: Record | None = None) -> p
     return pd.DataFrame(rows)
 
 
-def adapters(again: Record) -> pd.DataFrame:
+def adapters(again: Record | None) -> pd.DataFrame:
     """One row per published adapter: its accuracy as published and here, over the same questions, item by item."""
+    if again is None:
+        return pd.DataFrame()
     frame = pd.DataFrame(again.items)
     rows = []
     for name, items in frame.groupby("adapter", sort=False):
@@ -159,7 +161,7 @@ def training(own: Iterable[Record], published: Iterable[Record]) -> pd.DataFrame
             metric = record.metrics.get(key)
             if metric is None or len(values) < 2:
                 continue
-            reach = t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std() * (1 + 1 / len(values)) ** 0.5
+            reach = scipy.stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std() * (1 + 1 / len(values)) ** 0.5
             low, high = max(0.0, values.mean() - reach), min(1.0, values.mean() + reach)
             rows.append(
                 {

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure, SubFigure
@@ -185,6 +184,8 @@ def reliability(figure: SubFigure, record: Record) -> None:
 @_of_each(10, 6)
 def importance_map(figure: SubFigure, record: Record) -> None:
     """Mean importance by layer and module for System 1, System 2, and their difference."""
+    import seaborn as sns  # here, because it imports scipy.stats, which takes most of a page's start
+
     rows = pd.DataFrame(record.result["tables"]["map"])
     grid = rows.groupby(["layer", "module"], sort=False)[["system1", "system2"]].mean().reset_index()
     order = list(dict.fromkeys(rows["module"]))
@@ -431,6 +432,8 @@ def pareto(records: list[Record]) -> Figure:
     One point per method (see `tables.method_runs`): the mean over the seeds, with the 95 % interval over test items.
     A method without a recorded cost is left out of that cost's panel.
     """
+    import seaborn as sns  # here for the reason above
+
     points = tables.cost_points(records)
     if points.empty:
         raise KeyError("of a trained method of Tables 4 and 6")

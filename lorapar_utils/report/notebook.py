@@ -56,6 +56,15 @@ def published(settings: Settings, name: str) -> Record:
     return records[name]
 
 
+def shown(frame: pd.DataFrame, otherwise: str = "Nothing to show yet.") -> Styler | None:
+    """A table with its texts whole, or, of an empty one, a line that says so."""
+    if frame.empty:
+        print(otherwise)
+        return None
+    cells = frame.map(lambda cell: html.escape(cell).replace("\n", "<br>") if isinstance(cell, str) else cell)
+    return _as_html(cells)
+
+
 def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -> Styler:
     """A table of `tables` with links to files in column `records`; the links' tooltips have commit and date."""
     if frame.empty:

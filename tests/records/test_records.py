@@ -197,7 +197,7 @@ def test_benchmark_table_pairs_each_method_with_lora_and_names_what_was_not_run(
     assert rows.loc["IA3", "truncated"] == "25.0 %"
     assert rows.loc["PiSSA", "ours, at the end"] == "not run" and rows.loc["PiSSA", "paper, epoch 2 %"] == 33.59
     costs = tables.cost_points([trained("lora", 0, ["sft_all"], 20)]).iloc[0]
-    assert (costs["active"], costs["core_seconds"], costs["value"]) == (40.0, 10.0, 0.5) and np.isnan(
+    assert (costs["active"], costs["core_seconds"], costs["value"]) == (40.0, 5.0, 0.5) and np.isnan(
         costs["peak_bytes"]
     )
 

@@ -106,6 +106,18 @@ def test_bad_papermill_parameters_stop_with_one_message(tmp_path, notebook, para
     assert done.returncode != 0 and message in done.stderr
 
 
+@pytest.mark.parametrize("page", ["00_tour", "01_voting", "02_importance", "experiment"])
+def test_a_page_that_is_told_to_read_loads_no_model_and_shows_what_was_published(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAPAR_CACHE", str(tmp_path / "no models here"))
+    before = sorted((ROOT / "runs").rglob("*.json"))
+    done = papermill(tmp_path, page, "compute", "False")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not (tmp_path / "no models here").exists() and sorted((ROOT / "runs").rglob("*.json")) == before
+    cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    shown = [output for cell in cells for output in cell.get("outputs", []) if "data" in output]
+    assert len(shown) >= 4 and any("../results/" in output.data.get("text/html", "") for output in shown)
+
+
 @pytest.mark.parametrize("page", ["03_theta_ablation", "04_two_stage", "05_benchmarks", "06_claims", "07_your_run"])
 def test_pages_of_tables_train_nothing(page):
     """Their imports, run alone, load no trainer; so they cannot call one."""
