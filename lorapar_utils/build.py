@@ -85,9 +85,7 @@ def build(profile: str, cores: int, *, cluster: str = "", read: bool = False) ->
     if code == STOPPED:
         again = "read" if read else f"book PROFILE={shlex.quote(profile)}"
         print(f"\nStopped. `make {again}` goes on from here.", file=sys.stderr)
-    elif code:
-        _explain(root / "runs" / "read" / "logs" if read else settings.runs / "logs")
-    else:
+    elif not code:
         print(f"The book: {root / 'book' / '_build' / 'html' / 'index.html'}")
     return code
 
@@ -183,18 +181,6 @@ def _check_writable(runs: Path) -> None:
     free = shutil.disk_usage(runs).free
     if free < FREE_BYTES:
         raise InputError(f"runs: {free / 1e9:.1f} GB free at {runs}; make room for {FREE_BYTES / 1e9:.0f} GB")
-
-
-def _explain(logs: Path) -> None:
-    """What went wrong, from the newest log: the message if there is one, else where to look."""
-    newest_last = sorted(logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    if not newest_last:
-        return
-    text = re.sub(r"\x1b\[[0-9;]*m", "", newest_last[-1].read_text(encoding="utf-8", errors="replace"))
-    message = re.findall(r"^(?:[\w.]+\.)?InputError: (.+)", text, re.M) or re.findall(
-        r"^[\w.]+(?:Error|Warning): .+", text, re.M
-    )
-    print(f"\n{message[-1] if message else 'The build stopped.'}\n(full log: {newest_last[-1]})", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ prints nothing else. Snakemake's own log is in `.snakemake/log`.
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from logging import LogRecord
+from pathlib import Path
 from urllib.parse import quote
 
 import snakemake.cli
@@ -96,7 +98,10 @@ class LogHandler(LogHandlerBase):
         elif event == LogEvent.JOB_FINISHED and self.jobs[record.job_id].rule != "all":
             self._finished(self.jobs[record.job_id], time.time() - self.began[record.job_id])
         elif event == LogEvent.JOB_ERROR:
-            print(f"failed: {self.jobs[record.jobid].name}", flush=True)
+            job = self.jobs[record.jobid]
+            print(
+                f"failed: {job.name}\n{message_of(Path(job.log))}\n(full log: {job.log})", file=sys.stderr, flush=True
+            )
         elif event is None and record.levelno >= logging.ERROR and not self.jobs:
             print(record.getMessage(), file=sys.stderr, flush=True)
 
@@ -124,6 +129,16 @@ class LogHandler(LogHandlerBase):
             efforts = [effort(self.profile, Job(rule, what, "", "")) for what in kinds]
             left += (count - len(ended)) * sum(efforts) / max(1, len(efforts))
         return f"   about {_time((time.time() - self.start) * left / done)} left" if left else ""
+
+
+def message_of(log: Path) -> str:
+    """What a log says went wrong: the last error message in it."""
+    if not log.is_file():
+        return "It left no log."
+    text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace"))
+    told = re.findall(r"^(?:[\w.]+\.)?InputError: (.+)", text, re.M)
+    messages = told or re.findall(r"^[\w.]+(?:Error|Warning): .+", text, re.M) or text.split("\n\n")[-1].splitlines()
+    return messages[-1] if messages else "Its log is empty."
 
 
 def _job(record: LogRecord) -> Job:

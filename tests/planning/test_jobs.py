@@ -49,13 +49,35 @@ def test_a_line_for_each_job_with_its_time_its_place_and_about_how_long_the_rest
     assert third.startswith("3 of 3  experiment lorapar-seed0") and third.endswith("3 min")
 
 
-def test_a_failed_job_is_named_and_other_output_of_snakemake_is_not_shown(handler, capsys):
-    info(handler, 1, "page", page="00_tour")
+def test_a_failed_job_is_named_with_its_own_message_and_other_output_is_not_shown(handler, capsys, tmp_path):
+    (tmp_path / "1.log").write_text(
+        "Traceback …\nKeyError: 'x'\nlorapar_utils.errors.InputError: pool.path: nothing there\n"
+    )
+    (tmp_path / "2.log").write_text("ValueError: of a later job\n")
+    handler.send(
+        LogEvent.JOB_INFO, jobid=1, rule_name="page", wildcards={"page": "00_tour"}, reason="", log=[tmp_path / "1.log"]
+    )
     handler.send(None, message="Select jobs to execute...")
     handler.send(LogEvent.SHELLCMD, shellcmd="papermill …")
     handler.send(LogEvent.JOB_ERROR, jobid=1, rule_name="page", level=logging.ERROR)
     handler.close()
-    assert capsys.readouterr().out == "failed: page 00_tour\n"
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"failed: page 00_tour\npool.path: nothing there\n(full log: {tmp_path / '1.log'})\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("Killed by the system\n\nlast words\n", "last words"),
+        ("OSError: [Errno 28] No space left on device\n", "OSError: [Errno 28] No space left on device"),
+        ("", "Its log is empty."),
+    ],
+)
+def test_the_message_of_a_log(tmp_path, text, message):
+    (tmp_path / "a.log").write_text(text)
+    assert jobs.message_of(tmp_path / "a.log") == message
+    assert jobs.message_of(tmp_path / "no.log") == "It left no log."
 
 
 def test_a_build_with_nothing_to_do_says_so(handler, capsys):

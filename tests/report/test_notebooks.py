@@ -106,7 +106,7 @@ def test_bad_papermill_parameters_stop_with_one_message(tmp_path, notebook, para
     assert done.returncode != 0 and message in done.stderr
 
 
-@pytest.mark.parametrize("page", ["00_tour", "01_voting", "02_importance", "experiment"])
+@pytest.mark.parametrize("page", ["00_tour", "02_importance"])
 def test_a_page_that_is_told_to_read_loads_no_model_and_shows_what_was_published(page, tmp_path, monkeypatch):
     monkeypatch.setenv("LORAPAR_CACHE", str(tmp_path / "no models here"))
     before = sorted((ROOT / "runs").rglob("*.json"))
