@@ -25,7 +25,7 @@ rehearse: $(VENV)/.installed
 	@$(PY) -m lorapar_utils.planning.rehearsal $(profile)
 
 test: $(VENV)/.installed
-	$(PY) -m pytest -n $(or $(CORES),2) --dist loadgroup
+	$(PY) -m pytest -n $(or $(CORES),2) --dist loadfile --no-loadscope-reorder
 
 test-slurm: $(VENV)/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[cluster]'

@@ -53,6 +53,19 @@ def hardware() -> dict:
     return {"cpu": cpu, "instructions": known, "cores": os.cpu_count(), "gpu": gpu}
 
 
+def compute_dtype(setting: str) -> str:
+    """The dtype of `model.dtype`. `auto` is bfloat16 if the hardware multiplies bfloat16 natively, else float32."""
+    if setting != "auto":
+        return setting
+    import torch  # here, because a page of tables needs none of it
+
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported()
+    else:
+        native = torch.cpu.get_capabilities().get("avx512_bf16")
+    return "bfloat16" if native else "float32"
+
+
 def lock(path: Path, timeout: float = -1) -> AcquireReturnProxy:
     """Acquire the lock file `path` for a `with` block. A file system without locks gets a marker file beside `path`.
 

@@ -226,11 +226,5 @@ def _quantized(settings: Settings) -> dict:
 
 
 def compute_dtype(settings: Settings) -> torch.dtype:
-    """The dtype of `model.dtype`. `auto` is bfloat16 if the hardware multiplies bfloat16 natively, else float32."""
-    if settings.model.dtype != "auto":
-        return getattr(torch, settings.model.dtype)
-    if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported()
-    else:
-        native = torch.cpu.get_capabilities().get("avx512_bf16")
-    return torch.bfloat16 if native else torch.float32
+    """The dtype of `model.dtype` on this machine (see `machine.compute_dtype`)."""
+    return getattr(torch, machine.compute_dtype(settings.model.dtype))

@@ -13,10 +13,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from lorapar_utils import models
 from lorapar_utils.cache import PACKAGE, code_of, write_atomically
 from lorapar_utils.cache import origin as new_origin
 from lorapar_utils.errors import InputError
+from lorapar_utils.machine import compute_dtype
 from lorapar_utils.records.intervals import Metric
 from lorapar_utils.settings import Settings, project_root
 
@@ -108,7 +108,7 @@ def _dtype(settings: Settings) -> str | None:
     """The dtype of the model here, such as `bfloat16`; None in a process that has loaded none."""
     if "torch" not in sys.modules:
         return None
-    return str(models.compute_dtype(settings)).removeprefix("torch.")
+    return compute_dtype(settings.model.dtype)
 
 
 def write_record(record: Record, path: Path) -> Path:
