@@ -32,6 +32,9 @@ AGAIN = [f"{RUNS}/records/again.json"] if SETTINGS.evaluation.published_items an
 # The records that pages rest on: the published ones, and those of this run.
 PUBLISHED = sorted(glob("results/**/*.json", recursive=True))
 OWN = [] if READ else [*PREPARED, *AGAIN, *expand(f"{RUNS}/records/{{run}}.json", run=EXPERIMENTS)]
+# Pages that show less than all of this run's records need not wait for the rest.
+VOTING = [f"{name}-seed{seed}" for name, seed in SETTINGS.experiment_runs() if SETTINGS.experiments[name].sweep == "voting"]
+SOME = {"01_voting": [*PREPARED, *expand(f"{RUNS}/records/{{run}}.json", run=VOTING)], "02_importance": PREPARED}
 # Pages that compute, unless they are told to read.
 COMPUTING = ("00_tour", "01_voting", "02_importance")
 
@@ -104,6 +107,8 @@ rule experiment:
         "environment.yml"
     log:
         f"{RUNS}/logs/{{run}}.log",
+    # Before pages, because other pages wait for them.
+    priority: 1
     params:
         common=COMMON,
         name=lambda wildcards: wildcards.run.rsplit("-seed", 1)[0],
@@ -155,7 +160,7 @@ rule published_experiment:
 rule page:
     input:
         notebook="notebooks/{page}.ipynb",
-        records=OWN,
+        records=lambda wildcards: [] if READ else SOME.get(wildcards.page, OWN),
         published=PUBLISHED,
         claims=["book/claims.yaml", "book/paper_tables.yaml"],
         code=lambda wildcards: code(f"notebooks/{wildcards.page}.py"),

@@ -130,8 +130,12 @@ def _check_before(settings: Settings, here: bool) -> None:
     if checked.is_file() and checked.read_text(encoding="utf-8") == state:
         return
     # Here, because these import torch, and an unchanged build needs none of it.
+    import datasets
+
     from lorapar_utils.planning import plan, preflight
 
+    warnings.simplefilter("ignore", FutureWarning)
+    datasets.disable_progress_bars()
     print("checking the model's files, the data, the teachers' files and keys …", flush=True)
     preflight.check(settings)
     if settings.publishable and here:
@@ -142,21 +146,26 @@ def _check_before(settings: Settings, here: bool) -> None:
 
 def print_plan(profile: str, machine_name: str, cores: int) -> None:
     """What a build would do on a machine; an `InputError` if it has no memory for one of the phases."""
+    settings = _checked(profile)
+    due = jobs.would_run(settings, cores)
+    if not due:
+        print(f"{settings.profile}: everything is made; `make book` would do nothing.")
+        return
+    began = time.time()
     import datasets
 
     from lorapar_utils.planning import plan
 
     warnings.simplefilter("ignore", FutureWarning)
     datasets.disable_progress_bars()
-    # What this process has just imported is what every job imports first.
-    start = time.time() - psutil.Process().create_time()
-    settings = _checked(profile)
+    # What has just been imported is what every job imports first, after a second for the rest.
+    start = time.time() - began + 1
     machine = plan.machine_named(machine_name)
     model = plan.Model(settings)
     untimed = plan.memory_here() if machine_name == "here" else machine
     plan.check_fits(settings, untimed, plan.phases_of(model, untimed))
     phases = plan.phases_of(model, machine)
-    print(plan.as_text(settings, machine, plan.rows(settings, phases, jobs.would_run(settings, cores), cores, start)))
+    print(plan.as_text(settings, machine, plan.rows(settings, phases, due, cores, start)))
 
 
 def _cluster_profile(name: str) -> Path:

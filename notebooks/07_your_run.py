@@ -35,8 +35,8 @@ settings = notebook.start(profile=profile)
 # ## The idea
 #
 # Votes and scores are arithmetic without chance: on the same kind of machine they are equal, on another they differ by rounding. Answers
-# follow a greedy path, so rounding can turn a word. Training adds up such differences; it can only be compared with the spread of
-# several seeds.
+# follow a greedy path, so rounding can turn a word; in bf16 it also depends on the questions that share a batch, and here fewer are asked
+# than when the adapters were published. Training adds up such differences; it can only be compared with the spread of several seeds.
 
 # %% [markdown]
 # ## The verdicts

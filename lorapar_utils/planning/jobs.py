@@ -83,6 +83,7 @@ class LogHandler(LogHandlerBase):
         self.jobs: dict[int, Job] = {}
         self.began: dict[int, float] = {}
         self.ended: list[Job] = []
+        self.closed = False
         self.start = time.time()
 
     def emit(self, record: LogRecord) -> None:
@@ -106,9 +107,10 @@ class LogHandler(LogHandlerBase):
             print(record.getMessage(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Called once, at the end of the run."""
-        if not self.jobs and not self.counts:
+        """Called at the end of the run, and once more when Python ends."""
+        if not self.jobs and not self.counts and not self.closed:
             print("Nothing to be done: everything is up to date.", flush=True)
+        self.closed = True
         super().close()
 
     def _finished(self, job: Job, seconds: float) -> None:

@@ -194,8 +194,6 @@ def _why(reason: str) -> str:
 
 def as_text(settings: Settings, machine: Machine, table: list[Row]) -> str:
     """The plan for a terminal: a line each row, and the sum in one sentence."""
-    if not table:
-        return f"{settings.profile}: everything is made; `make book` would do nothing."
     cells = [("phase", "runs", "read back", "GB", "time", "why")]
     cells += [
         (
