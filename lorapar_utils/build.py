@@ -146,12 +146,7 @@ def _check_before(settings: Settings, here: bool) -> None:
 
 def print_plan(profile: str, machine_name: str, cores: int) -> None:
     """What a build would do on a machine; an `InputError` if it has no memory for one of the phases."""
-    settings = _checked(profile)
-    due = jobs.would_run(settings, cores)
-    if not due:
-        print(f"{settings.profile}: everything is made; `make book` would do nothing.")
-        return
-    began = time.time()
+    settings, began = _checked(profile), time.time()
     import datasets
 
     from lorapar_utils.planning import plan
@@ -164,6 +159,10 @@ def print_plan(profile: str, machine_name: str, cores: int) -> None:
     model = plan.Model(settings)
     untimed = plan.memory_here() if machine_name == "here" else machine
     plan.check_fits(settings, untimed, plan.phases_of(model, untimed))
+    due = jobs.would_run(settings, cores)
+    if not due:
+        print(f"{settings.profile}: everything is made; `make book` would do nothing.")
+        return
     phases = plan.phases_of(model, machine)
     print(plan.as_text(settings, machine, plan.rows(settings, phases, due, cores, start)))
 

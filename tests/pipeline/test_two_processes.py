@@ -116,6 +116,7 @@ def test_a_process_that_dies_stops_the_others_and_costs_no_checkpoint(project, s
         checkpoint_every=2,
         model={"source": str(saved_model), "dtype": "float32"},
         sft={"epochs": 2},
+        adapter={"r": 8},
         voting={"split_by": "construction"},
     )
     folder = settings.runs / "experiments" / "lora_sft-seed0"

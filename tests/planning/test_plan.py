@@ -161,8 +161,8 @@ def test_a_plan_has_a_row_for_each_phase_with_a_job_and_tells_what_is_read_back(
     assert len(text.splitlines()) == 9 and max(map(len, text.splitlines())) < 120
 
 
-def test_a_plan_of_nothing_imports_and_measures_nothing(monkeypatch, capsys):
+def test_a_plan_of_nothing_measures_nothing(monkeypatch, capsys):
     monkeypatch.setattr(jobs, "would_run", lambda *_: [])
-    monkeypatch.setattr(plan, "machine_named", lambda name: 1 / 0)
+    monkeypatch.setattr(plan.Model, "_rate_here", lambda *_: 1 / 0)
     build.print_plan("smoke", "here", cores=2)
     assert "everything is made" in capsys.readouterr().out
