@@ -79,7 +79,8 @@ def build(profile: str, cores: int, *, cluster: str = "", read: bool = False) ->
         command += ["--workflow-profile", str(_cluster_profile(cluster))]
     try:
         with lock(runs / ".lock", timeout=0):
-            code = _run(command, root)
+            # A cluster's jobs are cancelled one by one, which may take longer.
+            code = _run(command, root, None if cluster else PATIENCE)
     except Timeout:
         raise InputError(f"another build is running in {root}; wait for it, or stop it") from None
     if code == STOPPED:
@@ -90,8 +91,8 @@ def build(profile: str, cores: int, *, cluster: str = "", read: bool = False) ->
     return code
 
 
-def _run(command: list[str], root: Path) -> int:
-    """Run Snakemake to its end; after Ctrl-C, until all that it started has ended."""
+def _run(command: list[str], root: Path, patience: float | None) -> int:
+    """Run Snakemake to its end; after Ctrl-C, until all that it started has ended, or is killed after `patience`."""
     (root / ".snakemake").mkdir(exist_ok=True)
     with (root / ".snakemake" / "errors.txt").open("w+", encoding="utf-8") as errors:
         process = psutil.Popen(command, cwd=root, stderr=errors)
@@ -100,7 +101,7 @@ def _run(command: list[str], root: Path) -> int:
         except KeyboardInterrupt:
             # All have got the signal too. Kernels are in sessions of their own, and whoever is left is ended.
             started = [process, *process.children(recursive=True)]
-            _, left = psutil.wait_procs(started, timeout=PATIENCE)
+            _, left = psutil.wait_procs(started, timeout=patience)
             for one in left:
                 with suppress(psutil.NoSuchProcess):
                     one.kill()

@@ -102,17 +102,20 @@ class Partition:
         return table[list(parts)].reset_index()
 
     def save(self, folder: str | Path) -> Path:
-        """Write masks (eight to a byte) as safetensors and the rest as JSON. The folder appears only when complete."""
+        """Write masks (eight to a byte) as safetensors and the rest as JSON. The folder appears only when complete.
+
+        A stage that trains all that its system selects has no mask of its own.
+        """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             inner = Path(scratch) / "partition"
             inner.mkdir()
-            packed = {
-                f"{field}{k}": torch.from_numpy(np.packbits(mask.numpy()))
-                for field in ("selected", "active")
-                for k, mask in enumerate(getattr(self, field), start=1)
-            }
+            masks = {f"selected{k}": mask for k, mask in enumerate(self.selected, start=1)}
+            for k, mask in enumerate(self.active, start=1):
+                if not torch.equal(mask, masks[f"selected{k}"]):
+                    masks[f"active{k}"] = mask
+            packed = {name: torch.from_numpy(np.packbits(mask.numpy())) for name, mask in masks.items()}
             save_file(packed, inner / "masks.safetensors")
             content = {"shapes": {k: list(v) for k, v in self.shapes.items()}, "parameters": self.parameters}
             (inner / "partition.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -136,13 +139,13 @@ class Partition:
             packed = load_file(folder / "masks.safetensors")
             shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
             total = sum(int(np.prod(shape)) for shape in shapes.values())
-            selected, active = (
-                tuple(
-                    torch.from_numpy(np.unpackbits(packed[f"{field}{k}"].numpy(), count=total).view(bool))
-                    for k in range(1, len(packed) // 2 + 1)
-                )
-                for field in ("selected", "active")
-            )
+            masks = {
+                name: torch.from_numpy(np.unpackbits(bits.numpy(), count=total).view(bool))
+                for name, bits in packed.items()
+            }
+            systems = range(1, sum(name.startswith("selected") for name in masks) + 1)
+            selected = tuple(masks[f"selected{k}"] for k in systems)
+            active = tuple(masks.get(f"active{k}", masks[f"selected{k}"]) for k in systems)
             return cls(shapes, selected, active, content["parameters"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise InputError(f"partition {folder}: cannot be read ({error}); build it again") from None

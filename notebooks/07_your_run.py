@@ -41,7 +41,8 @@ settings = notebook.start(profile=profile)
 # %% [markdown]
 # ## The verdicts
 #
-# A difference is put down to the machines where dtype, instruction sets, GPU or versions differ. Where they do not, it is flagged.
+# A difference is put down to the machines where dtype, instruction sets, GPU or versions differ. Where they are known and equal, it is
+# flagged.
 
 # %%
 own = own_records(settings)

@@ -1,6 +1,6 @@
 """This run beside the published one: do votes, importance, answers and training agree, and if not, why may they not?"""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 import scipy
@@ -35,8 +35,10 @@ def verdicts(settings: Settings) -> pd.DataFrame:
         rows.append(_row("importance", said, agrees, own["importance"], published["importance"]))
     for row in adapters(own.get("again")).itertuples():
         said = f"{row.same} of {row.questions} right or wrong as published, {row.identical} in the same words"
-        trained = read_record(published_adapters()[row.adapter] / "record.json")
-        rows.append(_row(f"published adapter {row.adapter}", said, row.same == row.questions, own["again"], trained))
+        trained, low = read_record(published_adapters()[row.adapter] / "record.json"), own["again"].environment["dtype"]
+        more = [] if low == "float32" else [f"in {low} an answer also depends on the questions that share its batch"]
+        agrees = row.same == row.questions
+        rows.append(_row(f"published adapter {row.adapter}", said, agrees, own["again"], trained, more))
     live = training(own.values(), published.values())
     for name, group in live.groupby("experiment", sort=False) if len(live) else ():
         inside, count = int(group["inside"].sum()), len(group)
@@ -47,47 +49,50 @@ def verdicts(settings: Settings) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["compared", "agreement", "verdict", "because"])
 
 
-def _row(what: str, said: str, agrees: bool, own: Record, published: Record) -> dict:
-    why = differences(own, published)
+def _row(what: str, said: str, agrees: bool, own: Record, published: Record, more: Sequence[str] = ()) -> dict:
+    """A verdict and its reason; `more` are reasons beside the machines'."""
+    why, unknown = differences(own, published)
+    why += more
     if agrees:
         verdict, because = "agrees", "–"
     elif why:
-        verdict, because = "differs, as other machines do", "; ".join(why)
+        verdict, because = "differs, for a known reason", "; ".join(why)
+    elif unknown:
+        verdict, because = "differs, for a reason not recorded", f"a record does not name its {', '.join(unknown)}"
     else:
-        verdict, because = (
-            "differs, and should not",
-            "dtype, versions and instruction sets are the same: please report it",
-        )
+        verdict, because = "differs, and should not", "dtype, versions and instruction sets are equal: please report it"
     return {"compared": what, "agreement": said, "verdict": verdict, "because": because}
 
 
-def differences(own: Record, published: Record) -> list[str]:
-    """What of the two machines may change a number, in words; empty if nothing does."""
+# What of a record's environment may change a number -> where it is. No GPU is a known value.
+MACHINE = {
+    "dtype": ("dtype",),
+    "instruction sets": ("hardware", "instructions"),
+    "GPU": ("hardware", "gpu"),
+    **{name: ("packages", name) for name in ("torch", "transformers", "peft", "trl")},
+}
 
-    def value(record: Record, *keys: str) -> object:
-        found = record.environment
-        for key in keys:
-            found = found.get(key) if found else None
-        return found
 
-    asked = {
-        "dtype": ("dtype",),
-        "instruction sets": ("hardware", "instructions"),
-        "GPU": ("hardware", "gpu"),
-        **{name: ("packages", name) for name in ("torch", "transformers", "peft", "trl")},
-    }
-    words = []
-    for name, keys in asked.items():
-        here, there = value(own, *keys), value(published, *keys)
-        if here != there:
+def differences(own: Record, published: Record) -> tuple[list[str], list[str]]:
+    """What of the two machines may change a number, in words, and what one of the records does not say."""
+    words, unknown = [], []
+    for name, keys in MACHINE.items():
+        here, there = (_value(record.environment, keys) for record in (own, published))
+        if name != "GPU" and None in (here, there):
+            unknown.append(name)
+        elif here != there:
             words.append(f"{name} {_text(here)} here, {_text(there)} there")
-    return words
+    return words, unknown
+
+
+def _value(environment: dict | None, keys: Sequence[str]) -> object:
+    for key in keys:
+        environment = environment.get(key) if environment else None
+    return environment
 
 
 def _text(value: object) -> str:
-    if isinstance(value, list):
-        return "+".join(value) or "unknown"
-    return "unknown" if value is None else str(value)
+    return "+".join(value) if isinstance(value, list) else str(value or "none")
 
 
 def votes(own: Record | None, published: Record | None) -> pd.DataFrame:

@@ -10,7 +10,11 @@ from lorapar_utils.records.intervals import Metric
 from lorapar_utils.report import agreement
 from lorapar_utils.settings import load_profile
 
-ENVIRONMENT = {"dtype": "float32", "hardware": {"instructions": ["avx2"], "gpu": None}, "packages": {"torch": "2"}}
+ENVIRONMENT = {
+    "dtype": "float32",
+    "hardware": {"instructions": ["avx2"], "gpu": None},
+    "packages": dict.fromkeys(("torch", "transformers", "peft", "trl"), "1"),
+}
 
 
 def record(name, metrics=(), tables=(), items=(), seed=0, **parameters):
@@ -64,8 +68,17 @@ def test_a_difference_on_equal_machines_is_flagged_and_on_others_put_down_to_the
     assert set(flagged["verdict"]) == {"differs, and should not"}
     other = [replace(one, environment={**one.environment, "dtype": "bfloat16"}) for one in own]
     explained = both(other, published)
-    assert set(explained["verdict"]) == {"differs, as other machines do"}
+    assert set(explained["verdict"]) == {"differs, for a known reason"}
     assert set(explained["because"]) == {"dtype bfloat16 here, float32 there"}
+
+
+def test_a_record_that_does_not_name_its_machine_explains_nothing(both):
+    silent = [
+        replace(one, environment={**one.environment, "dtype": None}) for one in (voting(1, 2), importance(1.0, 3.0))
+    ]
+    rows = both([voting(1, 1), importance(3.0, 1.0)], silent)
+    assert set(rows["verdict"]) == {"differs, for a reason not recorded"}
+    assert set(rows["because"]) == {"a record does not name its dtype"}
 
 
 def test_only_examples_and_teachers_of_both_runs_are_compared():
