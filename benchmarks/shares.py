@@ -3,9 +3,11 @@
 The best time is the arithmetic of the weights, over the tokens that have to be read at least (what sequences share,
 once), at the rate of a product of the model's own width. Rate and work are measured in turn; medians are printed.
     make bench
+    python benchmarks/shares.py float32    # as on a machine without bf16 instructions
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -82,12 +84,16 @@ def share_of_votes(bench: Bench, weights: Weights) -> float:
 
 
 def share_of_scoring(bench: Bench, weights: Weights) -> float:
+    """A shared beginning is read once, but every example has its own gradient there."""
     size = bench.settings.importance.batch_size
     examples = encode_examples(
         bench.system1[: SCORED // 2] + bench.system2[: SCORED // 2], bench.tokenizer, bench.settings
     )
     seconds = timed(lambda: score_importance(bench.model, examples, batch_size=size))
-    return weights.operations(*learnt(examples, size), LEARN) / weights.rate() / seconds
+    read, logits = learnt(examples, size)
+    tokens = sum(len(example["input_ids"]) for example in examples)
+    work = weights.operations(read, logits, READ) + weights.operations(tokens, logits, READ)
+    return work / weights.rate() / seconds
 
 
 def learnt(examples: list[dict], size: int) -> tuple[int, int]:
@@ -119,7 +125,7 @@ def share_of_grpo(bench: Bench, weights: Weights) -> float:
 
 
 def main() -> None:
-    bench = Bench()
+    bench = Bench(*sys.argv[1:])
     weights = Weights(bench.model)
     measured = [
         ("votes", 0.6, share_of_votes),

@@ -46,8 +46,8 @@ class StepTimes(TrainerCallback):
 class Bench:
     """One model, put back to the same adapter before every run."""
 
-    def __init__(self):
-        self.settings = load_profile("study", sft={"epochs": 1}, grpo={"steps": GRPO_STEPS})
+    def __init__(self, dtype: str = "auto"):
+        self.settings = load_profile("study", model={"dtype": dtype}, sft={"epochs": 1}, grpo={"steps": GRPO_STEPS})
         base, self.tokenizer = models.load_base(self.settings)
         self.model = models.attach_adapter(base, self.settings)
         rows = [row for row in data.load_pool(self.settings) if row["split"] == "train"]
