@@ -51,8 +51,8 @@ class Bench:
         base, self.tokenizer = models.load_base(self.settings)
         self.model = models.attach_adapter(base, self.settings)
         rows = [row for row in data.load_pool(self.settings) if row["split"] == "train"]
-        self.system1 = [row for row in rows if data.construction_system(row["steps"]) == 1]
-        self.system2 = [row for row in rows if data.construction_system(row["steps"]) == 2]
+        self.system1 = [row for row in rows if row["construction"] == 1]
+        self.system2 = [row for row in rows if row["construction"] == 2]
         self.start = {name: p.detach().clone() for name, p in self.parameters()}
 
     def parameters(self):

@@ -43,14 +43,27 @@ def hardware() -> dict:
     gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
     cpu = platform.processor() or platform.machine()
     flags: set[str] = set()
+    family: dict[str, str] = {}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        family = {
+            key: line.split(":", 1)[1].strip()
+            for line in lines
+            for key in ("cpu family", "model")
+            if line.split(":")[0].strip() == key
+        }
         models = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
         cpu = models[0] if models else cpu
         flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
     known = [name for name in INSTRUCTIONS if name in flags]
-    return {"cpu": cpu, "instructions": known, "cores": os.cpu_count(), "gpu": gpu}
+    return {
+        "cpu": cpu,
+        "cpu_family": "/".join(family.values()) or None,
+        "instructions": known,
+        "cores": os.cpu_count(),
+        "gpu": gpu,
+    }
 
 
 def compute_dtype(setting: str) -> str:

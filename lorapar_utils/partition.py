@@ -209,12 +209,49 @@ def random_partition(like: Partition, seed: int) -> Partition:
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(like.selected[0].numel(), generator=generator)
-    return Partition(
-        shapes=like.shapes,
-        selected=tuple(mask[order] for mask in like.selected),
-        active=tuple(mask[order] for mask in like.active),
-        parameters={**like.parameters, "selection": "random", "seed": seed},
-    )
+    return _reordered(like, order, {"selection": "random", "seed": seed})
+
+
+def random_in_matrix_partition(like: Partition, seed: int) -> Partition:
+    """The control that keeps the allocation: random masks with as many elements in every matrix as `like`.
+
+    Counts of every selected set, overlap and stage are those of `like`, matrix by matrix.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order, start = [], 0
+    for shape in like.shapes.values():
+        elements = math.prod(shape)
+        order.append(start + torch.randperm(elements, generator=generator))
+        start += elements
+    return _reordered(like, torch.cat(order), {"selection": "random_in_matrix", "seed": seed})
+
+
+def largest_partition(like: Partition, values: dict[str, torch.Tensor]) -> Partition:
+    """The control by `values` >= 0, such as `|phi|`: each set takes its number of elements from the largest on.
+
+    Both systems then select by one order, so the smaller set lies within the larger one.
+    """
+    flat = _flatten("values", values)
+
+    def largest(mask: torch.Tensor) -> torch.Tensor:
+        taken = torch.zeros_like(mask)
+        if count := int(mask.sum()):
+            taken |= _count_prefix(flat, count)
+        return taken
+
+    selected, active = (tuple(map(largest, masks)) for masks in (like.selected, like.active))
+    return replace(like, selected=selected, active=active, parameters={**like.parameters, "selection": "magnitude"})
+
+
+def swapped_partition(like: Partition) -> Partition:
+    """The control of the paper's central claim: stage 1 trains System 2's elements, and stage 2 System 1's."""
+    parameters = {**like.parameters, "selection": "swapped"}
+    return replace(like, selected=like.selected[::-1], active=like.active[::-1], parameters=parameters)
+
+
+def _reordered(like: Partition, order: torch.Tensor, parameters: dict) -> Partition:
+    selected, active = (tuple(mask[order] for mask in masks) for masks in (like.selected, like.active))
+    return replace(like, selected=selected, active=active, parameters={**like.parameters, **parameters})
 
 
 def _flatten(field: str, scores: dict[str, torch.Tensor]) -> torch.Tensor:

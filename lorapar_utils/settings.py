@@ -17,6 +17,7 @@ Theta = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0.0)]
 Seed = Annotated[int, Field(ge=0)]  # part of file names
+Selection = Literal["importance", "random", "random_in_matrix", "magnitude", "swapped"]
 Score = Literal["second_order", "first_order", "fisher", "magnitude", "random"]
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 
@@ -90,6 +91,12 @@ SHORT_NAMES = {
     "panel": ("voting", "panel"),
     "split_by": ("voting", "split_by"),
     "learning_rate": ("sft", "learning_rate"),
+    "epochs": ("sft", "epochs"),
+    "grpo_learning_rate": ("grpo", "learning_rate"),
+    "kl": ("grpo", "kl"),
+    "r": ("adapter", "r"),
+    "lora_alpha": ("adapter", "lora_alpha"),
+    "flipped": ("voting", "flipped"),
 }
 
 
@@ -147,7 +154,7 @@ class SplitSizes(Section):
 
 
 class PoolSection(Section):
-    source: Literal["builtin", "gsm8k", "dolly-15k", "open-platypus", "codealpaca-20k"]
+    source: Literal["ladder", "builtin", "gsm8k", "dolly-15k", "open-platypus", "codealpaca-20k"]
     path: str | None
     bad_rows: Literal["refuse", "drop"]
     running_totals: bool
@@ -222,6 +229,7 @@ class VotingSection(Section):
     calibration: Literal["pool", "content-free", "none"]
     batch_size: Positive
     split_by: Literal["votes", "construction", "random"]
+    flipped: Share
     role_play_template: str
     plain_template: str
 
@@ -302,6 +310,7 @@ class GrpoSection(Section):
     max_completion_length: Positive
     reward: Literal["auto", "answer", "overlap"]
     temperature: Rate
+    kl: Annotated[float, Field(ge=0.0)]
     warmup_ratio: Share
     weight_decay: Annotated[float, Field(ge=0.0)]
     max_grad_norm: Rate
@@ -381,12 +390,19 @@ class EvaluationSection(Section):
 class ExperimentSection(Section):
     """One training configuration; `None` stands for the profile's value."""
 
-    sweep: Literal["theta", "two_stage", "baseline", "voting", "alpha_beta", "order"]
+    sweep: Literal["theta", "two_stage", "baseline", "voting", "alpha_beta", "order", "regions", "tuning"]
     method: Literal[tuple(METHODS)]
-    init: Literal["normal", "olora", "pissa"] | None = None
+    init: Literal["normal", "lora", "olora", "pissa"] | None = None
+    r: Positive | None = None
+    lora_alpha: Positive | None = None
+    epochs: Rate | None = None
     learning_rate: Rate | None = None
+    grpo_learning_rate: Rate | None = None
+    kl: Annotated[float, Field(ge=0.0)] | None = None
+    flipped: Share | None = None
     stages: tuple[Literal["sft", "sft_all", "grpo"], ...]
-    selection: Literal["importance", "random"] = "importance"
+    selection: Selection = "importance"
+    measured_on: Literal["test", "validation", "validation_loss"] = "test"
     score: Score | None = None
     modules: Modules | None = None
     theta: Theta | None = None
@@ -396,6 +412,12 @@ class ExperimentSection(Section):
     split_by: Literal["votes", "construction", "random"] | None = None
     seeds: tuple[Seed, ...] | None = None
     title: str
+
+    @model_validator(mode="after")
+    def _tuning_reads_no_test_row(self):
+        if self.sweep == "tuning" and self.measured_on == "test":
+            raise ValueError("measured_on = 'test': a tuning run chooses settings; use validation or validation_loss")
+        return self
 
 
 class Settings(Section):

@@ -38,7 +38,7 @@ from lorapar_utils.report import figures, notebook, tables
 settings = notebook.start(profile=profile)
 from peft import PeftModel
 
-from lorapar_utils import data, evaluation, models
+from lorapar_utils import evaluation, models
 from lorapar_utils.data.encoding import encode_examples
 from lorapar_utils.importance import score_importance
 from lorapar_utils.models.published import fits_published, published_adapters, published_items
@@ -73,9 +73,7 @@ adapters = published_adapters() if not compute or fits_published(settings) else 
 if compute:
     model, tokenizer = models.load_base(settings)
     rows = [row for row in Examples(settings).pool if row["split"] == "test"]
-    asked = questions or [
-        next((r["prompt"] for r in rows if data.construction_system(r["steps"]) in (k, 0)), None) for k in (1, 2)
-    ]
+    asked = questions or [next((r["prompt"] for r in rows if r["construction"] in (k, 0)), None) for k in (1, 2)]
     answers = {"question": asked}
     answers["no adapter"] = [text for [(text, _)] in evaluation.generate(model, tokenizer, asked, settings)]
     for name, folder in adapters.items():

@@ -229,7 +229,7 @@ def inputs_of_stages(own, name="lorapar"):
     spec, examples = own.experiments[name], Examples(own)
     systems, watched = examples.systems, examples.watched
     stages = [stage_inputs(own, spec, number, systems, "scores", watched) for number in (1, 2)]
-    return [*stages, measure_inputs(own, "stage", examples.held_out, True)]
+    return [*stages, measure_inputs(own, "stage", examples.measured(spec), examples.chains(spec), "test")]
 
 
 def test_what_the_model_is_called_matters_to_voting_alone(project, saved_model):

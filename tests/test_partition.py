@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorapar_utils.errors import InputError
-from lorapar_utils.partition import Partition, build_partition, random_partition
+from lorapar_utils.partition import (
+    Partition,
+    build_partition,
+    largest_partition,
+    random_in_matrix_partition,
+    random_partition,
+    swapped_partition,
+)
 
 values = st.lists(st.floats(0, 1e3, width=32), min_size=2, max_size=40).filter(lambda v: max(v) > 0)
 thetas = st.floats(0.01, 1.0)
@@ -85,6 +92,49 @@ def test_random_control_has_equal_counts(pair, theta):
     control = random_partition(built, seed=3)
     assert control.active[0].sum() == built.active[0].sum() and control.active[1].sum() == built.active[1].sum()
     assert control.jaccard == built.jaccard
+
+
+@given(score_pairs(), thetas)
+@settings(max_examples=50, deadline=None)
+def test_random_control_within_matrices_has_equal_counts_in_every_matrix(pair, theta):
+    built = build_partition(*pair, theta=theta, alpha=0.5)
+    control = random_in_matrix_partition(built, seed=3)
+    assert control.jaccard == built.jaccard and control.parameters["selection"] == "random_in_matrix"
+    for stage in (1, 2):
+        counts = [{name: int(m.sum()) for name, m in p.stage_mask(stage).items()} for p in (built, control)]
+        assert counts[0] == counts[1]
+
+
+def test_random_controls_differ_from_importance_and_from_seed_to_seed():
+    scores = [{name: torch.rand(40, 20) ** 4 for name in ("a", "b")} for _ in range(2)]
+    built = build_partition(*scores, theta=0.5)
+    for make in (random_partition, random_in_matrix_partition):
+        first, second = (make(built, seed) for seed in (0, 1))
+        assert not torch.equal(first.active[0], built.active[0])
+        assert not torch.equal(first.active[0], second.active[0])
+        assert torch.equal(first.active[0], make(built, 0).active[0])
+
+
+@given(score_pairs(), thetas)
+@settings(max_examples=50, deadline=None)
+def test_control_by_magnitude_takes_the_largest_values_in_equal_number(pair, theta):
+    built = build_partition(*pair, theta=theta)
+    values = {name: scores.flip(0) for name, scores in pair[0].items()}
+    control = largest_partition(built, values)
+    flat = torch.cat([v.flatten() for v in values.values()])
+    for mask, wanted in zip(control.active, built.active, strict=True):
+        assert mask.sum() == wanted.sum()
+        if not mask.all():
+            assert flat[mask].min() >= flat[~mask].max()
+
+
+def test_swapped_control_trains_the_other_systems_elements_in_each_stage():
+    scores = [{"a": torch.rand(30, 20)} for _ in range(2)]
+    built = build_partition(*scores, theta=0.6)
+    swapped = swapped_partition(built)
+    assert torch.equal(swapped.stage_mask(1)["a"], built.stage_mask(2)["a"])
+    assert torch.equal(swapped.stage_mask(2)["a"], built.stage_mask(1)["a"])
+    assert swapped.jaccard == built.jaccard and swapped.parameters["selection"] == "swapped"
 
 
 @given(st.data(), thetas)

@@ -230,28 +230,28 @@ def test_a_grid_is_one_experiment_for_each_combination(project):
     assert list(load_profile("mine").experiments) == ["base"]
 
 
-def test_cpu_full_holds_the_whole_of_table_3():
-    cells = {
-        (s.modules or "QKVGUD", s.theta, s.selection, s.score)
-        for s in load_profile("study").experiments.values()
-        if s.sweep == "theta"
-    }
-    every = [(m, t / 10) for m in ("QKV", "GUD", "QKVGUD") for t in range(1, 11)]
-    assert cells == {
-        (m, t, selection, score)
-        for m, t in every
-        for selection, score in [
-            ("importance", None),
-            ("random", None),
-            *(("importance", s) for s in ("first_order", "fisher", "magnitude", "random")),
-        ]
-        if t < 1 or (selection, score) == ("importance", None)
-    }
+def test_every_arm_of_the_study_is_tuned_over_four_rates_on_validation():
+    tuned = {}
+    for name, spec in load_profile("study").experiments.items():
+        if spec.sweep == "tuning":
+            tuned.setdefault(name.rsplit("_", 1)[0], set()).add(spec.learning_rate)
+            assert spec.measured_on != "test" and not set(spec.seeds) & set(load_profile("study").seeds)
+    assert len(tuned) == 11 and all(len(rates) >= 4 for rates in tuned.values())
 
 
-def test_an_experiment_carries_its_own_theta(project):
-    settings = load_profile("study").for_experiment("theta_0.5", seed=7)
-    assert settings.partition.theta == 0.5 and settings.seed == 7
+def test_a_tuning_run_that_would_read_the_test_split_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("experiments:\n  a: {sweep: tuning, method: lora, stages: [sft], title: a}\n")
+    with pytest.raises(InputError, match="measured_on = 'test': a tuning run chooses settings"):
+        load_profile(path)
+
+
+def test_an_experiment_carries_its_own_values(project):
+    study = load_profile("study")
+    settings = study.for_experiment("tune_importance_0.5_0.002", seed=7)
+    assert (settings.partition.theta, settings.sft.learning_rate, settings.seed) == (0.5, 0.002, 7)
+    smaller = study.for_experiment("tune_lora_r3_0.001", seed=7).adapter
+    assert smaller.lora_alpha / smaller.r == study.adapter.lora_alpha / study.adapter.r
 
 
 @pytest.mark.parametrize(

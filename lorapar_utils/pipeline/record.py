@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from lorapar_utils import evaluation
 from lorapar_utils.cache import fingerprint
+from lorapar_utils.data import learnt_from
+from lorapar_utils.models.files import weights_hash
 from lorapar_utils.models.identity import model_identity
 from lorapar_utils.records import Record, intervals, new_record
 from lorapar_utils.records.intervals import Metric
@@ -17,6 +19,7 @@ def experiment_record(
     outcomes: dict[str, dict],
     origin: dict,
     pool: Iterable[dict],
+    systems: dict[int, list[dict]],
 ) -> Record:
     """The record of an experiment from what was kept of its stages.
 
@@ -26,6 +29,8 @@ def experiment_record(
         `base` or `stage1`, `stage2` -> what training (`history`, `active`, …) and measuring (`items`, …) left.
     origin
         That of the newest outcome (see `cache.origin`).
+    systems
+        D1 and D2; empty without training.
     """
     metrics, tables, items = {}, {}, []
     first = next(iter(outcomes.values()))
@@ -47,7 +52,7 @@ def experiment_record(
     if len(outcomes) == 2:
         for system in (1, 2):
             before, after = (
-                [item["correct"] for item in outcome["items"] if item["system"] == system]
+                [item["correct"] for item in outcome["items"] if item["system"] == system and "correct" in item]
                 for outcome in outcomes.values()
             )
             if before:
@@ -64,9 +69,24 @@ def experiment_record(
         parameters=spec.model_dump()
         | settings.partition.model_dump()
         | {"modules": settings.adapter.modules, "init": settings.adapter.init, "score": settings.importance.score}
-        | {"pool": settings.pool.source},
+        | {
+            "learning_rate": settings.sft.learning_rate,
+            "epochs": settings.sft.epochs,
+            "grpo_learning_rate": settings.grpo.learning_rate,
+            "kl": settings.grpo.kl,
+            "r": settings.adapter.r,
+            "lora_alpha": settings.adapter.lora_alpha,
+            "flipped": settings.voting.flipped,
+            "pool": settings.pool.source,
+            "pool_seed": settings.pool.seed,
+        },
         notebook=f"experiment.ipynb out.ipynb -p name {name.rsplit('-seed', 1)[0]} -p seed {settings.seed}",
         seconds=sum(o.get("train_seconds", 0.0) + o["score_seconds"] for o in outcomes.values()),
-        hashes={"model": fingerprint(model_identity(settings)), "data": fingerprint(list(pool))},
+        hashes={
+            "model": fingerprint(model_identity(settings)),
+            "weights": weights_hash(settings),
+            "data": fingerprint(list(pool)),
+            **{f"D{k}": fingerprint(learnt_from(rows)) for k, rows in systems.items()},
+        },
         origin=origin,
     )

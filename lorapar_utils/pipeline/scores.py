@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import scipy
@@ -16,7 +17,14 @@ from lorapar_utils.data import learnt_from
 from lorapar_utils.data.encoding import encode_examples
 from lorapar_utils.fast.architecture import rotation_limit
 from lorapar_utils.importance import score_importance
-from lorapar_utils.partition import Partition, build_partition, random_partition
+from lorapar_utils.partition import (
+    Partition,
+    build_partition,
+    largest_partition,
+    random_in_matrix_partition,
+    random_partition,
+    swapped_partition,
+)
 from lorapar_utils.pipeline import launch
 from lorapar_utils.pipeline.inputs import common_inputs
 from lorapar_utils.settings import Settings
@@ -140,11 +148,27 @@ def _agreement(first: Scores, second: Scores, settings: Settings) -> dict[str, f
     }
 
 
-def partition(settings: Settings, both: tuple[Scores, Scores], selection: str = "importance") -> Partition:
-    """The profile's partition of these scores, or its random control of equal size."""
+def partition(
+    settings: Settings,
+    both: tuple[Scores, Scores],
+    selection: str = "importance",
+    phi: Callable[[], Scores] | None = None,
+) -> Partition:
+    """The profile's partition of these scores, or a control of equal size (those of `lorapar_utils.partition`).
+
+    Parameters
+    ----------
+    phi
+        Gives the adapter's initial values, for `selection = "magnitude"`.
+    """
     values = settings.partition
     built = build_partition(*both, theta=values.theta, alpha=values.alpha, beta=values.beta)
-    return random_partition(built, settings.seed) if selection == "random" else built
+    if selection == "magnitude":
+        return largest_partition(built, {name: value.abs() for name, value in phi().items()})
+    controls = {"random": random_partition, "random_in_matrix": random_in_matrix_partition}
+    if selection in controls:
+        return controls[selection](built, settings.seed)
+    return swapped_partition(built) if selection == "swapped" else built
 
 
 def _shuffled(rows: list[dict], settings: Settings) -> list[dict]:

@@ -1,5 +1,6 @@
 """Numbers with n, interval and provenance, as files; it must not import training, evaluation, pipeline or report."""
 
+from lorapar_utils.records.blocks import blocks, check_block
 from lorapar_utils.records.evidence import (
     common_seeds,
     evidence,
@@ -8,6 +9,7 @@ from lorapar_utils.records.evidence import (
     pooled,
     published_records,
     score_after,
+    study,
 )
 from lorapar_utils.records.links import cite, record_link
 from lorapar_utils.records.record import (
@@ -22,6 +24,8 @@ from lorapar_utils.records.record import (
 
 __all__ = [
     "Record",
+    "blocks",
+    "check_block",
     "cite",
     "claim_runs",
     "command",
@@ -36,5 +40,6 @@ __all__ = [
     "read_records",
     "record_link",
     "score_after",
+    "study",
     "write_record",
 ]

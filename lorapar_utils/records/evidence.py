@@ -31,6 +31,11 @@ def evidence() -> dict[str, Record]:
     return records
 
 
+def study() -> dict[str, Record]:
+    """The published records of the study, by name: the claims rest on these alone."""
+    return {record.name: record for record in published_records("study")}
+
+
 def pooled(records: dict[str, Record]) -> dict[str, Record]:
     """Those of `evidence` that were made from one pool; tables pair no others."""
     return {name: record for name, record in records.items() if "/" not in name}

@@ -10,7 +10,6 @@ from scipy.stats import rankdata
 from statsmodels.stats.inter_rater import fleiss_kappa
 
 from lorapar_utils import voting
-from lorapar_utils.data import construction_system
 from lorapar_utils.records import Record, intervals, new_record
 from lorapar_utils.records.intervals import Metric
 from lorapar_utils.settings import Settings
@@ -28,7 +27,7 @@ def voting_record(voted: datasets.Dataset, settings: Settings, origin: dict | No
     A metric that is undefined, as with one teacher or one system only, is absent.
     """
     frame = voted.to_pandas()
-    truth = frame["steps"].map(construction_system).to_numpy()
+    truth = frame["construction"].to_numpy()
     names = [teacher.name for teacher in settings.voting.teachers]
     ballots = pd.DataFrame(np.stack(frame["votes"].to_numpy()), columns=names)
     members = list(settings.voting.members())

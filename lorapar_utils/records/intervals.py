@@ -21,7 +21,7 @@ class Metric(NamedTuple):
     low, high
         Ends of the interval; None for a number without sampling error.
     p_value
-        McNemar's exact p of a paired difference.
+        McNemar's exact p of a paired difference, or Student's of a mean over seeds.
 
     Examples
     --------
@@ -141,6 +141,24 @@ def resampled(statistic: Callable[[np.ndarray], float], n: int, *, resamples: in
     values = [statistic(generator.integers(0, n, n)) for _ in range(resamples)]
     low, high = np.nanpercentile(values, [2.5, 97.5])
     return Metric(float(statistic(np.arange(n))), n, float(low), float(high))
+
+
+def over_seeds(values: Sequence[float], margin: float = 0.0) -> Metric:
+    """The mean of one value per seed, with Student's 95 % interval over seeds and the two-sided p against `margin`.
+
+    Raises
+    ------
+    InputError
+        Fewer than two seeds.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.size < 2:
+        raise InputError(f"values: {values.size} seeds have no spread; give two at least")
+    if np.ptp(values) == 0:
+        return Metric(float(values[0]), values.size, float(values[0]), float(values[0]), float(values[0] == margin))
+    test = scipy.stats.ttest_1samp(values, margin)
+    low, high = test.confidence_interval(0.95)
+    return Metric(float(values.mean()), values.size, float(low), float(high), float(test.pvalue))
 
 
 def pass_at_k(successes: int, samples: int, k: int) -> float:

@@ -18,7 +18,7 @@ import jinja2
 import nbformat
 import pandas as pd
 
-from lorapar_utils.records import Record, evidence, own_records, pooled, record_link
+from lorapar_utils.records import Record, evidence, own_records, pooled, record_link, study
 from lorapar_utils.records.intervals import Metric
 from lorapar_utils.report import agreement, claims, figures
 from lorapar_utils.settings import Settings, load_profile, project_root
@@ -139,7 +139,7 @@ def page_context(settings: Settings) -> dict:
     def points(record: str, metric: str) -> str:
         return shown(record, metric, Metric.difference)
 
-    scoreboard = claims.scoreboard(records, link=link, own=own)
+    scoreboard = claims.scoreboard(study(), link=link, own=own)
     makers = {
         "claims": lambda: scoreboard[[c for c in ("claim", "verdict", "effect", "this run") if c in scoreboard]],
         "agreement": lambda: agreement.verdicts(settings),

@@ -1,21 +1,54 @@
-"""The paper's claims, judged from records by criteria that were fixed before the run."""
+"""The paper's claims, judged over blocks by what `book/protocol.md` laid down before the runs."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, cite, common_seeds, intervals, mean_outcomes
+from lorapar_utils.records import Record, blocks, cite, intervals
+from lorapar_utils.records.intervals import Metric
 from lorapar_utils.settings import project_root
 
+MIN_SEEDS = 5
+LEVEL = 0.05
 # Kind of test -> the sides that it compares, with their weights in the effect.
 SIDES = {
     "greater": {"first": 1, "second": -1},
     "concave": {"low": -1, "middle": 2, "high": -1},
 }
+# Endpoint -> the field of an item, and its unit. With 1 or 2 after it, over that system's items alone.
+ENDPOINTS = {"accuracy": "correct", "system": "correct", "lenient": "lenient", "loss": "loss"}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the records say of a claim.
+
+    Attributes
+    ----------
+    verdict
+        `reproduced`, `not reproduced`, `inconclusive`, `no headroom`, `could not fail` or `not run`.
+    effect
+        The mean over blocks; `low`, `high` is Student's interval over blocks, `p_value` tests the margin. For `within`,
+        the metric.
+    over_items
+        The same mean with its bootstrap interval over test questions; None for `within`.
+    seeds
+        Number of blocks.
+    why
+        Why it was not run, or what decided.
+    """
+
+    verdict: str
+    effect: Metric | None = None
+    over_items: Metric | None = None
+    seeds: int = 0
+    why: str = ""
 
 
 def load_claims(path: Path | None = None) -> list[dict]:
@@ -23,13 +56,133 @@ def load_claims(path: Path | None = None) -> list[dict]:
     return yaml.safe_load((path or project_root() / "book" / "claims.yaml").read_text(encoding="utf-8"))
 
 
+def judgements(records: dict[str, Record], claims: Sequence[dict]) -> list[Judgement]:
+    """A judgement for each claim. Holm's correction is over those of `claims` that are about one table of the paper."""
+    judged = [judge(claim, records) for claim in claims]
+    tested = [i for i, one in enumerate(judged) if one.verdict in ("reproduced", "not reproduced")]
+    for table in {claims[i]["paper"] for i in range(len(claims))}:
+        family = [i for i, claim in enumerate(claims) if claim["paper"] == table and _p(judged[i]) is not None]
+        adjusted = holm([_p(judged[i]) for i in family])
+        for i, p_value in zip(family, adjusted, strict=True):
+            if i in tested and p_value >= LEVEL:
+                why = f"p = {p_value:.3f} after Holm's correction over {len(family)} claims"
+                judged[i] = replace(judged[i], verdict="inconclusive", why=why)
+    return judged
+
+
+def _p(one: Judgement) -> float | None:
+    return one.effect.p_value if one.effect else None
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values, in the order given.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = np.argsort(p_values)
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def judge(claim: dict, records: dict[str, Record]) -> Judgement:
+    """The judgement of one claim by itself, before Holm's correction.
+
+    `greater` and `concave` are judged over blocks: the effect of a block is the mean over test items of
+    `first - second`, or of `2 middle - low - high`. `within` asks whether a metric lies in [low, high].
+
+    Raises
+    ------
+    InputError
+        Another kind of test, an unknown endpoint, a mixed block, or a record that no claim may rest on.
+    """
+    test = claim["test"]
+    if test["kind"] == "none":
+        return Judgement("not run", why=test["why"])
+    if test["kind"] not in ("within", *SIDES):
+        raise InputError(
+            f"claims.yaml: claim {claim['claim']!r}: test.kind = {test['kind']!r}; "
+            f"use within, {', '.join(SIDES)} or none"
+        )
+    if "base" in claim and (without := _without_headroom(claim["base"], records)):
+        return without
+    if test["kind"] == "within":
+        return _within(test, records)
+    sides = [test[key] for key in SIDES[test["kind"]]]
+    of_sides = [_named(records, side["record"]) for side in sides]
+    if not all(of_sides):
+        return Judgement("not run", why="no record")
+    paired = blocks(of_sides)
+    if not paired:
+        return Judgement("not run", why="no block in common")
+    weights = list(SIDES[test["kind"]].values())
+    gaps = [_gaps(block, sides, weights, test["endpoint"], claim) for block in paired.values()]
+    over_items = intervals.mean(np.mean([[gap[i] for i in sorted(gaps[0])] for gap in gaps], axis=0))
+    means = [float(np.mean(list(gap.values()))) for gap in gaps]
+    if len(means) < claim.get("min_seeds", MIN_SEEDS):
+        effect = Metric(float(np.mean(means)), len(means))
+        why = f"{len(means)} of {claim.get('min_seeds', MIN_SEEDS)} blocks"
+        return Judgement("inconclusive", effect, over_items, len(means), why)
+    effect = intervals.over_seeds(means, test["margin"])
+    verdict = "inconclusive"
+    if effect.p_value < LEVEL:
+        verdict = "reproduced" if effect.value > test["margin"] else "not reproduced"
+    return Judgement(verdict, effect, over_items, len(means))
+
+
+def _within(test: dict, records: dict[str, Record]) -> Judgement:
+    runs = _named(records, test["first"]["record"])
+    if not runs:
+        return Judgement("not run", why="no record")
+    metric = runs[0].metric(test["first"]["metric"])
+    if test["low"] <= test.get("without_systems", float("nan")) <= test["high"]:
+        why = f"a model without two systems gives {test['without_systems']:g}, which passes too"
+        return Judgement("could not fail", metric, seeds=len(runs), why=why)
+    inside = test["low"] <= metric.value <= test["high"]
+    return Judgement("reproduced" if inside else "not reproduced", metric, seeds=len(runs))
+
+
+def _without_headroom(base: dict, records: dict[str, Record]) -> Judgement | None:
+    runs = _named(records, base["record"])
+    if runs and runs[0].metric(base["metric"]).value <= base["at_most"]:
+        value = runs[0].metric(base["metric"])
+        return Judgement("no headroom", value, why=f"the base model is at {value.share()}")
+    return None
+
+
+def _gaps(
+    block: Sequence[Record], sides: Sequence[dict], weights: Sequence[int], endpoint: str, claim: dict
+) -> dict[str, float]:
+    """The effect in each test item of a block."""
+    values = [_values(record, side["stage"], endpoint) for record, side in zip(block, sides, strict=True)]
+    if not values[0] or any(side.keys() != values[0].keys() for side in values):
+        named = ", ".join(record.name for record in block)
+        raise InputError(f"claims.yaml: claim {claim['claim']!r}: {named} do not have one set of {endpoint}")
+    return {i: sum(w * side[i] for w, side in zip(weights, values, strict=True)) for i in values[0]}
+
+
+def _values(record: Record, stage: str, endpoint: str) -> dict[str, float]:
+    name, system = re.fullmatch(r"([a-z]+)([12]?)", endpoint).groups()
+    if name not in ENDPOINTS:
+        raise InputError(f"claims.yaml: endpoint = {endpoint!r}; use {', '.join(ENDPOINTS)}, with 1 or 2 for a system")
+    field = ENDPOINTS[name]
+    return {
+        item["id"]: float(item[field])
+        for item in record.items
+        if item["stage"] == stage and field in item and (not system or item["system"] == int(system))
+    }
+
+
 def scoreboard(
     records: dict[str, Record],
-    claims: list[dict] | None = None,
+    claims: Sequence[dict] | None = None,
     link: Callable[[Record], str] | None = None,
     own: dict[str, Record] | None = None,
 ) -> pd.DataFrame:
-    """One row per claim: verdict, effect with interval, n, and the records as evidence.
+    """One row per claim: verdict, effect with both intervals, blocks, and the records as evidence.
 
     Parameters
     ----------
@@ -42,68 +195,40 @@ def scoreboard(
     link
         Gives a record's address; column `evidence` is then HTML with a link to each record.
     """
+    claims = load_claims() if claims is None else claims
     rows = []
-    for claim in load_claims() if claims is None else claims:
-        verdict, effect, n = judge(claim, records)
+    for claim, judged in zip(claims, judgements(records, claims), strict=True):
         sides = [side["record"] for side in claim["test"].values() if isinstance(side, dict)]
         evidence = {name: _named(records, name) for name in dict.fromkeys(sides)}
         rows.append(
             {
                 "claim": claim["claim"],
                 "paper": claim["paper"],
-                "verdict": verdict,
-                "effect": effect,
-                **({"this run": _effect(claim, own)} if own else {}),
-                "n": "–" if n is None else f"{n:,}",
+                "verdict": judged.verdict,
+                "effect": written(claim, judged),
+                **({"this run": written(claim, judge(claim, own))} if own else {}),
+                "blocks": judged.seeds or "–",
+                "because": judged.why or "–",
                 "evidence": "; ".join(cite(name, runs, link) for name, runs in evidence.items()) or "–",
             }
         )
     return pd.DataFrame(rows)
 
 
-def _effect(claim: dict, records: dict[str, Record]) -> str:
-    verdict, effect, _ = judge(claim, records)
-    return "–" if verdict == "not run" else effect
+def written(claim: dict, judged: Judgement) -> str:
+    """The effect in its unit, with its interval over blocks, and that over test questions."""
+    if judged.effect is None:
+        return "–"
+    if claim["test"]["kind"] == "within" or judged.verdict == "no headroom":
+        return f"{judged.effect.value:.3f}"
+    in_nats = claim["test"]["endpoint"].startswith("loss")
+    unit, form, name = (1, "+.3f", "nats") if in_nats else (100, "+.1f", "points")
 
+    def interval(metric: Metric, over: str) -> str:
+        return "" if metric.low is None else f", [{unit * metric.low:{form}}, {unit * metric.high:{form}}] over {over}"
 
-def judge(claim: dict, records: dict[str, Record]) -> tuple[str, str, int | None]:
-    """Verdict, effect in words and n of one claim.
-
-    `greater` and `concave` are judged over test items, whose outcomes are means over the seeds that all sides have. The
-    claim is reproduced if the 95 % interval of `first - second`, or of `2 middle - low - high`, is above `margin`, and
-    not reproduced if below. `within` is reproduced if the metric is in [low, high].
-    """
-    test = claim["test"]
-    if test["kind"] == "none":
-        return "not run", test["why"], None
-    if test["kind"] not in ("within", *SIDES):
-        raise InputError(
-            f"claims.yaml: claim {claim['claim']!r}: test.kind = {test['kind']!r}; "
-            f"use within, {', '.join(SIDES)} or none"
-        )
-    if test["kind"] == "within":
-        runs = _named(records, test["first"]["record"])
-        if not runs:
-            return "not run", "no record", None
-        metric = runs[0].metric(test["first"]["metric"])
-        inside = test["low"] <= metric.value <= test["high"]
-        return "reproduced" if inside else "not reproduced", f"{metric.value:.3f}", metric.n
-    weights = SIDES[test["kind"]].values()
-    sides = [test[key] for key in SIDES[test["kind"]]]
-    runs = [_named(records, side["record"]) for side in sides]
-    if not all(runs):
-        return "not run", "no record", None
-    paired = common_seeds(runs)
-    outcomes = [mean_outcomes(p, s["stage"], s.get("system")) for p, s in zip(paired, sides, strict=True)]
-    common = sorted(set.intersection(*map(set, outcomes)))
-    if not common:
-        return "not run", "no seed or no item in common", None
-    gap = intervals.mean([sum(w * side[i] for w, side in zip(weights, outcomes, strict=True)) for i in common])
-    seeds = len({record.run["seed"] for record in paired[0]})
-    effect = f"{gap.points()}, {seeds} seed{'s' if seeds > 1 else ''}"
-    if gap.n < claim["min_n"] or gap.low <= test["margin"] <= gap.high:
-        return "inconclusive", effect, gap.n
-    return "reproduced" if gap.low > test["margin"] else "not reproduced", effect, gap.n
+    effect, items = judged.effect, judged.over_items
+    return f"{unit * effect.value:{form}} {name}{interval(effect, 'blocks')}{interval(items, 'questions')}"
 
 
 def _named(records: dict[str, Record], name: str) -> list[Record]:

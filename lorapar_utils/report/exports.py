@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from lorapar_utils.cache import write_atomically
-from lorapar_utils.records import Record, evidence, pooled, read_records
+from lorapar_utils.records import Record, evidence, pooled, read_records, study
 from lorapar_utils.report import claims, figures, tables
 
 
@@ -18,10 +18,6 @@ def _swept(name: str) -> Callable[[dict[str, Record]], list[Record]]:
 
 def _published_by(variant: str) -> Callable[[dict[str, Record]], list[Record]]:
     return lambda records: [record for key, record in records.items() if key.startswith(f"{variant}/")]
-
-
-def _all(records: dict[str, Record]) -> dict[str, Record]:
-    return records
 
 
 # Table name -> (selection of records, function from records to the table). The tables in `VARIED` also take records of
@@ -38,7 +34,7 @@ VARIED: dict[str, tuple[Callable, Callable]] = {
     "table4_gsm8k": (_published_by("cpu-elsewhere"), lambda records: tables.benchmark_table(records, "gsm8k")),
     "table4_mmlu": (_published_by("cpu-elsewhere"), lambda records: tables.benchmark_table(records, "mmlu")),
     "table4_humaneval": (_published_by("cpu-elsewhere"), lambda records: tables.benchmark_table(records, "humaneval")),
-    "claims": (_all, claims.scoreboard),
+    "claims": (lambda records: study(), claims.scoreboard),
 }
 
 

@@ -14,7 +14,7 @@ from IPython import get_ipython
 from pandas.io.formats.style import Styler
 
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, cite, claim_runs, evidence, own_records, published_records, record_link
+from lorapar_utils.records import Record, cite, claim_runs, evidence, own_records, published_records, record_link, study
 from lorapar_utils.report import claims, figures, tables
 from lorapar_utils.settings import Settings, load_profile
 
@@ -102,7 +102,7 @@ def _cited(records: Iterable[Record], settings: Settings) -> list[str]:
 def scoreboard(settings: Settings, judged: list[dict] | None = None) -> Styler:
     """The claims `judged` (None: all) by the published evidence, this run's effects beside, with links to records."""
     link = partial(record_link, settings=settings)
-    return _as_html(claims.scoreboard(evidence(), judged, link, own_records(settings)))
+    return _as_html(claims.scoreboard(study(), judged, link, own_records(settings)))
 
 
 def _as_html(frame: pd.DataFrame) -> Styler:

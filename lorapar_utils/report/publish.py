@@ -8,7 +8,7 @@ import sys
 
 from lorapar_utils.cache import MANIFEST, completed, write_atomically
 from lorapar_utils.errors import InputError
-from lorapar_utils.models.published import TRAINED_BY
+from lorapar_utils.models.published import HOME
 from lorapar_utils.records import Record, evidence, pooled, read_record, read_records, write_record
 from lorapar_utils.records.intervals import Metric
 from lorapar_utils.report import tables
@@ -43,7 +43,7 @@ def publish(profile: str) -> int:
     ours = settings.runs / "experiments" / "lorapar-seed0"
     if (ours / "stage1" / "partition").is_dir():
         shutil.copytree(ours / "stage1" / "partition", target / "partition", dirs_exist_ok=True)
-    if settings.profile == TRAINED_BY:
+    if settings.profile == HOME.parent.name:
         publish_adapters(settings)
     readme = project_root() / "README.md"
     if readme.is_file():
@@ -57,7 +57,7 @@ def publish_adapters(settings: Settings) -> None:
         run = f"{name}-seed{settings.seeds[0]}"
         stage = sorted((settings.runs / "experiments" / run).glob("stage*"))[-1].resolve()
         manifest = json.loads((stage / MANIFEST).read_text(encoding="utf-8"))
-        target = project_root() / "results" / settings.profile / "adapters" / name
+        target = project_root() / HOME / name
         shutil.rmtree(target, ignore_errors=True)
         with completed(target, manifest["inputs"], manifest["origin"]) as scratch:
             shutil.copy(stage / "adapter" / "adapter_model.safetensors", scratch)

@@ -1,7 +1,7 @@
 """Stage 1 (SFT) and stage 2 (GRPO) with TRL's trainers and `ActiveAdamW` (paper, section 3.4).
 
 Deviation: elements outside a stage's mask do not change at all (see `optim`), each stage trains on one system's
-examples, and the KL term is off (TRL's `beta=0`; the paper's beta is a setting of the partition).
+examples, and the weight of the KL term is a setting, `grpo.kl` (TRL's `beta`; the paper's beta is the partition's).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +48,6 @@ PINNED_DEFAULTS = {
         "min_p": None,
         "repetition_penalty": 1.0,
         "adam_beta1": 0.9,
-        "beta": 0.0,  # no KL term
         "epsilon": 0.2,
         "epsilon_high": None,
         "importance_sampling_level": "token",
@@ -153,6 +152,7 @@ def run_grpo(
         "num_generations": grpo.completions,
         "max_completion_length": grpo.max_completion_length,
         "temperature": grpo.temperature,
+        "beta": grpo.kl,
         "loss_type": grpo.loss_type,
         "scale_rewards": grpo.scale_rewards,
         "mask_truncated_completions": grpo.mask_truncated_completions,

@@ -91,9 +91,12 @@ def systems(settings: Settings, pool: datasets.Dataset | None = None) -> dict[in
     by = settings.voting.split_by
     # Construction labels need no teacher.
     rows = list(_training_rows(settings, pool) if by == "construction" else votes(settings, pool=pool))
-    labels = [data.construction_system(row["steps"]) if by == "construction" else row["system"] for row in rows]
+    labels = [row["construction"] if by == "construction" else row["system"] for row in rows]
     if by == "random":
         random.Random(settings.seed).shuffle(labels)
+    if count := round(settings.voting.flipped * len(labels)):
+        for i in random.Random(settings.seed).sample(range(len(labels)), count):
+            labels[i] = {1: 2, 2: 1}.get(labels[i], labels[i])
     by_system = {k: [row for row, label in zip(rows, labels, strict=True) if label == k] for k in (1, 2)}
     if empty := [k for k, examples in by_system.items() if not examples]:
         raise InputError(

@@ -553,3 +553,18 @@ def test_overlap_works_for_code_and_in_any_script(reference):
     assert answers.overlap(reference, reference) == 1.0
     assert 0 < answers.overlap(reference[: len(reference) // 2 + 1], reference) < 1
     assert answers.overlap("qqqq", reference) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "reference", "expected"),
+    [
+        ("4 + 7 = 11", "11", True),
+        ("The sum of 4 and 7 is 11.", "11", True),
+        ("11 is what 4 + 7 gives", "11", False),  # its last number is 7
+        ("It is in Paris, of course", "Paris", True),
+        ("Parisian", "Paris", False),
+        ("", "11", False),
+    ],
+)
+def test_lenient_scoring_takes_the_last_number_or_a_whole_word(completion, reference, expected):
+    assert answers.leniently(completion, reference) is expected

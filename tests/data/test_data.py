@@ -1,34 +1,38 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import datasets
 import pytest
+import sympy
 from conftest import ROOT
 
 from lorapar_utils import data
-from lorapar_utils.data import splits
+from lorapar_utils.data import ladder, splits
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import load_profile
 
+SUMS = load_profile("laptop", pool={f"system{k}": {"train": 256, "validation": 80, "test": 150} for k in (1, 2)})
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
 
 @pytest.fixture(scope="module")
 def pool():
-    return list(data.load_pool(load_profile("study")))
+    return list(data.load_pool(SUMS))
 
 
 def test_splits_have_their_sizes_and_share_no_prompt(pool):
-    sizes = load_profile("study").pool
+    sizes = SUMS.pool
     for split in splits.SPLITS:
         rows = [row for row in pool if row["split"] == split]
         for system in (1, 2):
-            count = sum(data.construction_system(row["steps"]) == system for row in rows)
+            count = sum(row["construction"] == system for row in rows)
             assert count == getattr(getattr(sizes, f"system{system}"), split)
     assert len({row["prompt"] for row in pool}) == len({row["id"] for row in pool}) == len(pool)
 
@@ -43,6 +47,60 @@ def test_solutions_are_true_and_have_the_steps_they_claim(pool):
             assert int(right) == (int(first) + int(second) if sign == "+" else int(first) - int(second))
         if steps:
             assert steps[-1].split(" = ")[1] == row["answer"]
+
+
+@pytest.fixture(scope="module")
+def rungs():
+    return list(data.load_pool(load_profile("study")))
+
+
+def test_every_family_has_as_many_questions_on_both_rungs_of_every_split(rungs):
+    counts = Counter((row["split"], row["construction"], row["task"]) for row in rungs)
+    sizes = load_profile("study").pool
+    for (split, system, _), count in counts.items():
+        assert count == getattr(getattr(sizes, f"system{system}"), split) // 4
+    assert len(counts) == 3 * 2 * 4
+    assert len({row["prompt"] for row in rungs}) == len({row["id"] for row in rungs}) == len(rungs)
+
+
+def test_neither_family_nor_number_of_lines_tells_the_systems_apart(rungs):
+    lines = {system: {row["steps"] for row in rungs if row["construction"] == system} for system in (1, 2)}
+    assert lines == {1: {1, 2, 3}, 2: {3, 4, 5}}
+    assert {row["task"] for row in rungs if row["construction"] == 1} == {"sums", "legs", "places", "people"}
+
+
+def test_sums_and_people_of_the_ladder_follow_from_their_prompts(rungs):
+    for row in rungs:
+        *lines, last = row["solution"].splitlines()
+        assert last == f"#### {row['answer']}" and len(lines) == row["steps"]
+        for line in lines:
+            if row["task"] == "sums":
+                left, right = line.split(" = ")
+                assert sympy.sympify(left) == int(right)
+            if row["task"] == "people":
+                assert line.replace(": ", " is ") + "." in row["prompt"]
+        results = [line.split(": ")[-1].split(" = ")[-1] for line in lines]
+        if row["task"] == "sums":
+            asked = row["prompt"].removeprefix("Work out ").removeprefix("Compute ").rstrip(".")
+            totals = [str(sympy.sympify(one)) for one in re.split(", | and ", asked)]
+            assert re.split(", | and ", row["answer"]) == totals
+        if row["task"] == "legs" and "together" in row["prompt"]:
+            assert int(row["answer"]) == sum(int(line.split(": ")[1]) for line in lines if ": " in line)
+        if row["task"] == "people":
+            assert row["answer"] == results[-1] or re.split(", | and ", row["answer"]) == results
+
+
+def test_another_pool_seed_makes_another_ladder(rungs):
+    other = data.load_pool(load_profile("study", pool={"seed": 2}))
+    tested = [{row["prompt"] for row in rows if row["split"] == "test"} for rows in (rungs, other)]
+    assert len(tested[0] & tested[1]) < 0.25 * len(tested[0])
+
+
+def test_a_ladder_that_asks_for_more_than_there_is_is_refused(monkeypatch):
+    same = itertools.repeat(("Compute 1 + 1.", "2", ["1 + 1 = 2"]))
+    monkeypatch.setattr(ladder, "families", lambda seed, system: {"sums": same})
+    with pytest.raises(InputError, match=r"pool.system1: 278 examples of sums asked for, .* made 1;"):
+        data.load_pool(load_profile("study", pool={"seed": 7}))
 
 
 def test_links_are_the_steps_of_longer_sums_and_share_no_prompt():
@@ -105,7 +163,7 @@ def tags(pool):
 
 def counts(pool):
     """Rows of each split: of System 1, of System 2."""
-    systems = [(row["split"], data.construction_system(row["steps"])) for row in pool]
+    systems = [(row["split"], row["construction"]) for row in pool]
     return {split: tuple(systems.count((split, system)) for system in (1, 2)) for split in splits.SPLITS}
 
 

@@ -10,6 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from lorapar_utils import evaluation, models
 from lorapar_utils.cache import origin
 from lorapar_utils.errors import InputError
+from lorapar_utils.evaluation import accuracy
 from lorapar_utils.evaluation.benchmarks import score_harness
 from lorapar_utils.fast.lm_eval_model import LeanLM
 from lorapar_utils.pipeline.record import experiment_record
@@ -148,13 +149,29 @@ def test_an_experiment_keeps_what_its_stages_scored_elsewhere():
     """Under names of their own: a pool's accuracy counts no question of another benchmark."""
     settings = load_profile("smoke").for_experiment("lora_sft", 0)
     pool = [{"id": "a", "system": 1, "task": "sum", "correct": True, "mentioned": True, "truncated": False}]
+    pool[0] |= {"completion": "1 + 1 = 2\n#### 2", "lenient": True, "surplus": 0, "up_to_surplus": True}
     elsewhere = [{"id": f"q/{i}", "task": "anatomy", "correct": i == 0, "truncated": False} for i in range(4)]
     costs = {"active": 1.0, "elements": 8, "train_seconds": 2.0, "peak_bytes": 3, "score_seconds": 1.0}
     outcome = {"items": pool, "pass": {}, "benchmarks": {"mmlu": elsewhere}, "history": []} | costs
     spec = settings.experiments["lora_sft"]
-    made = experiment_record(settings, spec, "lora_sft-seed0", {"stage1": outcome}, origin(), [])
+    made = experiment_record(settings, spec, "lora_sft-seed0", {"stage1": outcome}, origin(), [], {})
     assert made.name == "lora_sft-seed0"
     assert made.metric("stage1/accuracy").value == 1.0 and made.metric("stage1/mmlu/accuracy").value == 0.25
     assert made.metric("stage1/peak_bytes").value == 3
     assert mean_outcomes([made], "stage1") == {"a": 1.0}
     assert mean_outcomes([made], "stage1/mmlu") == {"q/0": 1.0, "q/1": 0.0, "q/2": 0.0, "q/3": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("completion", "surplus", "up_to_surplus"),
+    [
+        ("7 + 8 = 15\n#### 15", 0, True),
+        ("7 + 8 = 15\n15 - 8 = 7\n#### 7", 1, True),
+        ("#### 15", -1, False),
+        ("7 + 8 = 14\n#### 14", 0, False),
+        ("", -1, False),
+    ],
+)
+def test_lines_of_a_completion_are_compared_with_the_solutions(completion, surplus, up_to_surplus):
+    compared = accuracy.compared_lines(completion, "7 + 8 = 15\n#### 15")
+    assert compared == {"surplus": surplus, "up_to_surplus": up_to_surplus}

@@ -16,8 +16,6 @@ from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.experiment import experiment
 from lorapar_utils.pipeline.measure import measure_inputs
 from lorapar_utils.pipeline.train import stage_inputs
-
-# LOST lorapar_utils.pipeline.experiment _stage_inputs
 from lorapar_utils.records.intervals import Metric
 from lorapar_utils.report import figures, tables
 from lorapar_utils.settings import load_profile
@@ -206,7 +204,7 @@ def test_data_weights_and_votes_edited_in_place_are_noticed_by_content(project, 
             "answers": {row["answer"] for row in split.votes(own)},
             "systems": [row["system"] for row in split.votes(own)],
             "model": model_identity(own),
-            "scoring": measure_inputs(own, "stage", Examples(own).held_out, True),
+            "scoring": measure_inputs(own, "stage", Examples(own).test, [], "test"),
         }
 
     before = state()

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
+from lorapar_utils import data
 from lorapar_utils.partition import build_partition
 from lorapar_utils.pipeline import scores
 from lorapar_utils.records import from_scores, from_votes
@@ -19,7 +20,15 @@ def voted(margins, steps):
     votes = np.where(np.array(margins) > 0, 2, 1)
     rows = []
     for i, (its, cast, depth) in enumerate(zip(margins, votes, steps, strict=True)):
-        row = {"id": str(i), "prompt": f"p{i}", "answer": "1", "task": "sum", "steps": depth, "votes": cast.tolist()}
+        row = {
+            "id": str(i),
+            "prompt": f"p{i}",
+            "answer": "1",
+            "task": "sum",
+            "steps": depth,
+            "construction": data.construction_system(depth),
+            "votes": cast.tolist(),
+        }
         row |= {f"margin_{name}": float(margin) for name, margin in zip(names, its, strict=True)}
         twos = int((cast == 2).sum())
         rows.append(row | {"system": 2 if twos > 1 else 1, "agreement": max(twos, 3 - twos) / 3})

@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import scipy
 from conftest import ROOT
 
 from lorapar_utils.errors import InputError
@@ -87,46 +88,143 @@ def outcomes(name, stage, correct, seed=0):
     return record(name, items=items, seed=seed)
 
 
+def sides(**endpoint):
+    where = {"first": {"record": "a", "stage": "stage1"}, "second": {"record": "b", "stage": "stage1"}}
+    return {
+        "claim": "c",
+        "paper": "t",
+        "test": {"kind": "greater", "margin": 0.0, "endpoint": "accuracy"} | where | endpoint,
+    }
+
+
+def blocks_of(**rights):
+    """Records of five blocks: of 40 test items, so many right as an arm's list says."""
+    return {
+        f"{arm}-seed{seed}": outcomes(f"{arm}-seed{seed}", "stage1", [i < right for i in range(40)], seed)
+        for arm, counts in rights.items()
+        for seed, right in enumerate(counts)
+    }
+
+
 @pytest.mark.parametrize(
     ("first", "second", "verdict"),
     [
-        ([True] * 40, [False] * 40, "reproduced"),
-        ([False] * 40, [True] * 40, "not reproduced"),
-        ([True, False] * 20, [False, True] * 20, "inconclusive"),
-        ([True] * 5, [False] * 5, "inconclusive"),
+        ([30, 31, 32, 30, 31], [20, 22, 20, 21, 20], "reproduced"),
+        ([20, 22, 20, 21, 20], [30, 31, 32, 30, 31], "not reproduced"),
+        ([30, 10, 30, 10, 20], [20, 20, 20, 20, 20], "inconclusive"),
+        ([40] * 4, [0] * 4, "inconclusive"),  # one block too few, whatever the effect
     ],
 )
-def test_claims_are_judged_by_their_interval(first, second, verdict):
-    where = {"first": {"record": "a", "stage": "stage1"}, "second": {"record": "b", "stage": "stage1"}}
-    claim = {"claim": "c", "paper": "t", "min_n": 10, "test": {"kind": "greater", "margin": 0.0, **where}}
-    records = {"a": outcomes("a", "stage1", first), "b": outcomes("b", "stage1", second)}
-    assert claims.judge(claim, records)[0] == verdict
-    assert claims.judge(claim, {})[0] == "not run"
+def test_claims_are_judged_over_blocks(first, second, verdict):
+    records = blocks_of(a=first, b=second)
+    judged = claims.judge(sides(), records)
+    assert judged.verdict == verdict and judged.seeds == len(first)
+    assert claims.judge(sides(), {}).verdict == "not run"
 
 
-def test_claims_are_paired_seed_by_seed():
-    """Seed 1 of `a` alone is left out: it has no partner."""
-    where = {"first": {"record": "a", "stage": "stage1"}, "second": {"record": "b", "stage": "stage1"}}
-    claim = {"claim": "c", "paper": "t", "min_n": 10, "test": {"kind": "greater", "margin": 0.0, **where}}
-    records = {
-        "a-seed0": outcomes("a-seed0", "stage1", [True] * 40, seed=0),
-        "a-seed1": outcomes("a-seed1", "stage1", [False] * 40, seed=1),
-        "b-seed0": outcomes("b-seed0", "stage1", [False] * 40, seed=0),
-    }
-    assert claims.judge(claim, records) == ("reproduced", "+100.0 points [+100.0, +100.0], 1 seed", 40)
+def test_the_interval_over_blocks_is_students_and_stands_beside_that_over_questions():
+    judged = claims.judge(sides(), blocks_of(a=[30, 31, 32, 30, 31], b=[20, 22, 20, 21, 20]))
+    gaps = np.array([10, 9, 12, 9, 11]) / 40
+    reach = scipy.stats.t.ppf(0.975, 4) * gaps.std(ddof=1) / 5**0.5
+    assert judged.effect.value == pytest.approx(gaps.mean())
+    assert (judged.effect.low, judged.effect.high) == pytest.approx((gaps.mean() - reach, gaps.mean() + reach))
+    assert judged.over_items.n == 40 and judged.over_items.value == pytest.approx(gaps.mean())
+    assert claims.written(sides(), judged).startswith("+25.5 points, [+21.5, +29.5] over blocks, [")
+
+
+def test_a_block_that_one_side_lacks_is_left_out():
+    records = blocks_of(a=[30] * 6, b=[20] * 5)
+    assert claims.judge(sides(), records).seeds == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run": {"commit": "other"}}, "block 2: its records differ in commit .*b-seed2: other"),
+        ({"environment": {"dtype": "float32"}}, "block 2: its records differ in dtype"),
+        ({"environment": {"hardware": {"cpu": "another"}}}, "block 2: its records differ in kind of machine"),
+    ],
+)
+def test_a_mixed_block_is_refused(change, message):
+    records = blocks_of(a=[30] * 5, b=[20] * 5)
+    mixed = records["b-seed2"]
+    for part, values in change.items():
+        getattr(mixed, part).update(values)
+    with pytest.raises(InputError, match=message):
+        claims.judge(sides(), records)
+
+
+def test_records_that_chose_settings_are_refused_as_evidence():
+    records = blocks_of(a=[30] * 5, b=[20] * 5)
+    records["a-seed1"].run["parameters"]["measured_on"] = "validation"
+    with pytest.raises(InputError, match="a-seed1: it was measured on validation, to choose settings"):
+        claims.judge(sides(), records)
+
+
+def test_losses_and_single_systems_are_endpoints_too():
+    records = blocks_of(a=[1] * 5, b=[1] * 5)
+    for name, one in records.items():
+        for i, item in enumerate(one.items):
+            item |= {"system": 1 + i % 2, "loss": (0.5 if name[0] == "a" else 0.2) + 0.001 * one.run["seed"]}
+    judged = claims.judge(sides(endpoint="loss2"), records)
+    assert judged.verdict == "reproduced" and judged.over_items.n == 20
+    assert claims.written(sides(endpoint="loss2"), judged).startswith("+0.300 nats")
+    with pytest.raises(InputError, match="endpoint = 'speed'"):
+        claims.judge(sides(endpoint="speed"), records)
+
+
+def test_holms_correction_is_over_the_claims_of_a_table():
+    records = blocks_of(a=[30, 24, 33, 25, 29], b=[20, 24, 26, 22, 20], c=[20] * 5, d=[20, 19, 21, 20, 20])
+    weak = sides()
+    alone = claims.judgements(records, [weak])[0]
+    others = [
+        {
+            **weak,
+            "test": {
+                **weak["test"],
+                "first": {"record": "c", "stage": "stage1"},
+                "second": {"record": "d", "stage": "stage1"},
+            },
+        }
+    ] * 9
+    assert alone.verdict == "reproduced"
+    corrected = claims.judgements(records, [weak, *others])[0]
+    assert corrected.verdict == "inconclusive" and "after Holm's correction over 10 claims" in corrected.why
+    elsewhere = [{**other, "paper": "another"} for other in others]
+    assert claims.judgements(records, [weak, *elsewhere])[0].verdict == "reproduced"
+    ours, theirs = claims.holm([0.01, 0.04, 0.03, 0.5]), [0.04, 0.09, 0.09, 0.5]
+    assert ours == pytest.approx(theirs)
 
 
 def test_diminishing_returns_compare_two_gains():
-    sides = {key: {"record": key, "stage": "stage1"} for key in ("low", "middle", "high")}
-    claim = {"claim": "c", "paper": "t", "min_n": 10, "test": {"kind": "concave", "margin": 0.0, **sides}}
+    three = {key: {"record": key, "stage": "stage1"} for key in ("low", "middle", "high")}
+    claim = {"claim": "c", "paper": "t", "test": {"kind": "concave", "margin": 0.0, "endpoint": "accuracy", **three}}
 
-    def records(low, middle, high):
-        right = {"low": low, "middle": middle, "high": high}
-        return {key: outcomes(key, "stage1", [True] * n + [False] * (40 - n)) for key, n in right.items()}
+    def verdict(low, middle, high):
+        jitter = [0, 1, 0, 1, 0]
+        records = blocks_of(low=[low] * 5, middle=[middle + j for j in jitter], high=[high - j for j in jitter])
+        return claims.judge(claim, records).verdict
 
-    assert claims.judge(claim, records(0, 30, 40))[0] == "reproduced"
-    assert claims.judge(claim, records(0, 10, 40))[0] == "not reproduced"
-    assert claims.judge(claim, records(0, 20, 40))[0] == "inconclusive"
+    assert verdict(0, 30, 40) == "reproduced" and verdict(0, 10, 40) == "not reproduced"
+
+
+def test_what_a_model_without_two_systems_passes_could_not_fail():
+    test = {"kind": "within", "first": {"record": "a", "metric": "x"}, "low": 0.3, "high": 0.5}
+    records = {"a-seed0": record("a-seed0", x=Metric(0.4, 1))}
+    assert claims.judge({"claim": "c", "paper": "t", "test": test}, records).verdict == "reproduced"
+    judged = claims.judge({"claim": "c", "paper": "t", "test": test | {"without_systems": 0.45}}, records)
+    assert judged.verdict == "could not fail"
+    failed = claims.judge({"claim": "c", "paper": "t", "test": test | {"without_systems": 0.9}}, records)
+    assert failed.verdict == "reproduced"
+
+
+def test_a_base_model_at_chance_leaves_no_headroom():
+    records = blocks_of(a=[10] * 5, b=[10] * 5) | {"base-seed0": record("base-seed0", x=Metric(0.24, 100))}
+    claim = sides() | {"base": {"record": "base", "metric": "x", "at_most": 0.26}}
+    judged = claims.judge(claim, records)
+    assert judged.verdict == "no headroom" and "24.0 %" in judged.why
+    records["base-seed0"].result["metrics"]["x"]["value"] = 0.5
+    assert claims.judge(claim, records).verdict == "inconclusive"
 
 
 def test_the_evidence_is_the_study_and_what_it_has_not_replaced(project):
@@ -142,26 +240,15 @@ def test_records_of_other_pools_keep_their_profile_in_their_name(project):
     for profile in ("cpu", "cpu-full", "cpu-chains"):
         write_record(record("a-seed0"), project / "results" / profile / "a-seed0.json")
     assert list(evidence()) == ["a-seed0", "cpu-chains/a-seed0"] and list(pooled(evidence())) == ["a-seed0"]
-    where = {"first": {"record": "cpu-chains/a", "stage": "stage1"}, "second": {"record": "a", "stage": "stage1"}}
-    claim = {"claim": "c", "paper": "t", "min_n": 10, "test": {"kind": "greater", "margin": 0.0, **where}}
-    found = {
-        "a-seed0": outcomes("a", "stage1", [False] * 40),
-        "cpu-chains/a-seed0": outcomes("a", "stage1", [True] * 40),
-    }
-    assert claims.judge(claim, found)[0] == "reproduced"
 
 
 def test_a_verdict_rests_on_the_published_records_and_this_run_stands_beside():
-    where = {"first": {"record": "a", "stage": "stage1"}, "second": {"record": "b", "stage": "stage1"}}
-    claim = {"claim": "c", "paper": "t", "min_n": 10, "test": {"kind": "greater", "margin": 0.0, **where}}
-    sides = {"a": [True] * 40, "b": [False] * 40}
-    published = {f"{name}-seed0": outcomes(name, "stage1", right) for name, right in sides.items()}
-    own = {f"{name}-seed0": outcomes(name, "stage1", right[::-1]) for name, right in sides.items()}
-    own["a-seed0"], own["b-seed0"] = own["b-seed0"], own["a-seed0"]
-    row = claims.scoreboard(published, [claim], own=own).iloc[0]
+    published = blocks_of(a=[30, 31, 32, 30, 31], b=[20, 22, 20, 21, 20])
+    own = blocks_of(a=[0], b=[40])
+    row = claims.scoreboard(published, [sides()], own=own).iloc[0]
     assert row["verdict"] == "reproduced" and row["this run"].startswith("-100.0 points")
-    assert "this run" not in claims.scoreboard(published, [claim])
-    assert claims.scoreboard(published, [claim], own={"a-seed0": own["a-seed0"]}).iloc[0]["this run"] == "–"
+    assert "this run" not in claims.scoreboard(published, [sides()])
+    assert claims.scoreboard(published, [sides()], own={"a-seed0": own["a-seed0"]}).iloc[0]["this run"] == "–"
 
 
 def trained(method, seed, stages, right, *, stage="stage1", **more):
@@ -303,23 +390,20 @@ def test_theta_points_count_each_seed_once_and_theta_1_is_all_elements():
 
 def test_the_declared_claims_are_well_formed():
     for claim in claims.load_claims():
-        assert {"claim", "paper", "min_n", "test"} == set(claim)
-        assert claims.judge(claim, {})[0] == "not run"
+        assert {"claim", "paper", "test"} <= set(claim) <= {"claim", "paper", "test", "min_seeds", "base"}
+        assert claims.judge(claim, {}).verdict == "not run"
 
 
 def test_a_verdict_links_to_every_record_that_it_rests_on(tmp_path, monkeypatch):
 
-    items = [{"id": str(i), "stage": "stage1", "system": 1, "correct": i < 3} for i in range(4)]
-    records = {f"a-seed{k}": record(f"a-seed{k}", items=items, seed=k) for k in (0, 1)}
-    records["smoke-chains/b-seed0"] = record("b-seed0", items=items)
-    sides = {"first": {"record": "a", "stage": "stage1"}, "second": {"record": "smoke-chains/b", "stage": "stage1"}}
-    claim = {"claim": "a beats b", "paper": "Table 0", "min_n": 1, "test": {"kind": "greater", "margin": 0, **sides}}
-    missing = {**claim, "test": {**claim["test"], "second": {"record": "c", "stage": "stage1"}}}
-    assert claims.scoreboard(records, [claim, missing])["evidence"].tolist() == [
-        "a (seed 0, seed 1); smoke-chains/b (seed 0)",
+    records = blocks_of(a=[3, 3], b=[3])
+    missing = sides(second={"record": "c", "stage": "stage1"})
+    assert claims.scoreboard(records, [sides(), missing])["evidence"].tolist() == [
+        "a (seed 0, seed 1); b (seed 0)",
         "a (seed 0, seed 1); c (no record)",
     ]
-    monkeypatch.setattr(notebook, "evidence", lambda: records)
+    claim = sides()
+    monkeypatch.setattr(notebook, "study", lambda: records)
     shown = notebook.scoreboard(load_profile("smoke"), [claim]).to_html()
     assert 'href="../runs/smoke/records/a-seed1.json"' in shown
     executed = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell()])
