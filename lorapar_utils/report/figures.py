@@ -14,7 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import FancyBboxPatch
 
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, evidence, pooled, read_records
+from lorapar_utils.records import Record, evidence, null_model, pooled, read_records
 from lorapar_utils.records.intervals import Metric
 from lorapar_utils.report import tables
 
@@ -310,6 +310,37 @@ def concentration(figure: SubFigure, record: Record) -> None:
         )
     axes.set(xlabel="share of LoRA elements, most important first", ylabel="share of importance", ylim=(0, 1.03))
     axes.legend()
+
+
+@_of_each(9, 3.6)
+def without_systems(figure: SubFigure, record: Record) -> None:
+    """Selected share and overlap by theta: the record's, the paper's, and those of a model without two systems."""
+    null = null_model.without_systems(record)
+    counts = pd.DataFrame(record.result["tables"]["explorer"]).groupby("theta")[
+        ["elements", "system1_only", "shared", "system2_only"]
+    ]
+    counts = counts.sum().loc[null["theta"].min() : null["theta"].max()]
+    either = counts["system1_only"] + counts["shared"] + counts["system2_only"]
+    ours = {
+        "active": (counts["system1_only"] + counts["system2_only"] + 2 * counts["shared"]) / 2 / counts["elements"],
+        "jaccard": counts["shared"] / either,
+    }
+    sizes = tables.paper("table3_theta")["QKVGUD"]
+    overlaps = [row["jaccard"] for row in tables.paper("figure_importance_regions")]
+    paper = {
+        "active": ([row["theta"] for row in sizes], [row["active"] / 100 for row in sizes]),
+        "jaccard": ([0.9] * len(overlaps), overlaps),
+    }
+    labels = {"active": "share of elements selected", "jaccard": "overlap of the two sets (Jaccard index)"}
+    for axes, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+        ends = null.groupby("theta")[key].agg(["min", "max"])
+        axes.fill_between(
+            ends.index, ends["min"], ends["max"], color="#BBBBBB", alpha=0.6, label="independent systems, one phi"
+        )
+        axes.plot(ours[key].index, ours[key], marker="o", color="#009E73", label="this record")
+        axes.plot(*paper[key], "x", color="black", markersize=7, label="the paper (LLaMA-2-7B)")
+        axes.set(xlabel="theta", ylabel=label, ylim=(0, None))
+    figure.axes[0].legend(loc="upper left")
 
 
 def theta_curve(records: list[Record], own: list[Record] = ()) -> Figure:
