@@ -51,8 +51,8 @@ def families(seed: int, system: int) -> dict[str, Iterator[Question]]:
 def _asked(draw: random.Random, system: int) -> tuple[int, int]:
     """How many inferences a question asks for beside each other, and how many it chains."""
     if system == 2:
-        return 1, draw.choices((3, 4), (2, 1))[0]
-    return draw.choices(((1, 1), (2, 1), (3, 1), (1, 2)), (4, 2, 1, 4))[0]
+        return 1, draw.choices((3, 4), (4, 1))[0]
+    return draw.choices(((1, 1), (2, 1), (3, 1), (1, 2)), (3, 2, 1, 4))[0]
 
 
 def _listed(items: list[str]) -> str:
@@ -90,7 +90,10 @@ def _legs(draw: random.Random, system: int) -> Iterator[Question]:
         counts = [draw.randint(1, 12 if len(kinds) == 1 else 5) for _ in kinds]
         groups = [f"{count} {_plural(animal, count)}" for animal, count in zip(kinds, counts, strict=True)]
         legs = [count * ANIMALS[animal] for animal, count in zip(kinds, counts, strict=True)]
-        lines = [f"{group}: {number}" for group, number in zip(groups, legs, strict=True)]
+        lines = [
+            f"{group}: {count} x {ANIMALS[animal]} = {number}"
+            for group, count, animal, number in zip(groups, counts, kinds, legs, strict=True)
+        ]
         if not together:
             yield f"How many legs do {_listed(groups)} have?", _listed(list(map(str, legs))), lines
             continue

@@ -8,7 +8,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorapar_utils import distributed, models
-from lorapar_utils.importance import lora_parameters
 from lorapar_utils.settings import Settings
 
 
@@ -56,7 +55,7 @@ class AdaptedModel:
     def initial_values(self) -> dict[str, torch.Tensor]:
         """The adapter's LoRA matrices before any training, by name, on the CPU."""
         model, _ = self.after(None)
-        return {name: values.detach().clone().cpu() for name, values in lora_parameters(model).items()}
+        return {name: p.detach().clone().cpu() for name, p in model.named_parameters() if ".lora_" in name}
 
     def trained_to(self, stage: Path | None) -> None:
         """Note which stage the adapter now is after; None while it is being trained."""

@@ -85,7 +85,7 @@ def test_sums_and_people_of_the_ladder_follow_from_their_prompts(rungs):
             totals = [str(sympy.sympify(one)) for one in re.split(", | and ", asked)]
             assert re.split(", | and ", row["answer"]) == totals
         if row["task"] == "legs" and "together" in row["prompt"]:
-            assert int(row["answer"]) == sum(int(line.split(": ")[1]) for line in lines if ": " in line)
+            assert int(row["answer"]) == sum(int(line.split(" = ")[1]) for line in lines if ": " in line)
         if row["task"] == "people":
             assert row["answer"] == results[-1] or re.split(", | and ", row["answer"]) == results
 

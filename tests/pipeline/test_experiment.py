@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from lorapar_utils import data, evaluation, training
 from lorapar_utils.errors import InputError
 from lorapar_utils.models.identity import model_identity
-from lorapar_utils.pipeline import inputs
+from lorapar_utils.partition import Partition
+from lorapar_utils.pipeline import block, inputs
 from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.experiment import experiment
 from lorapar_utils.pipeline.measure import measure_inputs
@@ -296,3 +297,91 @@ def test_two_runs_give_equal_records(project, saved_model):
 
 def without_times(history):
     return [{key: value for key, value in entry.items() if "time" not in key} for entry in history]
+
+
+CELL = {"sweep": "regions", "method": "lorapar", "stages": ["sft"], "title": "a cell"}
+
+
+@pytest.mark.parametrize("selection", ["random", "random_in_matrix", "magnitude", "swapped"])
+def test_a_control_trains_other_elements_in_equal_number(project, saved_model, selection):
+    cells = {"importance": CELL, "control": CELL | {"selection": selection}}
+    chosen = settings(saved_model).changed(experiments=cells)
+    both = [experiment(chosen, name, 0) for name in cells]
+    masks = [Partition.load(chosen.runs / "experiments" / f"{name}-seed0" / "stage1" / "partition") for name in cells]
+    assert not torch.equal(masks[0].active[0], masks[1].active[0])
+    # Swapped, stage 1 has the number of stage 2.
+    wanted = masks[0].active[1 if selection == "swapped" else 0].sum()
+    assert masks[1].active[0].sum() == wanted
+    assert both[1].metric("active/stage1").value == pytest.approx(int(wanted) / masks[0].active[0].numel())
+    weights = adapter(chosen, "control", "stage1")
+    assert any(
+        not torch.equal(weights[name], values) for name, values in adapter(chosen, "importance", "stage1").items()
+    )
+
+
+def test_masks_by_magnitude_are_those_of_the_initial_values_also_in_the_second_stage(project, saved_model):
+    cells = {"cell": CELL | {"selection": "magnitude", "stages": ["sft", "grpo"]}}
+    chosen = settings(saved_model).changed(experiments=cells)
+    experiment(chosen, "cell", 0)
+    home = chosen.runs / "experiments" / "cell-seed0"
+    masks = Partition.load(home / "stage1" / "partition")
+    # Stage 2 alone, from the kept stage 1, in another process' place.
+    shutil.rmtree((home / "stage2").resolve())
+    experiment(chosen, "cell", 0)
+    again = Partition.load(home / "stage2" / "partition")
+    assert all(torch.equal(a, b) for a, b in zip(masks.active, again.active, strict=True))
+
+
+def test_a_run_that_chooses_settings_reads_no_test_row(project, saved_model, monkeypatch):
+    tuning = {"sweep": "tuning", "method": "lora", "stages": ["sft"], "title": "a rate", "learning_rate": 0.002}
+    cells = {"loss": tuning | {"measured_on": "validation_loss"}, "answers": tuning | {"measured_on": "validation"}}
+    chosen = settings(saved_model).changed(experiments=cells)
+    monkeypatch.setattr(Examples, "test", property(lambda self: pytest.fail("the test split was read")))
+    validation = {row["id"] for row in data.load_pool(chosen) if row["split"] == "validation"}
+    loss, answers = (experiment(chosen, name, 0) for name in cells)
+    assert {item["id"] for item in loss.items} == {item["id"] for item in answers.items} == validation
+    assert not any("completion" in item for item in loss.items)
+    assert {
+        "stage1/loss",
+        "stage1/loss1",
+        "stage1/loss2",
+    } <= loss.metrics.keys() and "stage1/accuracy" not in loss.metrics
+    assert loss.metric("stage1/loss1").value == pytest.approx(answers.metric("stage1/loss1").value)
+    assert "stage1/pass@2" in answers.metrics
+    assert loss.run["parameters"]["measured_on"] == "validation_loss"
+    assert loss.run["parameters"]["learning_rate"] == 0.002
+
+
+def test_flipped_labels_move_examples_to_the_other_system(project, saved_model):
+    chosen = settings(saved_model)
+    right, wrong = (Examples(chosen.changed(voting={"flipped": share})).systems for share in (0.0, 0.25))
+    total = sum(map(len, right.values()))
+    moved = {row["id"] for row in wrong[1]} ^ {row["id"] for row in right[1]}
+    assert len(moved) == round(0.25 * total) and sum(map(len, wrong.values())) == total
+    other = Examples(chosen.changed(seed=1, voting={"flipped": 0.25})).systems
+    assert {row["id"] for row in other[1]} != {row["id"] for row in wrong[1]}
+
+
+def test_a_record_names_what_it_was_trained_on(project, saved_model):
+    cells = {"cell": CELL, "flipped": CELL | {"flipped": 0.25}}
+    chosen = settings(saved_model).changed(experiments=cells)
+    plain, flipped = (experiment(chosen, name, 0).environment["hashes"] for name in cells)
+    assert plain["weights"] == flipped["weights"] and plain["data"] == flipped["data"]
+    assert plain["D1"] != flipped["D1"] and plain["D2"] != flipped["D2"]
+
+
+def test_a_block_takes_what_no_other_process_has_and_goes_on_where_it_was(project, saved_model, trained, capsys):
+    chosen = settings(saved_model).changed(
+        experiments={name: CELL | {"theta": t} for name, t in (("a", 0.5), ("b", 0.6))}
+    )
+    marks = chosen.runs / "blocks"
+    marks.mkdir(parents=True)
+    with block.lock(marks / "a-seed0.lock"):
+        block.run_block(chosen, 0, [])
+    assert trained == ["run_sft"] and [p.stem for p in (chosen.runs / "records").glob("*.json")] == ["b-seed0"]
+    block.run_block(chosen, 0, [])
+    assert trained == ["run_sft"] * 2
+    block.run_block(chosen, 0, ["b"])
+    assert trained == ["run_sft"] * 2 and "b-seed0" in capsys.readouterr().out
+    with pytest.raises(InputError, match="block: smoke has no 'c' at seed 0; it has a, b"):
+        block.run_block(chosen, 0, ["c"])

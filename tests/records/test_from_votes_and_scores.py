@@ -110,7 +110,7 @@ def test_a_model_without_two_systems_selects_about_half_with_half_in_common():
     rows = null_model.without_systems(record, thetas=[0.5, 0.9])
     at = rows[rows["theta"] == 0.9].set_index("gradients")
     assert at["active"].between(0.44, 0.55).all() and at["jaccard"].between(0.42, 0.53).all()
-    assert (rows[rows["theta"] == 0.5]["active"] < 0.15).all()
+    assert (rows[rows["theta"] == 0.5]["active"] < 0.2).all()
     assert rows.equals(null_model.without_systems(record, thetas=[0.5, 0.9]))
     unequal = [row | {"system1": 10.0 ** (i % 3), "system2": 10.0 ** (i % 3)} for i, row in enumerate(matrices)]
     uneven = new_record("importance", load_profile("smoke"), metrics={}, tables={"map": unequal})
