@@ -27,6 +27,7 @@ NAMES = (
 PLURALS = {
     **{animal: animal for animal in ("deer", "sheep", "shrimp", "starfish")},
     "butterfly": "butterflies",
+    "cockroach": "cockroaches",
     "firefly": "fireflies",
     "praying mantis": "praying mantises",
     "woodlouse": "woodlice",
