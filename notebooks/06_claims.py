@@ -26,15 +26,19 @@
 profile = "laptop"  # a file of profiles/, or a path
 
 # %% tags=["hide-input"]
-from lorapar_utils.report import notebook
+from lorapar_utils.records import study
+from lorapar_utils.report import figures, notebook
 
 settings = notebook.start(profile=profile)
 
 # %% [markdown]
 # ## The idea
 #
-# A claim becomes a comparison with a margin, written down in `book/claims.yaml` before anything is run. Records decide it, item by item; nobody
-# reads a table and judges.
+# A claim becomes a comparison with a margin, written down in `book/claims.yaml` before anything is run, as [the protocol](protocol) says. Records decide
+# it, block by block; nobody reads a table and judges.
+
+# %% mystnb={"image": {"alt": "One row per claim that was run: the effect with its interval over blocks, thick, and over test questions, thin, beside zero and the margin."}, "figure": {"caption": "What has been run so far. Thick: 95 % over blocks, which the verdict rests on; thin: over test questions; dotted: the margin. Green: reproduced; orange: not; grey: undecided.", "name": "fig-forest"}}
+figure = figures.forest(study())
 
 # %%
 notebook.scoreboard(settings)
@@ -42,13 +46,16 @@ notebook.scoreboard(settings)
 # %% [markdown]
 # ## How a verdict comes about
 #
-# *Reproduced*: the interval of the paired difference lies beyond the declared margin, or the figure inside the declared range.
-# *Not reproduced*: it lies on the other side. *Inconclusive*: the interval covers the margin, or there are too few items.
-# *Not run*: no published record has such an experiment. A verdict rests on published records alone; the effect in this run stands beside it.
+# A block is a seed: all of its arms come from one commit, one dtype and one kind of machine, and are compared with each other alone. The effect is the
+# mean over blocks of the paired difference; its interval is Student's over blocks, and fewer than five blocks decide nothing.
+#
+# *Reproduced*: the effect lies beyond the margin, significantly after Holm's correction over the claims of one table. *Not reproduced*: it lies on the
+# other side. *Inconclusive*: neither, or too few blocks. *Could not fail*: a model without two systems passes too. *No headroom*: the base model is at
+# chance. *Not run*: the study has no such record yet. A verdict rests on the study's published records alone; the effect in this run stands beside it.
 #
 # ## What would change our mind
 #
-# More seeds where a verdict is inconclusive, and a larger model where it is *not reproduced*: a claim about 7B models is not refuted by a small
+# More blocks where a verdict is inconclusive, and a larger model where it is *not reproduced*: a claim about 7B models is not refuted by a small
 # one. The evidence column links to the records; a record names the command that makes it again.
 #
 # ## Try it yourself

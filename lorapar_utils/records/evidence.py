@@ -7,9 +7,9 @@ from lorapar_utils.records.record import Record, read_records
 from lorapar_utils.settings import Settings, project_root
 
 # Folders of `results/` with the published evidence -> what their records' names begin with. Of two records with one
-# name the first counts. Profiles `cpu…` came before `study`; each table says whose records it shows.
+# name the first counts. Profiles `cpu…` came before `study`, from another pool, so no table mixes them.
 EVIDENCE = {
-    "study": "",
+    "study": "study/",
     "cpu": "",
     "cpu-full": "",
     "cpu-chains": "cpu-chains/",

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import FancyBboxPatch
 
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, evidence, null_model, pooled, read_records
+from lorapar_utils.records import Record, evidence, null_model, pooled, read_records, study
 from lorapar_utils.records.intervals import Metric
-from lorapar_utils.report import tables
+from lorapar_utils.report import claims, tables
 
 SYSTEM_COLOURS = {1: "#0072B2", 2: "#D55E00"}
 MARKERS = "osD^vPX*"
@@ -343,6 +344,87 @@ def without_systems(figure: SubFigure, record: Record) -> None:
     figure.axes[0].legend(loc="upper left")
 
 
+# Verdict -> colour and marker of its claim.
+VERDICTS = {
+    "reproduced": ("#009E73", "o"),
+    "not reproduced": ("#D55E00", "X"),
+    "inconclusive": ("#7F7F7F", "s"),
+    "could not fail": ("#7F7F7F", "D"),
+}
+
+
+def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> Figure:
+    """Each claim's effect with its interval over blocks (thick) and over test questions (thin), beside its margin.
+
+    Raises
+    ------
+    InputError
+        No claim has been run.
+    """
+    declared = claims.load_claims() if judged is None else judged
+    rows = [
+        (claim, one)
+        for claim, one in zip(declared, claims.judgements(records, declared), strict=True)
+        if one.over_items is not None
+    ]
+    if not rows:
+        raise InputError("claims: none of them has been run; publish records of the study first")
+    units = {True: ("nats a token", 1), False: ("points", 100)}
+    groups = {
+        in_nats: [row for row in rows if row[0]["test"]["endpoint"].startswith("loss") == in_nats] for in_nats in units
+    }
+    groups = {in_nats: group for in_nats, group in groups.items() if group}
+    heights = [len(group) + 1 for group in groups.values()]
+    figure, panels = plt.subplots(
+        len(groups),
+        1,
+        figsize=(9, 0.5 * sum(heights) + 0.6),
+        squeeze=False,
+        height_ratios=heights,
+        layout="constrained",
+    )
+    for axes, (in_nats, group) in zip(panels[:, 0], groups.items(), strict=True):
+        name, unit = units[in_nats]
+        for place, (claim, one) in enumerate(group):
+            colour, marker = VERDICTS[one.verdict]
+            for metric, width in ((one.over_items, 1.2), (one.effect, 4)):
+                if metric.low is not None:
+                    axes.plot([unit * metric.low, unit * metric.high], [place] * 2, color=colour, linewidth=width)
+            axes.plot(unit * one.effect.value, place, marker, color=colour, markersize=8, label=one.verdict)
+            axes.plot([unit * claim["test"]["margin"]] * 2, [place - 0.4, place + 0.4], ":", color="black", linewidth=1)
+        axes.axvline(0, color="black", linewidth=0.8)
+        texts = [f"{textwrap.fill(claim['claim'], 58)}\n{one.verdict}, {one.seeds} blocks" for claim, one in group]
+        axes.set(xlabel=f"effect, in {name}", yticks=range(len(group)), ylim=(len(group) - 0.4, -0.6))
+        axes.set_yticklabels(texts, fontsize="small")
+    return figure
+
+
+def tuning(records: Sequence[Record]) -> Figure:
+    """Validation loss of System 1 against the learning rate of stage 1: a line per arm, its least value marked."""
+    rows = pd.DataFrame(
+        [
+            {
+                "arm": record.run["parameters"]["title"].rpartition(", rate ")[0],
+                "rate": record.run["parameters"]["learning_rate"],
+                "loss": record.metric("stage1/loss1").value,
+            }
+            for record in records
+        ]
+    )
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for number, (arm, points) in enumerate(rows.groupby("arm", sort=False)):
+        points = points.sort_values("rate")
+        least = points.loc[points["loss"].idxmin()]
+        marker = MARKERS[number % len(MARKERS)]
+        (line,) = axes.plot(points["rate"], points["loss"], marker=marker, label=arm, alpha=0.8)
+        axes.plot(least["rate"], least["loss"], "o", markersize=14, fillstyle="none", color=line.get_color())
+    axes.set(xscale="log", yscale="log", xlabel="learning rate of stage 1", ylabel="validation loss, nats a token")
+    axes.set_xticks(sorted(rows["rate"].unique()), [f"{rate:g}" for rate in sorted(rows["rate"].unique())])
+    axes.xaxis.minorticks_off()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    return figure
+
+
 def theta_curve(records: list[Record], own: list[Record] = ()) -> Figure:
     """Stage 1 test accuracy against the share of active elements: a line per selection, a panel per set of modules.
 
@@ -516,6 +598,20 @@ def stage1_records(records: dict[str, Record]) -> list[Record]:
     return [r for r in experiments if r.run["parameters"]["sweep"] in ("theta", "two_stage")]
 
 
+def tuned_records(records: dict[str, Record]) -> list[Record]:
+    """The runs that chose the learning rates of stage 1, on validation.
+
+    Raises
+    ------
+    InputError
+        There is none.
+    """
+    runs = [record for record in records.values() if record.run["parameters"].get("sweep") == "tuning"]
+    if not runs:
+        raise InputError("records: none of a tuning run; publish the study's first")
+    return runs
+
+
 # The figures of `make figures` and the book: name -> function from records by name.
 FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "pipeline": lambda records: pipeline(),
@@ -531,6 +627,9 @@ FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "theta_curve": lambda records: theta_curve(stage1_records(records)),
     "learning_curves": lambda records: learning_curves(records["lorapar-seed0"]),
     "stage_accuracy": lambda records: stage_accuracy(main_records(records)),
+    "forest": lambda records: forest(study()),
+    "tuning": lambda records: tuning(tuned_records(study())),
+    "without_systems": lambda records: without_systems(records["importance"]),
     "pareto": lambda records: pareto(list(records.values())),
 }
 # Format -> metadata that makes the bytes of two runs equal.

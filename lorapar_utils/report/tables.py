@@ -163,6 +163,39 @@ def _this_run(own: Iterable[Record], metric: Metric | None) -> dict[str, str]:
     return {"this run": written(metric, missing="–")} if own else {}
 
 
+def arms_table(records: Iterable[Record]) -> pd.DataFrame:
+    """The study's arms after stage 1: elements, loss and accuracy on the test split, means over blocks.
+
+    Each value has Student's 95 % interval over blocks from two blocks on. Losses are in nats a token.
+    """
+    arms: dict[str, list[Record]] = {}
+    for record in records:
+        if record.run["parameters"].get("measured_on") == "test" and "stage1/loss1" in record.metrics:
+            arms.setdefault(record.run["parameters"]["title"], []).append(record)
+
+    def over_blocks(runs: list[Record], key: str, unit: float, form: str) -> str:
+        values = [record.metric(key).value for record in runs]
+        metric = intervals.over_seeds(values) if len(values) > 1 else Metric(values[0], 1)
+        reach = "" if metric.low is None else f" [{unit * metric.low:{form}}, {unit * metric.high:{form}}]"
+        return f"{unit * metric.value:{form}}{reach}"
+
+    return pd.DataFrame(
+        [
+            {
+                "arm": title,
+                "elements": f"{100 * runs[0].metric('active/stage1').value:.1f} %",
+                "rate": f"{runs[0].run['parameters']['learning_rate']:g}",
+                "loss of System 1": over_blocks(runs, "stage1/loss1", 1, ".4f"),
+                "System 1, %": over_blocks(runs, "stage1/system1", 100, ".1f"),
+                "leniently, %": over_blocks(runs, "stage1/lenient1", 100, ".1f"),
+                "System 2, %": over_blocks(runs, "stage1/system2", 100, ".1f"),
+                "blocks": len(runs),
+            }
+            for title, runs in arms.items()
+        ]
+    )
+
+
 def _published_point(modules: str, theta: float, selection: str) -> dict[str, float]:
     """The paper's active share and accuracy at one point of Table 3, in percent; {} where it has no such point."""
     table = paper("table3_theta")

@@ -1,7 +1,8 @@
 """Stage 1 (SFT) and stage 2 (GRPO) with TRL's trainers and `ActiveAdamW` (paper, section 3.4).
 
 Deviation: elements outside a stage's mask do not change at all (see `optim`), each stage trains on one system's
-examples, and the weight of the KL term is a setting, `grpo.kl` (TRL's `beta`; the paper's beta is the partition's).
+examples, and the KL term is a setting, `grpo.kl` (TRL's `beta`; the paper's beta is the partition's), to the policy
+that stage 2 starts from. TRL's reference at the paper's time was the base model, which knows nothing of the layout.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ from lorapar_utils.training.checkpoints import MarkFinished, check_processes, ch
 from lorapar_utils.training.rewards import REWARDS
 from lorapar_utils.training.rollouts import Rollouts, by_the_policy, by_vllm
 
+# With a KL term, TRL keeps the adapter as stage 2 found it under this name, and measures the divergence from there.
+REFERENCE = "ref"
 # What the paper or its script fixes.
 PAPER = {
     # The paper's loss has no router loss. TRL would add that of a mixture of experts.
@@ -176,7 +179,11 @@ def run_grpo(
                 optimizers=(optimizer, None),
                 callbacks=[Progress("GRPO", "reward"), Watch(watch, settings.evaluation.watch_every)],
             )
-        return _train(trainer, optimizer)
+        try:
+            return _train(trainer, optimizer)
+        finally:
+            if REFERENCE in model.peft_config:
+                model.delete_adapter(REFERENCE)
 
 
 def check_references(examples: Sequence[dict], settings: Settings) -> None:

@@ -183,7 +183,7 @@ def test_greedy_completions_equal_those_of_generate_whatever_ends_first():
 # --- grpo_trainer: trl.GRPOTrainer -----------------------------------------------------------------------------------
 
 
-def grpo_trainer(kind, folder):
+def grpo_trainer(kind, folder, kl=0.0):
     model = make_tiny_policy()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -191,7 +191,7 @@ def grpo_trainer(kind, folder):
         output_dir=str(folder),
         use_cpu=True,
         bf16=False,
-        beta=0.0,
+        beta=kl,
         report_to="none",
         per_device_train_batch_size=8,
         num_generations=4,
@@ -207,7 +207,8 @@ def grpo_trainer(kind, folder):
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 @pytest.mark.parametrize("idle", [(0, 2, 3), (), range(8)], ids=["some", "none", "all"])
-def test_grpo_loss_gradients_and_metrics_equal_those_of_trl(tmp_path, loss_type, idle):
+@pytest.mark.parametrize("kl", [0.0, 0.04])
+def test_grpo_loss_gradients_and_metrics_equal_those_of_trl(tmp_path, loss_type, idle, kl):
     generator = torch.Generator().manual_seed(2)
     advantages = torch.randn(8, generator=generator)
     advantages[list(idle)] = 0.0
@@ -220,10 +221,11 @@ def test_grpo_loss_gradients_and_metrics_equal_those_of_trl(tmp_path, loss_type,
         "completion_mask": (torch.arange(6) < lengths).int(),
         "advantages": advantages,
         "num_items_in_batch": lengths.sum(),
+        "ref_per_token_logps": -3 * torch.rand(8, 6, generator=generator),
     }
     outcomes = []
     for kind in (GRPOTrainer, LeanGRPOTrainer):
-        trainer, model = grpo_trainer(kind, tmp_path)
+        trainer, model = grpo_trainer(kind, tmp_path, kl)
         trainer.loss_type = loss_type
         trainer.current_gradient_accumulation_steps = 1
         if kind is not GRPOTrainer:

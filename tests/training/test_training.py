@@ -255,3 +255,32 @@ def test_a_reference_that_no_completion_can_equal_is_named(reward, change, messa
     rows = [examples()[0] | change]
     with pytest.raises(InputError, match=message):
         training.prompts_to_reinforce(rows, make_tiny_tokenizer(), settings().changed(grpo={"reward": reward}))
+
+
+def test_a_kl_term_restrains_stage_2_and_leaves_nothing_behind(tmp_path):
+    kl = {"grpo": {"kl": 0.5}}
+    start = make_tiny_policy()
+    model, masks, history = train("grpo", **kl)
+    assert all("kl" in entry for entry in history) and history[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert list(model.peft_config) == ["default"] and model.active_adapters == ["default"]
+    before = dict(start.named_parameters())
+    for name, mask in masks.items():
+        assert torch.equal(dict(model.named_parameters())[name][~mask], before[name][~mask])
+    free, *_ = train("grpo")
+    assert weights_hash(model) != weights_hash(free)
+
+
+def test_a_stage_with_a_kl_term_goes_on_from_its_checkpoint_to_the_same_end(tmp_path):
+    kl = {"grpo": {"kl": 0.5}}
+    whole, *_ = train("grpo", tmp_path / "whole", **kl)
+    steps = iter(range(3))
+
+    def stop_button():
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        train("grpo", tmp_path / "parts", stop_button, **kl)
+    resumed, *_ = train("grpo", tmp_path / "parts", **kl)
+    assert weights_hash(resumed) == weights_hash(whole)
