@@ -48,7 +48,7 @@ records, own = list(pooled(published).values()), list(here.values())
 # ## Table 6: every method on the pool
 #
 # LoRA and its peers have two epochs of SFT on both systems' worked solutions. LoRA-PAR and the rows with RL have them on System 1 alone, and of
-# System 2 only prompts and a reward: they are told less. So compare LoRA-PAR with LoRA + RL, the same stages with all elements; the gap to LoRA
+# System 2 prompts and a reward, which reads the solution's lines: they are told less, not nothing. So compare LoRA-PAR with LoRA + RL, the same stages with all elements; the gap to LoRA
 # says what the worked solutions of System 2 are worth.
 
 # %%

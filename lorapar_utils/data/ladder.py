@@ -1,8 +1,7 @@
 """The study's pool: four families of questions, each on both rungs, so that no topic tells the systems apart.
 
-System 1 asks for one inference, for two or three beside each other, or for two in a chain. System 2 chains three or
-four of the same kinds. A line of a solution states one inference. Solutions of System 1 have one to three lines, and
-those of System 2 three to five, so three lines are no sign of either.
+System 1 asks for one inference, for two in a chain, or now and then for two or three beside each other. System 2 chains
+three or four of the same kinds. A line of a solution states one inference; three lines are no sign of either system.
 """
 
 import itertools
@@ -52,8 +51,8 @@ def families(seed: int, system: int) -> dict[str, Iterator[Question]]:
 def _asked(draw: random.Random, system: int) -> tuple[int, int]:
     """How many inferences a question asks for beside each other, and how many it chains."""
     if system == 2:
-        return 1, draw.choices((3, 4), (4, 1))[0]
-    return draw.choices(((1, 1), (2, 1), (3, 1), (1, 2)), (3, 2, 1, 4))[0]
+        return 1, draw.choices((3, 4), (3, 1))[0]
+    return draw.choices(((1, 1), (2, 1), (3, 1), (1, 2)), (8, 1, 2, 9))[0]
 
 
 def _listed(items: list[str]) -> str:
@@ -80,27 +79,28 @@ def _sums(draw: random.Random, system: int) -> Iterator[Question]:
 
 
 def _legs(draw: random.Random, system: int) -> Iterator[Question]:
-    """Legs of animals, kind by kind, or of two kinds together (System 1) or three (System 2)."""
+    """Legs of animals of one kind or more, kind by kind, or together with a running total."""
     from reasoning_gym.arithmetic.leg_counting import ANIMALS  # here, because it brings sympy
 
     walking = sorted(animal for animal, legs in ANIMALS.items() if legs)
     while True:
         breadth, depth = _asked(draw, system)
-        together = depth > 1
-        kinds = draw.sample(walking, (system + 1) if together else breadth)
+        kinds = draw.sample(walking, max(breadth, depth))
         counts = [draw.randint(1, 12 if len(kinds) == 1 else 5) for _ in kinds]
         groups = [f"{count} {_plural(animal, count)}" for animal, count in zip(kinds, counts, strict=True)]
-        legs = [count * ANIMALS[animal] for animal, count in zip(kinds, counts, strict=True)]
-        lines = [
-            f"{group}: {count} x {ANIMALS[animal]} = {number}"
-            for group, count, animal, number in zip(groups, counts, kinds, legs, strict=True)
-        ]
-        if not together:
-            yield f"How many legs do {_listed(groups)} have?", _listed(list(map(str, legs))), lines
-            continue
-        for before, number in zip(itertools.accumulate(legs), legs[1:], strict=False):
-            lines.append(f"{before} + {number} = {before + number}")
-        yield f"How many legs do {_listed(groups)} have together?", str(sum(legs)), lines
+        lines, answers, total = [], [], 0
+        for group, count, animal in zip(groups, counts, kinds, strict=True):
+            legs = count * ANIMALS[animal]
+            if depth > 1 and lines:
+                lines.append(f"{group}: {total} + {count} x {ANIMALS[animal]} = {total + legs}")
+            else:
+                lines.append(f"{group}: {count} x {ANIMALS[animal]} = {legs}")
+            total += legs
+            answers.append(str(legs))
+        if depth > 1:
+            yield f"How many legs do {_listed(groups)} have together?", str(total), lines
+        else:
+            yield f"How many legs do {_listed(groups)} have?", _listed(answers), lines
 
 
 def _plural(animal: str, count: int) -> str:
@@ -118,34 +118,41 @@ def _countries() -> list[tuple[str, str, str]]:
 
 
 def _places(draw: random.Random, system: int) -> Iterator[Question]:
-    """Countries of capitals and continents of countries, alone, beside each other, joined, or compared."""
+    """Countries of capitals and continents of countries: alone, beside each other, joined, or compared."""
     countries = _countries()
     while True:
         breadth, depth = _asked(draw, system)
-        some = draw.sample(countries, breadth)
-        if depth == 1 and draw.random() < 0.5:
-            facts = [(capital, country) for country, capital, _ in some]
-            asked = (
-                f"Of which {'countries' if breadth > 1 else 'country'} {_are([one for one, _ in facts])} the capital?"
+        some = draw.sample(countries, max(breadth, 2))
+        (country, capital, continent), (other, other_capital, elsewhere) = some[:2]
+        joined = [(capital, country), (country, continent)]
+        # As often yes as no.
+        place = draw.choice((continent, draw.choice(sorted({*CONTINENTS.values()} - {continent}))))
+        if system == 2:
+            other, other_capital, elsewhere = draw.choice(
+                [one for one in countries if one[0] != country and (one[2] == continent) == (place == continent)]
             )
-            answer = _listed([country for _, country in facts])
-        elif depth == 1:
-            facts = [(country, continent) for country, _, continent in some]
-            asked = f"On which continent{'s' if breadth > 1 else ''} {_are([one for one, _ in facts])}?"
-            answer = _listed([continent for _, continent in facts])
-        elif system == 1 or depth == 4:
-            some = draw.sample(countries, depth // 2)
-            facts = [pair for one in some for pair in ((one[1], one[0]), (one[0], one[2]))]
-            capitals = _listed([capital for _, capital, _ in some])
-            what = "country whose capital is" if len(some) == 1 else "countries whose capitals are"
-            asked = f"On which continent{'s are' if len(some) > 1 else ' is'} the {what} {capitals}?"
-            answer = _listed([continent for _, _, continent in some])
+            second = f"the country whose capital is {other_capital}" if depth == 4 else other
+            asked = f"Is the country whose capital is {capital} on the same continent as {second}?"
+            facts = [*joined, *([(other_capital, other)] if depth == 4 else []), (other, elsewhere)]
+            answer = "yes" if elsewhere == continent else "no"
+        elif depth == 2 and draw.random() < 0.5:
+            asked, facts = f"On which continent is the country whose capital is {capital}?", joined
+            answer = continent
+        elif depth == 2:
+            asked, facts = f"Is the country whose capital is {capital} in {place}?", joined
+            answer = "yes" if place == continent else "no"
+        elif breadth == 1 and draw.random() < 0.4:
+            asked, facts = f"Is {country} in {place}?", [(country, continent)]
+            answer = "yes" if place == continent else "no"
+        elif draw.random() < 0.5:
+            facts = [(capital, country) for country, capital, _ in some[:breadth]]
+            what = "countries" if breadth > 1 else "country"
+            asked = f"Of which {what} {_are([one for one, _ in facts])} the capital?"
+            answer = _listed([fact for _, fact in facts])
         else:
-            right = some[0]
-            others = draw.sample([one for one in countries if one[2] != right[2]], depth - 1)
-            facts = [(country, continent) for country, _, continent in draw.sample([right, *others], depth)]
-            named = [country for country, _ in facts]
-            asked, answer = f"Which of {_listed(named)} is in {right[2]}?", right[0]
+            facts = [(country, continent) for country, _, continent in some[:breadth]]
+            asked = f"On which continent{'s' if breadth > 1 else ''} {_are([one for one, _ in facts])}?"
+            answer = _listed([fact for _, fact in facts])
         yield asked, answer, [f"{one}: {fact}" for one, fact in facts]
 
 

@@ -36,9 +36,13 @@ from lorapar_utils.planning.jobs import Job
 from lorapar_utils.settings import Settings, project_root
 from lorapar_utils.voting import split
 
-# Mean tokens of a chat prompt, of a solution, and of what every prompt begins with (SmolLM2's tokenizer; `builtin` and
-# `gsm8k` counted, the others assumed); of persona, template and question around a teacher's example.
-LENGTHS, ASSUMED_LENGTHS, TEACHER_TOKENS = {"builtin": (47, 9, 33), "gsm8k": (98, 123, 33)}, (150, 200, 33), 90
+# Mean tokens of a chat prompt, of a solution, and of what every prompt begins with (SmolLM2's tokenizer; counted, those
+# of other sources assumed); of persona, template and question around a teacher's example.
+LENGTHS, ASSUMED_LENGTHS, TEACHER_TOKENS = (
+    {"builtin": (47, 9, 33), "ladder": (56, 22, 33), "gsm8k": (98, 123, 33)},
+    (150, 200, 33),
+    90,
+)
 # What Python and the libraries take: resident memory on a CPU, the context and kernels on a GPU.
 LIBRARIES = {"cpu": 0.58e9, "cuda": 0.8e9}
 # A pass in forward passes: its arithmetic (frozen weights have no gradient), and the time in which Python calls a GPU's
