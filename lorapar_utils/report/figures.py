@@ -354,13 +354,7 @@ VERDICTS = {
 
 
 def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> Figure:
-    """Each claim's effect with its interval over blocks (thick) and over test questions (thin), beside its margin.
-
-    Raises
-    ------
-    InputError
-        No claim has been run.
-    """
+    """Each claim's effect with its interval over blocks (thick) and over test questions (thin), beside its margin."""
     declared = claims.load_claims() if judged is None else judged
     rows = [
         (claim, one)
@@ -368,7 +362,9 @@ def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> 
         if one.over_items is not None
     ]
     if not rows:
-        raise InputError("claims: none of them has been run; publish records of the study first")
+        figure = plt.figure(figsize=(9, 1))
+        figure.text(0.5, 0.5, "none of these claims has been run yet", ha="center", va="center")
+        return figure
     units = {True: ("nats a token", 1), False: ("points", 100)}
     groups = {
         in_nats: [row for row in rows if row[0]["test"]["endpoint"].startswith("loss") == in_nats] for in_nats in units

@@ -179,21 +179,21 @@ def arms_table(records: Iterable[Record]) -> pd.DataFrame:
         reach = "" if metric.low is None else f" [{unit * metric.low:{form}}, {unit * metric.high:{form}}]"
         return f"{unit * metric.value:{form}}{reach}"
 
-    return pd.DataFrame(
-        [
-            {
-                "arm": title,
-                "elements": f"{100 * runs[0].metric('active/stage1').value:.1f} %",
-                "rate": f"{runs[0].run['parameters']['learning_rate']:g}",
-                "loss of System 1": over_blocks(runs, "stage1/loss1", 1, ".4f"),
-                "System 1, %": over_blocks(runs, "stage1/system1", 100, ".1f"),
-                "leniently, %": over_blocks(runs, "stage1/lenient1", 100, ".1f"),
-                "System 2, %": over_blocks(runs, "stage1/system2", 100, ".1f"),
-                "blocks": len(runs),
-            }
-            for title, runs in arms.items()
-        ]
-    )
+    rows = [
+        (
+            title,
+            f"{100 * runs[0].metric('active/stage1').value:.1f} %",
+            f"{runs[0].run['parameters']['learning_rate']:g}",
+            over_blocks(runs, "stage1/loss1", 1, ".4f"),
+            over_blocks(runs, "stage1/system1", 100, ".1f"),
+            over_blocks(runs, "stage1/lenient1", 100, ".1f"),
+            over_blocks(runs, "stage1/system2", 100, ".1f"),
+            len(runs),
+        )
+        for title, runs in arms.items()
+    ]
+    columns = ["arm", "elements", "rate", "loss of System 1", "System 1, %", "leniently, %", "System 2, %", "blocks"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _published_point(modules: str, theta: float, selection: str) -> dict[str, float]:

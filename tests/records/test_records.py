@@ -22,7 +22,7 @@ from lorapar_utils.records import (
     write_record,
 )
 from lorapar_utils.records.intervals import Metric
-from lorapar_utils.report import book, claims, exports, notebook, publish, tables
+from lorapar_utils.report import book, claims, exports, figures, notebook, publish, tables
 from lorapar_utils.settings import load_profile
 
 
@@ -488,3 +488,32 @@ def test_readme_shows_what_the_published_records_say():
 
     readme = (ROOT / "README.md").read_text()
     assert readme_with_results(readme, pooled(evidence())) == readme
+
+
+def test_arms_of_the_study_are_means_over_blocks_and_tuning_runs_are_none_of_them():
+    def arm(seed, loss, **more):
+        parameters = {"title": "LoRA", "measured_on": "test", "learning_rate": 0.002, "sweep": "regions"} | more
+        metrics = {"stage1/loss1": Metric(loss, 400), "active/stage1": Metric(1.0, 8)}
+        metrics |= {f"stage1/{key}": Metric(0.5, 400) for key in ("system1", "lenient1", "system2")}
+        return record(f"lora-seed{seed}", seed=seed, parameters=parameters, **metrics)
+
+    tuned = arm(100, 9.0, measured_on="validation_loss", sweep="tuning", title="LoRA, rate 0.002")
+    table = tables.arms_table([arm(0, 0.1), arm(1, 0.2), tuned])
+    assert table["arm"].tolist() == ["LoRA"] and table["blocks"].tolist() == [2]
+    reach = scipy.stats.t.ppf(0.975, 1) * np.std([0.1, 0.2], ddof=1) / 2**0.5
+    assert table["loss of System 1"].tolist() == [f"0.1500 [{0.15 - reach:.4f}, {0.15 + reach:.4f}]"]
+    assert tables.arms_table([tuned]).empty
+    assert [r.name for r in figures.tuned_records({"a": tuned, "b": arm(0, 0.1)})] == ["lora-seed100"]
+    with pytest.raises(InputError, match="none of a tuning run"):
+        figures.tuned_records({"b": arm(0, 0.1)})
+
+
+def test_the_forest_shows_every_claim_that_was_run_with_both_intervals():
+    records = blocks_of(a=[30, 31, 32, 30, 31], b=[20, 22, 20, 21, 20])
+    other = sides(first={"record": "c", "stage": "stage1"})
+    drawn = figures.forest(records, [sides(), other])
+    (axes,) = drawn.axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["c\nreproduced, 5 blocks"]
+    widths = sorted(line.get_linewidth() for line in axes.lines)
+    assert {1.2, 4.0} <= set(widths)
+    assert "none of these claims has been run" in figures.forest({}, [sides()]).texts[0].get_text()
