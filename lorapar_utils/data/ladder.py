@@ -51,8 +51,8 @@ def families(seed: int, system: int) -> dict[str, Iterator[Question]]:
 def _asked(draw: random.Random, system: int) -> tuple[int, int]:
     """How many inferences a question asks for beside each other, and how many it chains."""
     if system == 2:
-        return 1, draw.choices((3, 4), (3, 1))[0]
-    return draw.choices(((1, 1), (2, 1), (3, 1), (1, 2)), (8, 1, 2, 9))[0]
+        return 1, draw.choices((3, 4), (6, 1))[0]
+    return draw.choices(((1, 1), (2, 1), (3, 1), (1, 2)), (8, 2, 1, 9))[0]
 
 
 def _listed(items: list[str]) -> str:
