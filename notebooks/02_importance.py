@@ -147,10 +147,9 @@ figure = figures.concentration(published, record)
 # ## What would these figures be without two systems?
 #
 # Let the two systems share the initial values φ, draw their gradients independently, and keep only how the mean score differs from matrix to
-# matrix. Nothing then tells the systems apart element by element. The score |g φ| alone makes theta 0.9 select 42 to 46 % of the elements, and
-# makes the two sets overlap with a Jaccard index of 0.44 to 0.51: an element with a large |φ| is important to both. The paper's 36 to 43 % and 0.42 to 0.61
-# are what this model gives, so neither figure is evidence of two systems. What it does not give is our overlap at small theta, which is two to three times as
-# large: the most important elements are common to both systems.
+# matrix. Nothing then tells the systems apart element by element. The score |g φ| alone makes theta 0.9 select nearly half of the elements, and makes
+# the two sets overlap by nearly half: an element with a large |φ| is important to both. The paper's shares and overlaps are what this model gives, so
+# neither is evidence of two systems. What it does not give is our overlap at small theta: the most important elements are common to both systems.
 
 # %% mystnb={"image": {"alt": "Two panels against theta: the share of elements that a system selects, and the overlap of both sets; a grey band for a model without two systems, a line for this record, crosses for the paper."}, "figure": {"caption": "The share of elements and the overlap of the two sets, beside a model in which nothing tells the systems apart. The band spans three distributions of gradients.", "name": "fig-without-systems"}}
 figure = figures.without_systems(published)

@@ -362,9 +362,7 @@ def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> 
         if one.over_items is not None
     ]
     if not rows:
-        figure = plt.figure(figsize=(9, 1))
-        figure.text(0.5, 0.5, "none of these claims has been run yet", ha="center", va="center")
-        return figure
+        return _note("none of these claims has been run yet")
     units = {True: ("nats a token", 1), False: ("points", 100)}
     groups = {
         in_nats: [row for row in rows if row[0]["test"]["endpoint"].startswith("loss") == in_nats] for in_nats in units
@@ -395,6 +393,12 @@ def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> 
     return figure
 
 
+def _note(text: str) -> Figure:
+    figure = plt.figure(figsize=(9, 1))
+    figure.text(0.5, 0.5, text, ha="center", va="center")
+    return figure
+
+
 def tuning(records: Sequence[Record]) -> Figure:
     """Validation loss of System 1 against the learning rate of stage 1: a line per arm, its least value marked."""
     rows = pd.DataFrame(
@@ -407,6 +411,8 @@ def tuning(records: Sequence[Record]) -> Figure:
             for record in records
         ]
     )
+    if rows.empty:
+        return _note("no learning rate has been tried yet")
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for number, (arm, points) in enumerate(rows.groupby("arm", sort=False)):
         points = points.sort_values("rate")
@@ -595,17 +601,8 @@ def stage1_records(records: dict[str, Record]) -> list[Record]:
 
 
 def tuned_records(records: dict[str, Record]) -> list[Record]:
-    """The runs that chose the learning rates of stage 1, on validation.
-
-    Raises
-    ------
-    InputError
-        There is none.
-    """
-    runs = [record for record in records.values() if record.run["parameters"].get("sweep") == "tuning"]
-    if not runs:
-        raise InputError("records: none of a tuning run; publish the study's first")
-    return runs
+    """The runs that chose the learning rates of stage 1, on validation."""
+    return [record for record in records.values() if record.run["parameters"].get("sweep") == "tuning"]
 
 
 # The figures of `make figures` and the book: name -> function from records by name.
