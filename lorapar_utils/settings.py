@@ -414,6 +414,14 @@ class ExperimentSection(Section):
     title: str
 
     @model_validator(mode="after")
+    def _selection_is_of_a_partition(self):
+        if self.selection != "importance" and self.method != "lorapar":
+            raise ValueError(
+                f"selection = {self.selection!r}: {self.method} trains every element; set method to lorapar"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tuning_reads_no_test_row(self):
         if self.sweep == "tuning" and self.measured_on == "test":
             raise ValueError("measured_on = 'test': a tuning run chooses settings; use validation or validation_loss")

@@ -246,6 +246,13 @@ def test_a_tuning_run_that_would_read_the_test_split_is_refused(tmp_path):
         load_profile(path)
 
 
+def test_a_selection_of_elements_where_all_are_trained_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("experiments:\n  a: {sweep: baseline, method: lora, selection: swapped, stages: [sft], title: a}\n")
+    with pytest.raises(InputError, match="experiments.a: selection = 'swapped': lora trains every element"):
+        load_profile(path)
+
+
 def test_an_experiment_carries_its_own_values(project):
     study = load_profile("study")
     settings = study.for_experiment("tune_importance_0.5_0.002", seed=7)

@@ -154,7 +154,7 @@ def page_context(settings: Settings) -> dict:
         "percent": percent,
         "share": share,
         "points": points,
-        "verdicts": list(scoreboard["verdict"].value_counts().items()),
+        "verdicts": list(scoreboard["verdict"].str.split(":").str[0].value_counts().items()),
         "table": lambda name: to_markdown(makers[name]()),
         "environment": next(iter((own or records).values())).environment,
     }

@@ -204,11 +204,10 @@ def scoreboard(
             {
                 "claim": claim["claim"],
                 "paper": claim["paper"],
-                "verdict": judged.verdict,
+                "verdict": f"{judged.verdict}: {judged.why}" if judged.why else judged.verdict,
                 "effect": written(claim, judged),
                 **({"this run": written(claim, judge(claim, own))} if own else {}),
                 "blocks": judged.seeds or "–",
-                "because": judged.why or "–",
                 "evidence": "; ".join(cite(name, runs, link) for name, runs in evidence.items()) or "–",
             }
         )

@@ -394,8 +394,9 @@ def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> 
 
 
 def _note(text: str) -> Figure:
-    figure = plt.figure(figsize=(9, 1))
-    figure.text(0.5, 0.5, text, ha="center", va="center")
+    figure, axes = plt.subplots(figsize=(9, 1))
+    axes.axis("off")
+    axes.text(0.5, 0.5, text, ha="center", va="center")
     return figure
 
 

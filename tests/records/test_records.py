@@ -504,7 +504,7 @@ def test_arms_of_the_study_are_means_over_blocks_and_tuning_runs_are_none_of_the
     assert table["loss of System 1"].tolist() == [f"0.1500 [{0.15 - reach:.4f}, {0.15 + reach:.4f}]"]
     assert tables.arms_table([tuned]).empty
     assert [r.name for r in figures.tuned_records({"a": tuned, "b": arm(0, 0.1)})] == ["lora-seed100"]
-    assert "no learning rate" in figures.tuning([]).texts[0].get_text()
+    assert "no learning rate" in figures.tuning([]).axes[0].texts[0].get_text()
 
 
 def test_the_forest_shows_every_claim_that_was_run_with_both_intervals():
@@ -515,4 +515,4 @@ def test_the_forest_shows_every_claim_that_was_run_with_both_intervals():
     assert [text.get_text() for text in axes.get_yticklabels()] == ["c\nreproduced, 5 blocks"]
     widths = sorted(line.get_linewidth() for line in axes.lines)
     assert {1.2, 4.0} <= set(widths)
-    assert "none of these claims has been run" in figures.forest({}, [sides()]).texts[0].get_text()
+    assert "none of these claims has been run" in figures.forest({}, [sides()]).axes[0].texts[0].get_text()
