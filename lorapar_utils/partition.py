@@ -226,6 +226,17 @@ def random_in_matrix_partition(like: Partition, seed: int) -> Partition:
     return _reordered(like, torch.cat(order), {"selection": "random_in_matrix", "seed": seed})
 
 
+def random_stage2_partition(like: Partition, seed: int) -> Partition:
+    """The control of stage 2 alone: stage 1 trains what `like` does, later stages as many random elements."""
+    drawn = random_partition(like, seed)
+    return replace(
+        like,
+        selected=(like.selected[0], *drawn.selected[1:]),
+        active=(like.active[0], *drawn.active[1:]),
+        parameters={**drawn.parameters, "selection": "random_stage2"},
+    )
+
+
 def largest_partition(like: Partition, values: dict[str, torch.Tensor]) -> Partition:
     """The control by `values` >= 0, such as `|phi|`: each set takes its number of elements from the largest on.
 

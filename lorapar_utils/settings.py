@@ -17,7 +17,7 @@ Theta = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0.0)]
 Seed = Annotated[int, Field(ge=0)]  # part of file names
-Selection = Literal["importance", "random", "random_in_matrix", "magnitude", "swapped"]
+Selection = Literal["importance", "random", "random_in_matrix", "random_stage2", "magnitude", "swapped"]
 Score = Literal["second_order", "first_order", "fisher", "magnitude", "random"]
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 

@@ -10,6 +10,7 @@ from lorapar_utils.partition import (
     largest_partition,
     random_in_matrix_partition,
     random_partition,
+    random_stage2_partition,
     swapped_partition,
 )
 
@@ -126,6 +127,14 @@ def test_control_by_magnitude_takes_the_largest_values_in_equal_number(pair, the
         assert mask.sum() == wanted.sum()
         if not mask.all():
             assert flat[mask].min() >= flat[~mask].max()
+
+
+def test_control_of_stage_2_alone_leaves_stage_1_as_it_is():
+    scores = [{"a": torch.rand(30, 20)} for _ in range(2)]
+    built = build_partition(*scores, theta=0.6, beta=0.5)
+    control = random_stage2_partition(built, seed=1)
+    assert torch.equal(control.stage_mask(1)["a"], built.stage_mask(1)["a"])
+    assert control.active[1].sum() == built.active[1].sum() and not torch.equal(control.active[1], built.active[1])
 
 
 def test_swapped_control_trains_the_other_systems_elements_in_each_stage():

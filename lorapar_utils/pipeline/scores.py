@@ -23,6 +23,7 @@ from lorapar_utils.partition import (
     largest_partition,
     random_in_matrix_partition,
     random_partition,
+    random_stage2_partition,
     swapped_partition,
 )
 from lorapar_utils.pipeline import launch
@@ -165,7 +166,11 @@ def partition(
     built = build_partition(*both, theta=values.theta, alpha=values.alpha, beta=values.beta)
     if selection == "magnitude":
         return largest_partition(built, {name: value.abs() for name, value in phi().items()})
-    controls = {"random": random_partition, "random_in_matrix": random_in_matrix_partition}
+    controls = {
+        "random": random_partition,
+        "random_in_matrix": random_in_matrix_partition,
+        "random_stage2": random_stage2_partition,
+    }
     if selection in controls:
         return controls[selection](built, settings.seed)
     return swapped_partition(built) if selection == "swapped" else built
