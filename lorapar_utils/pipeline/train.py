@@ -44,7 +44,8 @@ def stage_inputs(
     inputs = {
         **common_inputs(__file__, settings),
         "method": spec.method,
-        "selection": spec.selection,
+        # The control of stage 2 alone shares the stages before it.
+        "selection": "importance" if spec.selection == "random_stage2" and "grpo" not in kinds else spec.selection,
         "stages": spec.stages[:number],
         "systems": {k: fingerprint(learnt_from(rows)) for k, rows in systems.items()},
         "adapter": settings.adapter.model_dump(),

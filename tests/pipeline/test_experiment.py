@@ -320,6 +320,15 @@ def test_a_control_trains_other_elements_in_equal_number(project, saved_model, s
     )
 
 
+def test_the_control_of_stage_2_alone_trains_stage_1_once(project, saved_model, trained):
+    cells = {"importance": CELL | {"stages": ["sft", "grpo"]}}
+    cells["control"] = cells["importance"] | {"selection": "random_stage2"}
+    chosen = settings(saved_model).changed(experiments=cells)
+    for name in cells:
+        experiment(chosen, name, 0)
+    assert trained == ["run_sft", "run_grpo", "run_grpo"]
+
+
 def test_masks_by_magnitude_are_those_of_the_initial_values_also_in_the_second_stage(project, saved_model):
     cells = {"cell": CELL | {"selection": "magnitude", "stages": ["sft", "grpo"]}}
     chosen = settings(saved_model).changed(experiments=cells)
