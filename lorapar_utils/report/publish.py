@@ -6,9 +6,11 @@ import shlex
 import shutil
 import sys
 
+import yaml
+
 from lorapar_utils.cache import MANIFEST, completed, write_atomically
 from lorapar_utils.errors import InputError
-from lorapar_utils.models.published import HOME
+from lorapar_utils.models.published import HOME, TRAINED_BY
 from lorapar_utils.records import Record, evidence, pooled, read_record, read_records, write_record
 from lorapar_utils.records.intervals import Metric
 from lorapar_utils.report import tables
@@ -52,10 +54,20 @@ def publish(profile: str) -> int:
 
 
 def publish_adapters(settings: Settings) -> None:
-    """Copy the adapters of `PUBLISHED` at the first seed, after their last stage, with partition and record."""
-    for name in PUBLISHED:
-        run = f"{name}-seed{settings.seeds[0]}"
-        stage = sorted((settings.runs / "experiments" / run).glob("stage*"))[-1].resolve()
+    """Copy the adapters of `PUBLISHED` at the first seed, after their last stage, with partition and record.
+
+    What they were trained on goes beside them. Nothing is copied before both are trained.
+    """
+    runs = {name: f"{name}-seed{settings.seeds[0]}" for name in PUBLISHED}
+    stages = {name: sorted((settings.runs / "experiments" / run).glob("stage*")) for name, run in runs.items()}
+    if not all(stages.values()):
+        return
+    asked = settings.evaluation.model_dump(include={"max_new_tokens", "batch_size"})
+    told = {"extends": "laptop", "pool": settings.pool.model_dump(), "evaluation": asked}
+    comment = "# The settings that the published adapters were trained under, as far as asking them again needs them.\n"
+    write_atomically(project_root() / TRAINED_BY, comment + yaml.safe_dump(told, sort_keys=False))
+    for name, run in runs.items():
+        stage = stages[name][-1].resolve()
         manifest = json.loads((stage / MANIFEST).read_text(encoding="utf-8"))
         target = project_root() / HOME / name
         shutil.rmtree(target, ignore_errors=True)

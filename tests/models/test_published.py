@@ -5,10 +5,12 @@ import json
 import pytest
 
 from lorapar_utils import build
-from lorapar_utils.cache import completed
+from lorapar_utils.cache import completed, origin
 from lorapar_utils.errors import InputError
 from lorapar_utils.models.identity import model_identity
-from lorapar_utils.models.published import fits_published, published_adapters, published_items
+from lorapar_utils.models.published import HOME, TRAINED_BY, fits_published, published_adapters, published_items
+from lorapar_utils.records import new_record, write_record
+from lorapar_utils.report import publish
 from lorapar_utils.settings import load_profile
 
 
@@ -46,3 +48,28 @@ def test_another_base_is_not_asked_with_them(folder, saved_model):
 
 def test_without_published_adapters_nothing_fits(project):
     assert published_adapters() == {} and not fits_published(load_profile("smoke"))
+
+
+def test_adapters_are_published_together_with_the_settings_that_they_are_asked_under(project):
+    settings = load_profile("study")
+    publish.publish_adapters(settings)  # nothing was trained, so nothing is published
+    assert not (project / HOME).exists()
+    for name in publish.PUBLISHED:
+        stage = settings.runs / "stages" / name
+        with completed(stage, {"model": {"source": "packaged"}}, origin()) as scratch:
+            (scratch / "adapter").mkdir()
+            (scratch / "adapter" / "adapter_model.safetensors").write_bytes(name.encode())
+            (scratch / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "/tmp/x"}')
+        link = settings.runs / "experiments" / f"{name}-seed0" / "stage2"
+        link.parent.mkdir(parents=True)
+        link.symlink_to(stage)
+        write_record(
+            new_record(f"{name}-seed0", settings, metrics={}), settings.runs / "records" / f"{name}-seed0.json"
+        )
+    publish.publish_adapters(settings)
+    asked = load_profile(project / TRAINED_BY)
+    assert asked.pool == settings.pool
+    assert asked.evaluation.max_new_tokens == settings.evaluation.max_new_tokens
+    assert list(published_adapters()) == sorted(publish.PUBLISHED)
+    config = json.loads((project / HOME / "lorapar" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == publish.BASE
