@@ -141,7 +141,6 @@ def page_context(settings: Settings) -> dict:
 
     scoreboard = claims.scoreboard(study(), link=link, own=own)
     makers = {
-        "claims": lambda: scoreboard[[c for c in ("claim", "verdict", "effect", "this run") if c in scoreboard]],
         "agreement": lambda: agreement.verdicts(settings),
         "status": lambda: status_table(own or records, link),
         "gpu": lambda: gpu_table("gpu-h100.json"),
