@@ -283,11 +283,23 @@ def _common(settings: Settings, section: SftSection | GrpoSection, model: PeftMo
 
 @contextmanager
 def _adapter_as_it_is(model: PeftModel) -> Iterator[None]:
-    """Keep fp32 adapters. When TRL builds a trainer over a 4-bit base, it rounds all adapter weights to bf16."""
+    """Keep adapter and base while TRL builds a trainer.
+
+    Over a 4-bit base it rounds all adapter weights to bf16. For a KL term it adds a copy of the adapter, and with it
+    PEFT would take PiSSA's or OLoRA's part out of the base a second time.
+    """
     weights = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-    yield
-    for parameter, data in weights:
-        parameter.data = data
+    config = model.peft_config["default"]
+    initial = getattr(config, "init_lora_weights", None)
+    if initial is not None:
+        config.init_lora_weights = True
+    try:
+        yield
+    finally:
+        if initial is not None:
+            config.init_lora_weights = initial
+        for parameter, data in weights:
+            parameter.data = data
 
 
 def _optimizer(model: PeftModel, masks: dict[str, torch.Tensor], config: SFTConfig | GRPOConfig) -> ActiveAdamW:

@@ -90,3 +90,17 @@ def test_trains_and_answers_over_a_bfloat16_base(method):
     training.run_sft(model, tokenizer, examples(), masks, chosen)
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     assert len(evaluation.generate(model, tokenizer, ["1 + 2"], chosen)) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_kl_term_leaves_the_base_and_the_adapters_configuration_as_they_were(method):
+    grpo = {"kl": 0.5, "steps": 2, "prompts_per_step": 2, "completions": 4, "micro_batch": 8}
+    chosen = settings(method).changed(grpo=grpo)
+    model = models.attach_adapter(make_tiny_base(), chosen)
+    config = model.peft_config["default"].to_dict()
+    masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters() if p.requires_grad}
+    base = {n: p.detach().clone() for n, p in model.named_parameters() if n not in masks}
+    history = training.run_grpo(model, make_tiny_tokenizer(), examples(), masks, chosen)
+    assert history[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+    assert list(model.peft_config) == ["default"] and model.peft_config["default"].to_dict() == config
