@@ -96,7 +96,7 @@ figure = figures.theta_curve(records, own)
 # ## The study: every arm at its own rate
 #
 # The runs above share one learning rate, tuned for one of them, so they show how far an arm gets in so many steps. In [the study](protocol) each arm has
-# its own, chosen on validation.
+# its own, chosen on validation. The table has a row for each arm whose blocks are published.
 
 # %% mystnb={"image": {"alt": "Validation loss of System 1 against the learning rate of stage 1, a line for each arm, the least value of each circled."}, "figure": {"caption": "The rates that were tried, at a seed that no block has; circles: what each arm trains with.", "name": "fig-tuning"}}
 figure = figures.tuning(figures.tuned_records(study()))

@@ -63,7 +63,7 @@ def weights_hash(model):
     return digest.hexdigest()
 
 
-def train_interrupted(stage, folder, model=None):
+def train_interrupted(stage, folder, model=None, **changes):
     """Train with checkpoints in `folder` until somebody presses stop, after the third step."""
     steps = iter(range(3))
 
@@ -73,4 +73,4 @@ def train_interrupted(stage, folder, model=None):
         return {}
 
     with pytest.raises(KeyboardInterrupt):
-        train(stage, folder, stop_button, model)
+        train(stage, folder, stop_button, model, **changes)

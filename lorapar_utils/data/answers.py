@@ -90,11 +90,7 @@ def mentions(completion: str, reference: str) -> bool:
     """
     text, number = _plain(completion), _number(reference)
     if number:
-        return any(
-            other.value == number.value and other.agrees_with(number)
-            for match in IN_TEXT.finditer(_in_line(re.sub(r"\\([$%])", r"\1", _latex_spacing(text))))
-            for other in _numbers_of(match)
-        )
+        return any(other.value == number.value and other.agrees_with(number) for other in _numbers_in(text))
     name = _unmarked(reference) if len(reference) <= LONGEST else ""
     if len(name) <= 2 and name.isalpha() and name[0].isupper():
         before = AS_NAME + ("" if name == "I" else WITHIN_SENTENCE)
@@ -114,11 +110,7 @@ def leniently(completion: str, reference: str) -> bool:
     number = _number(_plain(reference))
     if not number:
         return mentions(completion, reference)
-    values = [
-        value
-        for match in IN_TEXT.finditer(_in_line(re.sub(r"\\([$%])", r"\1", _latex_spacing(_plain(completion)))))
-        for value in _numbers_of(match)
-    ]
+    values = _numbers_in(_plain(completion))
     return bool(values) and values[-1].value == number.value and values[-1].agrees_with(number)
 
 
@@ -453,6 +445,12 @@ IN_TEXT = re.compile(
     re.VERBOSE,
 )
 RANGE = re.compile(rf"({_DECIMAL})-({_DECIMAL})")
+
+
+def _numbers_in(text: str) -> list[Quantity]:
+    """Every number of a text, in order."""
+    line = _in_line(re.sub(r"\\([$%])", r"\1", _latex_spacing(text)))
+    return [value for match in IN_TEXT.finditer(line) for value in _numbers_of(match)]
 
 
 def _numbers_of(match: re.Match) -> list[Quantity]:

@@ -1,7 +1,7 @@
 """The study's pool: four families of questions, each on both rungs, so that no topic tells the systems apart.
 
 System 1 asks for one inference, for two in a chain, or now and then for two or three beside each other. System 2 chains
-three or four of the same kinds. A line of a solution states one inference; three lines are no sign of either system.
+three or four of the same kinds. A line of a solution is one step; three lines are no sign of either system.
 """
 
 import itertools
@@ -123,7 +123,7 @@ def _places(draw: random.Random, system: int) -> Iterator[Question]:
     while True:
         breadth, depth = _asked(draw, system)
         some = draw.sample(countries, max(breadth, 2))
-        (country, capital, continent), (other, other_capital, elsewhere) = some[:2]
+        country, capital, continent = some[0]
         joined = [(capital, country), (country, continent)]
         # As often yes as no.
         place = draw.choice((continent, draw.choice(sorted({*CONTINENTS.values()} - {continent}))))
@@ -158,26 +158,6 @@ def _places(draw: random.Random, system: int) -> Iterator[Question]:
 
 def _are(names: list[str]) -> str:
     return f"{'is' if len(names) == 1 else 'are'} {_listed(names)}"
-
-
-def _joined_facts(draw: random.Random) -> Iterator[Question]:
-    """The continent of a capital, and, endlessly, which of three capitals is on a continent."""
-    countries = _countries()
-    for country, capital, continent in draw.sample(countries, len(countries)):
-        lines = [f"{capital}: {country}", f"{country}: {continent}"]
-        yield f"On which continent is the country whose capital is {capital}?", continent, lines
-        yield _one_of_three(draw, countries)
-    while True:
-        yield _one_of_three(draw, countries)
-
-
-def _one_of_three(draw: random.Random, countries: list[tuple[str, str, str]]) -> Question:
-    right = draw.choice(countries)
-    others = draw.sample([country for country in countries if country[2] != right[2]], 2)
-    three = draw.sample([right, *others], 3)
-    capitals = [capital for _, capital, _ in three]
-    lines = [f"{capital}: {country}, {continent}" for country, capital, continent in three]
-    return "Which of {}, {} and {} is in {}?".format(*capitals, right[2]), right[1], lines
 
 
 def _people(draw: random.Random, system: int) -> Iterator[Question]:

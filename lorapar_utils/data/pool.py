@@ -117,8 +117,10 @@ def _ladder(pool: PoolSection) -> list[dict]:
     """The study's pool: as many questions of each family in every split of a system as the sizes allow."""
     rows = []
     for system, sizes in ((1, pool.system1), (2, pool.system2)):
-        for place, (family, questions) in enumerate(ladder.families(pool.seed, system).items()):
-            share = {split: getattr(sizes, split) // 4 + (place < getattr(sizes, split) % 4) for split in SPLITS}
+        families = ladder.families(pool.seed, system)
+        for place, (family, questions) in enumerate(families.items()):
+            # The first families take what cannot be shared evenly.
+            share = {split: (getattr(sizes, split) + len(families) - 1 - place) // len(families) for split in SPLITS}
             wanted = sum(share.values())
             named = (_example(family, *question) for question in itertools.islice(questions, 20 * wanted))
             examples = _take_distinct(named, wanted)

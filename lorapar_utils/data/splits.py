@@ -1,6 +1,6 @@
 """Split the rows of a public data set into train, validation and test, without overlap and by system.
 
-An example here is a dict with `prompt` and `construction` (1 or 2 by construction, 0 if the source does not say).
+An example here is a dict with `prompt` and `construction` (the system that it was made for: 1 or 2, 0 if unknown).
 """
 
 import hashlib

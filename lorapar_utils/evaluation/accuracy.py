@@ -215,13 +215,16 @@ def compared_lines(completion: str, solution: str) -> dict:
     -------
     dict
         `surplus`: lines before `####`, less those of the solution (negative if too few). `up_to_surplus`: whether its
-        first lines are the solution's, so that only its end or its answer may be wrong.
+        first lines are the solution's, so that only its end or its answer may be wrong; of a solution without lines,
+        whether the answer is right.
     """
     given, wanted = (
-        [line.strip() for line in text.strip().splitlines() if line.strip() and not line.startswith("####")]
+        [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("####")]
         for text in (completion, solution)
     )
-    return {"surplus": len(given) - len(wanted), "up_to_surplus": given[: len(wanted)] == wanted}
+    answer = answers.extract_answer(solution)
+    right = given[: len(wanted)] == wanted if wanted else is_correct(completion, answer or "", marked=True)
+    return {"surplus": len(given) - len(wanted), "up_to_surplus": right}
 
 
 def score_losses(

@@ -53,8 +53,8 @@ class AdaptedModel:
         return self._loaded
 
     def initial_values(self) -> dict[str, torch.Tensor]:
-        """The adapter's LoRA matrices before any training, by name, on the CPU."""
-        model, _ = self.after(None)
+        """LoRA matrices before any training, by name, on the CPU: a new adapter's, because this one may be trained."""
+        model, _ = AdaptedModel(self._settings, has_stages=True).after(None)
         return {name: p.detach().clone().cpu() for name, p in model.named_parameters() if ".lora_" in name}
 
     def trained_to(self, stage: Path | None) -> None:

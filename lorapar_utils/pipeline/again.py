@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from lorapar_utils import data, evaluation, models
 from lorapar_utils.cache import completed, file_hash, fingerprint, is_whole, origin, origin_of, write_atomically
-from lorapar_utils.errors import InputError
+from lorapar_utils.errors import told_on_the_command_line
 from lorapar_utils.models.published import TRAINED_BY, published_adapters, published_items
 from lorapar_utils.partition import Partition
 from lorapar_utils.pipeline.examples import Examples
@@ -106,16 +106,12 @@ def _selected_again(settings: Settings, examples: Examples) -> dict[str, Metric]
     return overlaps
 
 
-def main() -> int:
+def main() -> None:
     """`python -m lorapar_utils.pipeline.again PROFILE`: a job of `make book`."""
-    try:
+    with told_on_the_command_line():
         settings = load_profile(sys.argv[1])
         record_again(settings, Examples(settings))
-    except InputError as error:
-        print(f"InputError: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

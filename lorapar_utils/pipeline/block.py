@@ -5,13 +5,11 @@ next experiment that no other has. What is kept is read back, so a block that wa
 """
 
 import argparse
-import os
-import sys
 import time
 
 import filelock
 
-from lorapar_utils.errors import InputError
+from lorapar_utils.errors import InputError, told_on_the_command_line
 from lorapar_utils.machine import lock
 from lorapar_utils.pipeline.experiment import experiment
 from lorapar_utils.settings import Settings, load_profile
@@ -50,21 +48,15 @@ def run_block(settings: Settings, seed: int, names: list[str]) -> None:
 SHOWN = ("system1", "system2", "loss1", "loss2", "pass@8")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lorapar_utils.pipeline.block", description=__doc__.split("\n")[0])
     parser.add_argument("profile")
     parser.add_argument("seed", type=int)
     parser.add_argument("names", nargs="*", help="experiments; none for all")
     options = parser.parse_args(arguments)
-    try:
-        settings = load_profile(options.profile)
-        os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
-        run_block(settings, options.seed, options.names)
-    except InputError as error:
-        print(f"InputError: {error}", file=sys.stderr)
-        return 2
-    return 0
+    with told_on_the_command_line():
+        run_block(load_profile(options.profile), options.seed, options.names)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -5,10 +5,9 @@
 
 import argparse
 import os
-import sys
 
 from lorapar_utils.cache import origin_of
-from lorapar_utils.errors import InputError
+from lorapar_utils.errors import told_on_the_command_line
 from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.scores import partition, scores, scores_folder, stability, stability_folder
 from lorapar_utils.records import Record, write_record
@@ -50,20 +49,16 @@ def record_scores(settings: Settings, examples: Examples, explored: dict | None 
     return records
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lorapar_utils.pipeline.prepare", description=__doc__)
     parser.add_argument("profile")
-    try:
+    with told_on_the_command_line():
         settings = load_profile(parser.parse_args(arguments).profile)
         examples = Examples(settings)
         if settings.voting.teachers:
             record_votes(settings, examples, retry=True)
         record_scores(settings, examples)
-    except InputError as error:
-        print(f"InputError: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

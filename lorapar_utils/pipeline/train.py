@@ -91,13 +91,12 @@ def train(
     # One process decides for all, because another one could look when the folder has already been made.
     if distributed.by_first(lambda: is_whole(folder)):
         return
-    # Before the adapter is set to its state, because a partition by magnitude reads the initial one.
-    selected = partition() if partition else None
     model, tokenizer = adapted.after(previous)
-    if selected is None:
+    if partition is None:
         parameters = dict(model.named_parameters())
         masks, jaccard = {name: torch.ones_like(parameters[name], dtype=torch.bool) for name in adapted.trainable}, None
     else:
+        selected = partition()
         masks, jaccard = selected.stage_mask(2 if kind == "grpo" else 1), selected.jaccard
     run = training.run_grpo if kind == "grpo" else training.run_sft
     # A checkpoint of P-Tuning lacks the encoder (see `models.save_adapter`), so nothing can go on from it.
@@ -121,7 +120,7 @@ def train(
     def keep():
         with completed(folder, inputs, begun) as scratch:
             adapted.save(scratch)
-            if selected is not None:
+            if partition is not None:
                 selected.save(scratch / "partition")
             write_atomically(scratch / "outcome.json", json.dumps(outcome))
         if checkpoints is not None:

@@ -1,4 +1,4 @@
-"""Blocks: the records of one seed, which may be compared only where one commit, dtype and kind of machine made them."""
+"""Blocks: the records of one seed, which may be compared only where all were made in one way (see `SAME`)."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,8 +12,7 @@ def blocks(sides: Sequence[Iterable[Record]]) -> dict[int, list[Record]]:
     Raises
     ------
     InputError
-        The records of a seed differ in commit, dtype or kind of machine, or one was measured on another split than the
-        test's.
+        The records of a seed differ in one of `SAME`, or one was measured on another split than the test's.
     """
     by_seed = [{record.run["seed"]: record for record in side} for side in sides]
     paired = {seed: [side[seed] for side in by_seed] for seed in sorted(set.intersection(*map(set, by_seed)))}
@@ -36,7 +35,7 @@ def check_block(records: Sequence[Record], seed: int) -> None:
             listed = ", ".join(f"{name}: {value}" for name, value in values.items())
             raise InputError(
                 f"block {seed}: its records differ in {what} ({listed}), so they cannot be compared; run the block "
-                "again from one commit on one kind of machine"
+                "again from one commit, on one kind of machine"
             )
 
 
@@ -49,6 +48,8 @@ def _machine(record: Record) -> str:
 # What the records of a block have in common -> how it is read from a record.
 SAME = {
     "commit": lambda record: record.run["commit"],
+    "pool": lambda record: record.environment["hashes"].get("data"),
+    "weights": lambda record: record.environment["hashes"].get("weights"),
     "dtype": lambda record: record.environment.get("dtype"),
     "kind of machine": _machine,
 }

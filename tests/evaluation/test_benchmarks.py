@@ -175,3 +175,8 @@ def test_an_experiment_keeps_what_its_stages_scored_elsewhere():
 def test_lines_of_a_completion_are_compared_with_the_solutions(completion, surplus, up_to_surplus):
     compared = accuracy.compared_lines(completion, "7 + 8 = 15\n#### 15")
     assert compared == {"surplus": surplus, "up_to_surplus": up_to_surplus}
+
+
+@pytest.mark.parametrize(("completion", "right"), [("#### Paris", True), ("", False), ("#### Rome", False)])
+def test_of_a_solution_without_lines_the_answer_alone_is_compared(completion, right):
+    assert accuracy.compared_lines(completion, "#### Paris") == {"surplus": 0, "up_to_surplus": right}

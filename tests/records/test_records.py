@@ -142,6 +142,8 @@ def test_a_block_that_one_side_lacks_is_left_out():
     [
         ({"run": {"commit": "other"}}, "block 2: its records differ in commit .*b-seed2: other"),
         ({"environment": {"dtype": "float32"}}, "block 2: its records differ in dtype"),
+        ({"environment": {"hashes": {"data": "x"}}}, "block 2: its records differ in pool"),
+        ({"environment": {"hashes": {"weights": "x"}}}, "block 2: its records differ in weights"),
         ({"environment": {"hardware": {"cpu": "another"}}}, "block 2: its records differ in kind of machine"),
     ],
 )
@@ -190,6 +192,8 @@ def test_holms_correction_is_over_the_claims_of_a_table():
     assert alone.verdict == "reproduced"
     corrected = claims.judgements(records, [weak, *others])[0]
     assert corrected.verdict == "inconclusive" and "after Holm's correction over 10 claims" in corrected.why
+    not_run = [sides(first={"record": "not run", "stage": "stage1"})] * 9
+    assert claims.judgements(records, [weak, *not_run])[0].verdict == "inconclusive"
     elsewhere = [{**other, "paper": "another"} for other in others]
     assert claims.judgements(records, [weak, *elsewhere])[0].verdict == "reproduced"
     ours, theirs = claims.holm([0.01, 0.04, 0.03, 0.5]), [0.04, 0.09, 0.09, 0.5]
@@ -209,13 +213,19 @@ def test_diminishing_returns_compare_two_gains():
 
 
 def test_what_a_model_without_two_systems_passes_could_not_fail():
-    test = {"kind": "within", "first": {"record": "a", "metric": "x"}, "low": 0.3, "high": 0.5}
-    records = {"a-seed0": record("a-seed0", x=Metric(0.4, 1))}
-    assert claims.judge({"claim": "c", "paper": "t", "test": test}, records).verdict == "reproduced"
-    judged = claims.judge({"claim": "c", "paper": "t", "test": test | {"without_systems": 0.45}}, records)
-    assert judged.verdict == "could not fail"
-    failed = claims.judge({"claim": "c", "paper": "t", "test": test | {"without_systems": 0.9}}, records)
-    assert failed.verdict == "reproduced"
+    test = {"kind": "within", "first": {"record": "a", "metric": "x"}, "low": 0.3, "high": 0.6}
+    one = record("a-seed0", x=Metric(0.4, 1))
+    one.result["tables"]["map"] = [{"elements": 5000, "system1": 1.0, "system2": 1.0} for _ in range(20)]
+
+    def judged(**more):
+        return claims.judge({"claim": "c", "paper": "t", "test": test | more}, {"a-seed0": one})
+
+    assert judged().verdict == "reproduced"
+    could_not = judged(without_systems="jaccard", theta=0.9)
+    assert could_not.verdict == "could not fail" and "which passes too" in could_not.why
+    # At theta 0.1 such a model has almost no overlap, so the claim could have failed there.
+    assert judged(without_systems="jaccard", theta=0.1).verdict == "reproduced"
+    assert judged(high=0.35).verdict == "not reproduced"
 
 
 def test_a_base_model_at_chance_leaves_no_headroom():
