@@ -123,6 +123,8 @@ def judge(claim: dict, records: dict[str, Record]) -> Judgement:
         return Judgement("not run", why="no block in common")
     weights = list(SIDES[test["kind"]].values())
     gaps = [_gaps(block, sides, weights, test["endpoint"], claim) for block in paired.values()]
+    if not any(gaps):
+        return Judgement("not run", why=f"the records have no {test['endpoint']}")
     over_items = intervals.mean(np.mean([[gap[i] for i in sorted(gaps[0])] for gap in gaps], axis=0))
     means = [float(np.mean(list(gap.values()))) for gap in gaps]
     if len(means) < claim.get("min_seeds", MIN_SEEDS):
@@ -163,7 +165,7 @@ def _gaps(
 ) -> dict[str, float]:
     """The effect in each test item of a block."""
     values = [_values(record, side["stage"], endpoint) for record, side in zip(block, sides, strict=True)]
-    if not values[0] or any(side.keys() != values[0].keys() for side in values):
+    if any(side.keys() != values[0].keys() for side in values):
         named = ", ".join(record.name for record in block)
         raise InputError(f"claims.yaml: claim {claim['claim']!r}: {named} do not have one set of {endpoint}")
     return {i: sum(w * side[i] for w, side in zip(weights, values, strict=True)) for i in values[0]}

@@ -175,6 +175,17 @@ def test_losses_and_single_systems_are_endpoints_too():
         claims.judge(sides(endpoint="speed"), records)
 
 
+def test_what_the_records_do_not_measure_is_not_judged_and_what_one_side_lacks_is_refused():
+    # Open answers have a loss and no accuracy; the data set may have no System 2.
+    records = blocks_of(a=[1] * 5, b=[1] * 5)
+    judged = claims.judge(sides(endpoint="system2"), records)
+    assert (judged.verdict, judged.why) == ("not run", "the records have no system2")
+    for item in records["b-seed3"].items:
+        item["system"] = 2
+    with pytest.raises(InputError, match="a-seed3, b-seed3 do not have one set of system2"):
+        claims.judge(sides(endpoint="system2"), records)
+
+
 def test_holms_correction_is_over_the_claims_of_a_table():
     records = blocks_of(a=[30, 24, 33, 25, 29], b=[20, 24, 26, 22, 20], c=[20] * 5, d=[20, 19, 21, 20, 20])
     weak = sides()
