@@ -360,6 +360,11 @@ class Gsm8kSection(Section):
     max_new_tokens: Positive
 
 
+class GsmSymbolicSection(Section):
+    items: Positive
+    max_new_tokens: Positive
+
+
 class MmluSection(Section):
     path: str | None
     shots: Annotated[int, Field(ge=0)]
@@ -381,8 +386,9 @@ class EvaluationSection(Section):
     watch_every: Positive
     published_items: Annotated[int, Field(ge=0)]
     run_model_code: bool
-    benchmarks: tuple[Literal["gsm8k", "mmlu", "humaneval"], ...]
+    benchmarks: tuple[Literal["gsm8k", "gsm_symbolic", "mmlu", "humaneval"], ...]
     gsm8k: Gsm8kSection
+    gsm_symbolic: GsmSymbolicSection
     mmlu: MmluSection
     humaneval: HumanEvalSection
 

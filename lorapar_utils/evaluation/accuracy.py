@@ -1,4 +1,4 @@
-"""Accuracy of a model on the pool, GSM8K, MMLU and HumanEval: greedy, and sampled pass@k (paper, section 4)."""
+"""Accuracy on the pool, GSM8K, GSM-symbolic, MMLU and HumanEval: greedy, and sampled pass@k (paper, section 4)."""
 
 import time
 from collections.abc import Sequence
@@ -28,7 +28,14 @@ LENGTHS = {
     "too_short": lambda surplus: surplus < 0,
     "too_long": lambda surplus: surplus > 0,
 }
-BENCHMARKS = ("pool", "gsm8k", "mmlu", "humaneval")
+BENCHMARKS = ("pool", "gsm8k", "gsm_symbolic", "mmlu", "humaneval")
+# What outcomes of a benchmark other than the pool may have -> how it is averaged.
+AVERAGES = {
+    "truncated": intervals.proportion,
+    "flexible": intervals.proportion,
+    "lenient": intervals.proportion,
+    "loss": intervals.mean,
+}
 
 
 def evaluate(
@@ -45,8 +52,9 @@ def evaluate(
     ----------
     benchmark
         `pool` (by system, in the layout that training teaches; free text by overlap with the reference; always with
-        the loss of the reference), `gsm8k` (few-shot, generative) or `mmlu` (few-shot, likeliest of four letters) as
-        `lm-eval` defines them, or `humaneval` (pass@1 of 164 problems; needs `evaluation.run_model_code`).
+        the loss of the reference), `gsm_symbolic` (in the same way: word problems that no pool trains on), `gsm8k`
+        (few-shot, generative) or `mmlu` (few-shot, likeliest of four letters) as `lm-eval` defines them, or `humaneval`
+        (pass@1 of 164 problems; needs `evaluation.run_model_code`).
     split
         `test`, once, at the end. `validation`, which only the pool has, serves to choose settings.
 
@@ -79,6 +87,10 @@ def benchmark_items(
         raise InputError(
             f"split = {split!r}: {benchmark} is scored on test only; choose settings on the pool's validation"
         )
+    if benchmark == "gsm_symbolic":
+        asked = settings.evaluation.gsm_symbolic
+        settings = settings.changed(evaluation={"max_new_tokens": asked.max_new_tokens})
+        return score_pool(model, tokenizer, data.gsm_symbolic(asked.items), settings)
     if benchmark == "humaneval":
         score = partial(score_humaneval, model, tokenizer, settings)
     else:
@@ -106,7 +118,7 @@ def check_benchmarks(settings: Settings) -> None:
     for name in settings.evaluation.benchmarks:
         if name == "humaneval":
             check_allowed(settings)
-        else:
+        elif name != "gsm_symbolic":
             from lorapar_utils.evaluation.benchmarks import benchmark_tasks  # here, because lm-eval takes seconds
 
             benchmark_tasks(name, settings)
@@ -116,15 +128,16 @@ def benchmark_metrics(benchmark: str, items: Sequence[dict]) -> dict[str, Metric
     """Metrics of a benchmark's outcomes, each with n and a 95 % interval.
 
     The pool has those of `accuracy_metrics`. Others have `accuracy`, and `truncated` (completions without an end) if
-    known. GSM8K adds `flexible` (the last number, in any layout), MMLU adds `macro` (mean over subjects). HumanEval
-    with k samples per problem adds the unbiased `pass@1` and `pass@k` over problems.
+    known. GSM8K adds `flexible` (the last number, in any layout), GSM-symbolic `lenient` and the `loss` of the
+    reference solutions, MMLU `macro` (mean over subjects). HumanEval with k samples per problem adds the unbiased
+    `pass@1` and `pass@k` over problems.
     """
     if benchmark == "pool":
         return accuracy_metrics(items)
     metrics = {"accuracy": intervals.proportion([item["correct"] for item in items])}
-    for field in ("truncated", "flexible"):
+    for field, average in AVERAGES.items():
         if values := [item[field] for item in items if item.get(field) is not None]:
-            metrics[field] = intervals.proportion(values)
+            metrics[field] = average(values)
     if benchmark == "mmlu":
         metrics["macro"] = intervals.macro_average([(item["task"], item["correct"]) for item in items])
     hits: dict[str, list[bool]] = {}

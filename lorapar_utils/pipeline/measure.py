@@ -25,15 +25,15 @@ def measure_inputs(
     rows, chains, measured_on
         As in `measure`.
     """
-    asked = settings.evaluation
-    unread = {"watch_prompts", "watch_every", "published_items", *({*BENCHMARKS} - {*asked.benchmarks})}
+    asked, names = settings.evaluation, _benchmarks(settings, measured_on)
+    unread = {"benchmarks", "watch_prompts", "watch_every", "published_items", *({*BENCHMARKS} - {*names})}
     return {
         **common_inputs(__file__, settings),
         "trained": trained,
         "data": fingerprint(rows),
         "chains": fingerprint(chains),
         "measured_on": measured_on,
-        "benchmarks": {name: folder_hashes(getattr(getattr(asked, name), "path", None)) for name in asked.benchmarks},
+        "benchmarks": {name: folder_hashes(getattr(getattr(asked, name), "path", None)) for name in names},
         "evaluation": asked.model_dump(exclude=unread),
     }
 
@@ -59,7 +59,8 @@ def measure(
     chains
         Validation rows that are sampled for pass@k; none for no such metric.
     measured_on
-        The split of `rows`; of `validation_loss` only the loss is measured.
+        The split of `rows`; of `validation_loss` only the loss is measured. Benchmarks are scored with `test` only,
+        because what chooses settings must not have read them.
     """
     if distributed.by_first(lambda: is_whole(folder)):
         return
@@ -71,7 +72,8 @@ def measure(
         sampled = evaluation.pass_at(model, tokenizer, chains, settings)
         outcome["pass"] = {key: metric.as_json() for key, metric in sampled.items()}
     outcome["benchmarks"] = {
-        name: evaluation.benchmark_items(model, tokenizer, name, settings) for name in settings.evaluation.benchmarks
+        name: evaluation.benchmark_items(model, tokenizer, name, settings)
+        for name in _benchmarks(settings, measured_on)
     }
     outcome["score_seconds"] = round(time.time() - began, 1)
 
@@ -80,3 +82,7 @@ def measure(
             write_atomically(scratch / "outcome.json", json.dumps(outcome))
 
     distributed.by_first(keep)
+
+
+def _benchmarks(settings: Settings, measured_on: str) -> tuple[str, ...]:
+    return settings.evaluation.benchmarks if measured_on == "test" else ()

@@ -182,6 +182,7 @@ def _small(settings: Settings, folder: Path) -> Settings:
     evaluation = {"batch_size": 8, "max_new_tokens": 8, "pass_k": 2, "pass_k_prompts": 2, "watch_every": 1}
     evaluation |= {"watch_prompts": min(settings.evaluation.watch_prompts, 2)}
     evaluation |= {"gsm8k": {"items": 2, "max_new_tokens": 8}, "mmlu": {"items": 1}}
+    evaluation |= {"gsm_symbolic": {"items": 2, "max_new_tokens": 8}}
     samples = min(settings.evaluation.humaneval.samples, 2)
     evaluation |= {"humaneval": {"items": 2, "max_new_tokens": 8, "samples": samples}}
     model = {"source": str(folder), "gguf_file": None, "revision": None, "dtype": "float32"}

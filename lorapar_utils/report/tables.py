@@ -300,7 +300,8 @@ def benchmark_table(records: Iterable[Record], benchmark: str = "pool", own: Ite
     runs, here = method_runs(records), method_runs(own)
     pools = {record.run["parameters"].get("pool") for group in runs.values() for record in group}
     column = TRAINED_ON.get((benchmark, pools.pop())) if len(pools) == 1 else None
-    published = _published_epochs(column or PUBLISHED[benchmark])
+    column = column or PUBLISHED.get(benchmark)
+    published = _published_epochs(column) if column else {}
     rows = []
     for row in METHOD_ROWS:
         group, mine = runs.get(row.title, []), here.get(row.title, [])

@@ -7,7 +7,7 @@ from conftest import ROOT
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
-from lorapar_utils import evaluation, models
+from lorapar_utils import data, evaluation, models
 from lorapar_utils.cache import origin
 from lorapar_utils.errors import InputError
 from lorapar_utils.evaluation import accuracy
@@ -180,3 +180,18 @@ def test_lines_of_a_completion_are_compared_with_the_solutions(completion, surpl
 @pytest.mark.parametrize(("completion", "right"), [("#### Paris", True), ("", False), ("#### Rome", False)])
 def test_of_a_solution_without_lines_the_answer_alone_is_compared(completion, right):
     assert accuracy.compared_lines(completion, "#### Paris") == {"surplus": 0, "up_to_surplus": right}
+
+
+def test_word_problems_that_no_pool_has_are_answered_and_have_a_loss(saved_model):
+    chosen = load_profile(
+        "smoke",
+        model={"source": str(saved_model), "dtype": "float32"},
+        evaluation={"gsm_symbolic": {"items": 3, "max_new_tokens": 5}},
+    )
+    record = evaluation.evaluate(*models.load_base(chosen), "gsm_symbolic", chosen)
+    assert {"accuracy", "truncated", "lenient", "loss"} <= record.metrics.keys() and record.metric("loss").n == 3
+    assert [item["id"] for item in record.items] == [f"gsm-symbolic-{i}" for i in range(3)]
+    rows, prompts = data.gsm_symbolic(3), {row["prompt"] for row in data.load_pool(chosen)}
+    # reasoning-gym's own answers end the solutions, in the layout that the pool teaches, and no question is the pool's.
+    assert all(accuracy.is_correct(row["solution"], row["answer"], marked=True) for row in rows)
+    assert not any(row["prompt"] in prompts or "final answer" in row["prompt"] for row in rows)

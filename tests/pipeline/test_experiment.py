@@ -347,7 +347,8 @@ def test_masks_by_magnitude_are_those_of_the_initial_values_also_in_the_second_s
 def test_a_run_that_chooses_settings_reads_no_test_row(project, saved_model, monkeypatch):
     tuning = {"sweep": "tuning", "method": "lora", "stages": ["sft"], "title": "a rate", "learning_rate": 0.002}
     cells = {"loss": tuning | {"measured_on": "validation_loss"}, "answers": tuning | {"measured_on": "validation"}}
-    chosen = settings(saved_model).changed(experiments=cells)
+    chosen = settings(saved_model).changed(experiments=cells, evaluation={"benchmarks": ["gsm_symbolic"]})
+    monkeypatch.setattr(evaluation, "benchmark_items", lambda *_: pytest.fail("a benchmark was read"))
     monkeypatch.setattr(Examples, "test", property(lambda self: pytest.fail("the test split was read")))
     validation = {row["id"] for row in data.load_pool(chosen) if row["split"] == "validation"}
     loss, answers = (experiment(chosen, name, 0) for name in cells)
