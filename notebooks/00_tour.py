@@ -22,14 +22,14 @@
 # - **Outputs.** None: nothing here is kept.
 # - **Cost.** A minute; `make book` has cast the votes before, else the teachers are asked first. The first use of the model converts it once.
 
-# %% tags=["parameters"]
+# %% tags=["parameters", "remove-input"]
 profile = "laptop"  # a file of profiles/, or a path
 compute = True  # False: read the published records in the place of computing; no model is loaded
 questions = None  # a list of your own, such as ["What is the capital of France?", "What is 12 + 7 - 5 + 3?"]
 examples = 4  # of each system, to score
 theta = 0.9
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input", "remove-stdout"]
 import pandas as pd
 
 from lorapar_utils.records import evidence, own_records, pooled
@@ -48,7 +48,7 @@ from lorapar_utils.pipeline.examples import Examples
 # %% [markdown]
 # ## The idea
 
-# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO."}, "figure": {"caption": "Each numbered notebook shows one part of it.", "name": "fig-pipeline-tour"}}
+# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO."}, "figure": {"caption": "Each numbered notebook shows one part of it.", "name": "fig-pipeline-tour"}} tags=["remove-input"]
 figure = figures.pipeline()
 
 # %% [markdown]
@@ -57,7 +57,7 @@ figure = figures.pipeline()
 # Every table and figure is made from records: small files with metrics, intervals, and the command that made them. `results/` holds the
 # published ones, `runs/` this clone's own.
 
-# %%
+# %% tags=["remove-input"]
 published, own = (figures.main_records(some) for some in (pooled(evidence()), own_records(settings)))
 notebook.linked(tables.stage_table(published, own), [*published, *own], settings)
 
@@ -68,7 +68,7 @@ notebook.linked(tables.stage_table(published, own), [*published, *own], settings
 # questions as the model without an adapter. Set `questions` in the parameters cell to ask your own; an answer ends after
 # `evaluation.max_new_tokens`.
 
-# %%
+# %% tags=["remove-input"]
 adapters = published_adapters() if not compute or fits_published(settings) else {}
 if compute:
     model, tokenizer = models.load_base(settings)

@@ -23,12 +23,13 @@
 # - **Outputs.** `runs/<profile>/votes/`, record `voting`; every answer is kept in `runs/vote_cache`.
 # - **Cost.** One forward pass a local teacher and example; one call a server's. The first cell below says how many before any is made.
 
-# %% tags=["parameters"]
+# %% tags=["parameters", "remove-input"]
 profile = "laptop"  # a file of profiles/, or a path
 compute = True  # False: read the published records in the place of computing; no model is loaded
 retry = True  # ask again where a call failed the last time
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input", "remove-stdout"]
+import numpy as np
 import pandas as pd
 
 from lorapar_utils.records import evidence, own_records, pooled
@@ -37,7 +38,7 @@ from lorapar_utils.report import figures, notebook, tables
 settings = notebook.start(profile=profile)
 from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.prepare import record_votes
-from lorapar_utils.voting import split
+from lorapar_utils.voting import decide, split
 
 # %% [markdown]
 # ## The idea
@@ -45,7 +46,7 @@ from lorapar_utils.voting import split
 # Some questions are answered at once, others need a chain of steps. Several language models, each in a role, say which an example needs;
 # what most of them call fast trains stage 1, what they call slow trains stage 2.
 
-# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: voting and the two sets of examples."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-01_voting"}}
+# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: voting and the two sets of examples."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-01_voting"}} tags=["remove-input"]
 figure = figures.pipeline("voting", "system1", "system2")
 
 # %% [markdown]
@@ -53,7 +54,7 @@ figure = figures.pipeline("voting", "system1", "system2")
 #
 # Nothing is asked twice: an answer is kept under teacher, prompt and example, as soon as it comes in.
 
-# %%
+# %% tags=["remove-input"]
 split.voting_plan(settings) if compute else None
 
 # %% [markdown]
@@ -61,9 +62,28 @@ split.voting_plan(settings) if compute else None
 #
 # Every teacher reads question and answer; with role play it is told which model it stands in for. A server's teacher answers in words, and
 # only a last line that says *System 1* or *System 2* counts; anything else is an abstention. A local teacher is read by the log-likelihood
-# of its two labels, less its mean over the pool. The larger side wins if it reaches the quorum; the rest is undecided and left out.
+# of its two labels, less its mean over the pool: with $\ell_k$ the label of System $k$ and $x$ the filled-in question, teacher $t$ has the margin
+#
+# $$m_t(x) = \log p_t(\ell_2 \mid x) - \log p_t(\ell_1 \mid x), \qquad v_t(x) = \begin{cases} 2 & m_t(x) > \bar{m}_t \\ 1 & \text{otherwise} \end{cases}$$ (eq-margin)
+#
+# Of $n_1$ votes for System 1 and $n_2$ for System 2 among $T$ teachers, the larger side wins if it reaches the quorum $q$, which is more than half unless
+# a profile sets it; the rest is undecided (0) and left out:
+#
+# $$s(x) = \begin{cases} 1 & n_1 > n_2,\ n_1 \ge q \\ 2 & n_2 > n_1,\ n_2 \ge q \\ 0 & \text{otherwise} \end{cases}$$ (eq-vote)
+#
+# Four examples and three teachers; a 0 among the votes is an abstention.
 
 # %%
+ballots = np.array([[1, 1, 2], [2, 2, 2], [1, 2, 0], [0, 0, 1]])
+system, agreement = decide(ballots)
+n1, n2 = (ballots == 1).sum(axis=1), (ballots == 2).sum(axis=1)
+assert system.tolist() == np.select([(n1 > n2) & (n1 >= 2), (n2 > n1) & (n2 >= 2)], [1, 2], 0).tolist()
+pd.DataFrame({"votes": ballots.tolist(), "system": system, "agreement": agreement.round(2)})
+
+# %% [markdown]
+# ### All examples
+
+# %% tags=["remove-input"]
 record = record_votes(settings, Examples(settings), retry=retry) if compute else notebook.published(settings, "voting")
 published = evidence()["voting"]
 pd.DataFrame(record.items, columns=["prompt", "answer", "steps", "votes", "system"]).head(8)
@@ -73,7 +93,7 @@ pd.DataFrame(record.items, columns=["prompt", "answer", "steps", "votes", "syste
 #
 # Kappa and alpha are 0 for votes cast at random and 1 for unanimity. Intervals are bootstrapped over examples.
 
-# %%
+# %% tags=["remove-input"]
 tables.agreement_table(published, record)
 
 # %% [markdown]
@@ -82,10 +102,10 @@ tables.agreement_table(published, record)
 # The pool is made by generators, so the number of reasoning steps of each example is known. An area under the curve (AUC) of one half
 # means that a teacher's leaning carries no information about the steps.
 
-# %%
+# %% tags=["remove-input"]
 tables.teacher_table(published, record)
 
-# %% mystnb={"image": {"alt": "Line and bar chart of the share of examples voted System 2 for each number of reasoning steps, by teacher and for the majority."}, "figure": {"caption": "A teacher that sees the steps rises from left to right. Bars: the majority of the panel.", "name": "fig-votes-by-steps"}}
+# %% mystnb={"image": {"alt": "Line and bar chart of the share of examples voted System 2 for each number of reasoning steps, by teacher and for the majority."}, "figure": {"caption": "A teacher that sees the steps rises from left to right. Bars: the majority of the panel.", "name": "fig-votes-by-steps"}} tags=["remove-input"]
 figure = figures.votes_by_steps(published, record)
 
 # %% [markdown]
@@ -96,10 +116,10 @@ figure = figures.votes_by_steps(published, record)
 # Even where it does not, it ranks the examples. Added up over the panel and cut to the examples where the sum leans most either way, does
 # it sort them better than the votes do?
 
-# %% mystnb={"image": {"alt": "Reliability curves: share of System 2 examples against the probability that each teacher's margin states."}, "figure": {"caption": "Above the diagonal a teacher is too cautious about System 2, below it too eager; a flat line carries no information.", "name": "fig-reliability"}}
+# %% mystnb={"image": {"alt": "Reliability curves: share of System 2 examples against the probability that each teacher's margin states."}, "figure": {"caption": "Above the diagonal a teacher is too cautious about System 2, below it too eager; a flat line carries no information.", "name": "fig-reliability"}} tags=["remove-input"]
 figure = figures.reliability(*(r for r in (published, record) if r.result["tables"]["reliability"]))
 
-# %%
+# %% tags=["remove-input"]
 tables.certain_table(published, record)
 
 # %% [markdown]
@@ -107,10 +127,10 @@ tables.certain_table(published, record)
 #
 # `moved` is the share of examples whose system differs from the profile's own split.
 
-# %% mystnb={"image": {"alt": "Dot plot of agreement with the construction labels, one row a teacher and a panel, with intervals."}, "figure": {"caption": "Single teachers (circles) and panels (squares) against the construction labels. Voting helps where the teachers are right more often than not, and err on different examples.", "name": "fig-split-accuracy"}}
+# %% mystnb={"image": {"alt": "Dot plot of agreement with the construction labels, one row a teacher and a panel, with intervals."}, "figure": {"caption": "Single teachers (circles) and panels (squares) against the construction labels. Voting helps where the teachers are right more often than not, and err on different examples.", "name": "fig-split-accuracy"}} tags=["remove-input"]
 figure = figures.split_accuracy(published, record)
 
-# %%
+# %% tags=["remove-input"]
 tables.panel_table(published, record)
 
 # %% [markdown]
@@ -118,11 +138,11 @@ tables.panel_table(published, record)
 #
 # A row counts the majority's votes by construction; System 0 is undecided and left out of both sets.
 
-# %%
+# %% tags=["remove-input"]
 confusion = pd.DataFrame(record.result["tables"]["confusion"]).query("teacher == 'majority'")
 confusion.pivot(index="construction", columns="votes", values="examples")
 
-# %%
+# %% tags=["remove-input"]
 pd.DataFrame(record.result["tables"]["disputed"])
 
 # %% [markdown]
@@ -133,7 +153,7 @@ pd.DataFrame(record.result["tables"]["disputed"])
 # votes keeps most System 2 examples for stage 2, which this table does not run. So read the gap on System 1, which is what stage 1 is meant
 # to teach, beside the gap on both. The paper's column is LLaMA-2-7B on GSM8K: compare the order, not the height.
 
-# %%
+# %% tags=["remove-input"]
 splits_compared, own = (
     [r for r in records.values() if r.run["parameters"].get("sweep") == "voting"]
     for records in (pooled(evidence()), own_records(settings))
@@ -160,5 +180,5 @@ notebook.linked(tables.voting_table(splits_compared, own), [*splits_compared, *o
 #
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
 notebook.sources([published, record, *splits_compared, *own], settings)

@@ -22,7 +22,7 @@
 # - **Outputs.** `runs/<profile>/scores/`, records `importance` and, where asked for, `stability`.
 # - **Cost.** About one training pass over the scored examples.
 
-# %% tags=["parameters"]
+# %% tags=["parameters", "remove-input"]
 profile = "laptop"  # a file of profiles/, or a path
 compute = True  # False: read the published records in the place of computing; no model is loaded
 seed = None  # None: the profile's
@@ -31,7 +31,7 @@ alpha = None
 beta = None
 modules = None  # QKV, GUD or QKVGUD
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input", "remove-stdout"]
 import pandas as pd
 import torch
 
@@ -53,15 +53,20 @@ from lorapar_utils.pipeline.prepare import record_scores
 # gradients of single examples scores every element in one pass. The fewest that hold the share theta of a system's total are its own; those
 # that both systems choose are shared.
 
-# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: scoring and choosing elements."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-02_importance"}}
+# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: scoring and choosing elements."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-02_importance"}} tags=["remove-input"]
 figure = figures.pipeline("importance", "theta")
 
 # %% [markdown]
 # ## Score
 #
-# With gⱼ the mean and Fⱼⱼ the mean square of the per-example gradients of element φⱼ:
+# Of an element $\phi_j$ of the adapter, take the gradients of the losses $L_1, \ldots, L_N$ of a system's examples. Their mean is $g_j$, their mean
+# square $F_{jj}$:
 #
-# > **I(φⱼ) = | gⱼ φⱼ − ½ Fⱼⱼ φⱼ² |**
+# $$g_j = \frac{1}{N} \sum_{i=1}^{N} \frac{\partial L_i}{\partial \phi_j}, \qquad F_{jj} = \frac{1}{N} \sum_{i=1}^{N} {\left( \frac{\partial L_i}{\partial \phi_j} \right)}^2$$ (eq-gradients)
+#
+# The importance of the element is how much the loss would change were it zero, to second order:
+#
+# $$I(\phi_j) = \left| g_j \phi_j - \tfrac{1}{2} F_{jj} \phi_j^2 \right|$$ (eq-importance)
 #
 # Squares of *per-example* gradients: the square of a batch's gradient is a different number.
 #
@@ -72,18 +77,29 @@ figure = figures.pipeline("importance", "theta")
 
 # %%
 torch.manual_seed(0)
-sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-base = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes)).requires_grad_(False)
-model = models.attach_adapter(base, settings.changed(adapter={"modules": "QKVGUD"})).eval()  # without dropout
+config = LlamaConfig(
+    vocab_size=100,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+)
+base = LlamaForCausalLM(config).requires_grad_(False)
+all_modules = settings.changed(adapter={"modules": "QKVGUD"})
+model = models.attach_adapter(base, all_modules).eval()  # without dropout
 questions, answers = torch.randint(100, (2, 12)).tolist(), torch.randint(100, (2, 6)).tolist()
-two = [{"input_ids": q + a, "labels": [-100] * len(q) + a} for q, a in zip(questions, answers, strict=True)]
+two = [
+    {"input_ids": question + answer, "labels": [-100] * len(question) + answer}
+    for question, answer in zip(questions, answers, strict=True)
+]
 
 # %%
 phi = importance.lora_parameters(model)
 g = {name: torch.zeros_like(p) for name, p in phi.items()}
 F = {name: torch.zeros_like(p) for name, p in phi.items()}
 for example in two:
-    ids, labels = (torch.tensor([example[key]]) for key in ("input_ids", "labels"))
+    ids = torch.tensor([example["input_ids"]])
+    labels = torch.tensor([example["labels"]])
     loss = model(input_ids=ids, labels=labels).loss
     gradients = torch.autograd.grad(loss, list(phi.values()))
     for name, gradient in zip(phi, gradients, strict=True):
@@ -107,7 +123,7 @@ print(f"relative difference over {len(plain):,} elements: {difference:.1e}")
 # %% [markdown]
 # ### All examples
 
-# %%
+# %% tags=["remove-input"]
 published = evidence()["importance"]
 explored = {name: value for name, value in changed.items() if value is not None}
 if compute:
@@ -115,7 +131,7 @@ if compute:
 else:
     record = notebook.published(settings, "importance")
 
-# %%
+# %% tags=["remove-input"]
 shares = pd.DataFrame(record.result["tables"]["map"])
 shares.groupby(["module", "matrix"])[
     ["system1_only", "system2_only", "shared", "inactive", "stage1", "stage2"]
@@ -126,32 +142,32 @@ shares.groupby(["module", "matrix"])[
 #
 # Scores are divided by their mean over all elements, so a value of one is average.
 
-# %% mystnb={"image": {"alt": "Three heat maps of layer against module: System 1 importance, System 2 importance, and their difference."}, "figure": {"caption": "Where importance concentrates; the third panel shows where the systems part.", "name": "fig-importance-map"}}
+# %% mystnb={"image": {"alt": "Three heat maps of layer against module: System 1 importance, System 2 importance, and their difference."}, "figure": {"caption": "Where importance concentrates; the third panel shows where the systems part.", "name": "fig-importance-map"}} tags=["remove-input"]
 figure = figures.importance_map(published, record)
 
-# %% mystnb={"image": {"alt": "Bars of mean importance by module for matrix A and matrix B, System 1 beside System 2."}, "figure": {"caption": "A above B or B above A: which of a layer's two factors the importance sits in. The dashed line is the average element.", "name": "fig-importance-matrix"}}
+# %% mystnb={"image": {"alt": "Bars of mean importance by module for matrix A and matrix B, System 1 beside System 2."}, "figure": {"caption": "A above B or B above A: which of a layer's two factors the importance sits in. The dashed line is the average element.", "name": "fig-importance-matrix"}} tags=["remove-input"]
 figure = figures.importance_by_matrix(published, record)
 
-# %% mystnb={"image": {"alt": "Lines of mean importance against rank for matrices A and B, one line a system."}, "figure": {"caption": "Under a random initialisation the ranks are exchangeable, so the lines should be flat; olora and pissa order them.", "name": "fig-importance-rank"}}
+# %% mystnb={"image": {"alt": "Lines of mean importance against rank for matrices A and B, one line a system."}, "figure": {"caption": "Under a random initialisation the ranks are exchangeable, so the lines should be flat; olora and pissa order them.", "name": "fig-importance-rank"}} tags=["remove-input"]
 figure = figures.importance_by_rank(published, record)
 
 # %% [markdown]
 # ## Two systems, four regions
 
-# %% mystnb={"image": {"alt": "Scatter of System 1 against System 2 importance of LoRA elements, coloured by region."}, "figure": {"caption": "Elements near the diagonal serve both systems. Two random sets of these sizes would overlap by chance as the title says; the next section has the fairer comparison.", "name": "fig-importance-scatter"}}
+# %% mystnb={"image": {"alt": "Scatter of System 1 against System 2 importance of LoRA elements, coloured by region."}, "figure": {"caption": "Elements near the diagonal serve both systems. Two random sets of these sizes would overlap by chance as the title says; the next section has the fairer comparison.", "name": "fig-importance-scatter"}} tags=["remove-input"]
 figure = figures.importance_scatter(published, record)
-# %% mystnb={"image": {"alt": "Curves of the share of importance held by the most important share of elements, one for each system."}, "figure": {"caption": "The steeper the curve, the fewer elements a given theta needs.", "name": "fig-concentration"}}
+# %% mystnb={"image": {"alt": "Curves of the share of importance held by the most important share of elements, one for each system."}, "figure": {"caption": "The steeper the curve, the fewer elements a given theta needs.", "name": "fig-concentration"}} tags=["remove-input"]
 figure = figures.concentration(published, record)
 
 # %% [markdown]
 # ## What would these figures be without two systems?
 #
-# Let the two systems share the initial values φ, draw their gradients independently, and keep only how the mean score differs from matrix to
-# matrix. Nothing then tells the systems apart element by element. The score |g φ| alone makes theta 0.9 select nearly half of the elements, and makes
-# the two sets overlap by nearly half: an element with a large |φ| is important to both. The paper's shares and overlaps are what this model gives, so
+# Let the two systems share the initial values $\phi$, draw their gradients independently, and keep only how the mean score differs from matrix to
+# matrix. Nothing then tells the systems apart element by element. The score $|g \phi|$ alone makes theta 0.9 select nearly half of the elements, and makes
+# the two sets overlap by nearly half: an element with a large $|\phi|$ is important to both. The paper's shares and overlaps are what this model gives, so
 # neither is evidence of two systems. What it does not give is our overlap at small theta: the most important elements are common to both systems.
 
-# %% mystnb={"image": {"alt": "Two panels against theta: the share of elements that a system selects, and the overlap of both sets; a grey band for a model without two systems, a line for this record, crosses for the paper."}, "figure": {"caption": "The share of elements and the overlap of the two sets, beside a model in which nothing tells the systems apart. The band spans three distributions of gradients.", "name": "fig-without-systems"}}
+# %% mystnb={"image": {"alt": "Two panels against theta: the share of elements that a system selects, and the overlap of both sets; a grey band for a model without two systems, a line for this record, crosses for the paper."}, "figure": {"caption": "The share of elements and the overlap of the two sets, beside a model in which nothing tells the systems apart. The band spans three distributions of gradients.", "name": "fig-without-systems"}} tags=["remove-input"]
 figure = figures.without_systems(published)
 
 # %% [markdown]
@@ -160,7 +176,7 @@ figure = figures.without_systems(published)
 # The same partition at other settings, from counts in the record. alpha is the share of the shared region that stage 1 trains, beta that of
 # stage 2. The map shows one of three shares of each layer's module.
 
-# %%
+# %% tags=["remove-input"]
 explorer.Page(
     explorer.theta_explorer(record),
     figures.importance_map(record),
@@ -176,12 +192,12 @@ explorer.Page(
 # index above says that they differ only as far as it lies below that of one system with itself. This is the published record; a
 # profile with `importance.stability` makes its own.
 
-# %% mystnb={"image": {"alt": "Three panels against the number of scored examples, by system: rank correlation of elements, of matrix means, and Jaccard index, for two samples of examples and for two adapters."}, "figure": {"caption": "The curves level off where more examples stop changing the selection. Where the crosses lie far below the lines, importance hangs on the draw of the adapter.", "name": "fig-stability"}}
+# %% mystnb={"image": {"alt": "Three panels against the number of scored examples, by system: rank correlation of elements, of matrix means, and Jaccard index, for two samples of examples and for two adapters."}, "figure": {"caption": "The curves level off where more examples stop changing the selection. Where the crosses lie far below the lines, importance hangs on the draw of the adapter.", "name": "fig-stability"}} tags=["remove-input"]
 stable = evidence()["stability"]
 steady = pd.DataFrame(stable.result["tables"]["stability"])
 figure = figures.stability(steady)
 
-# %%
+# %% tags=["remove-input"]
 agreements = ["rank_correlation", "by_matrix", "jaccard"]
 steady.groupby(["differ", "n", "system"])[agreements].mean().round(3).unstack()
 
@@ -202,5 +218,5 @@ steady.groupby(["differ", "n", "system"])[agreements].mean().round(3).unstack()
 #
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
 notebook.sources([published, stable, record], settings)

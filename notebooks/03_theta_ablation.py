@@ -22,10 +22,10 @@
 # - **Outputs.** The table and figure below.
 # - **Cost.** None: nothing is trained here.
 
-# %% tags=["parameters"]
+# %% tags=["parameters", "remove-input"]
 profile = "laptop"  # a file of profiles/, or a path
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input", "remove-stdout"]
 import pandas as pd
 import torch
 
@@ -41,14 +41,18 @@ from lorapar_utils.partition import build_partition
 # A larger theta trains more elements. If importance finds the right ones, a few of them should do most of the work, and a random choice of
 # as many should do worse.
 
-# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: choosing elements, and stage 1."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-03_theta_ablation"}}
+# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: choosing elements, and stage 1."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-03_theta_ablation"}} tags=["remove-input"]
 figure = figures.pipeline("theta", "stage1")
 
 # %% [markdown]
 # ## The rule
 #
-# Sort the elements by falling importance, add up, and stop as soon as the sum reaches the share theta of the total. A thousand scores that are as
-# uneven as real ones show it.
+# Sort the elements by falling importance, add up, and stop as soon as the sum reaches the share $\theta$ of the total. So the elements of System $k$ are the
+# smallest set $S_k$ with
+#
+# $$\sum_{j \in S_k} I_k(\phi_j) \ge \theta \sum_{j} I_k(\phi_j)$$ (eq-theta)
+#
+# where $I_k$ is the importance {eq}`eq-importance` on System $k$'s examples. A thousand scores that are as uneven as real ones show it.
 
 # %%
 generator = torch.Generator().manual_seed(0)
@@ -66,7 +70,12 @@ def elements(scores, theta):
 
 
 # %% [markdown]
-# Elements that both systems select are shared; stage 1 trains those of System 1, stage 2 those of System 2. The package's partition is the same one.
+# Elements that both systems select are shared. Stage 1 trains those of System 1 alone and the share $\alpha$ of the shared ones, stage 2 those of System 2
+# alone and the share $\beta$: those that matter most to the system that is trained.
+#
+# $$M_1 = (S_1 \backslash S_2) \cup {\operatorname{top}}_{\alpha}(S_1 \cap S_2), \qquad M_2 = (S_2 \backslash S_1) \cup {\operatorname{top}}_{\beta}(S_1 \cap S_2)$$ (eq-stages)
+#
+# How much the systems overlap is the Jaccard index $|S_1 \cap S_2| / |S_1 \cup S_2|$. The package's partition is the same one.
 
 # %%
 first, second = elements(system1, 0.9), elements(system2, 0.9)
@@ -74,17 +83,17 @@ regions = build_partition({"A": system1}, {"A": system2}, theta=0.9).regions()
 assert torch.equal(regions["system1_only"], first & ~second)
 assert torch.equal(regions["system2_only"], second & ~first)
 assert torch.equal(regions["shared"], first & second)
-counts = {theta: int(elements(system1, theta).sum()) for theta in (0.5, 0.7, 0.9, 0.99)}
+counts = {t: int(elements(system1, t).sum()) for t in (0.5, 0.7, 0.9, 0.99)}
 pd.Series(counts, name="elements of 1000").to_frame().rename_axis("theta")
 
 # %% [markdown]
 # ## Accuracy by theta
 
-# %%
+# %% tags=["remove-input"]
 records, own = (figures.stage1_records(some) for some in (pooled(evidence()), own_records(settings)))
 notebook.linked(tables.theta_table(records, own), [*records, *own], settings)
 
-# %% mystnb={"image": {"alt": "Test accuracy with error bars against the share of active elements, one line for each way of selecting."}, "figure": {"caption": "At equal size (the same place from left to right), does importance beat the other ways of selecting?", "name": "fig-theta"}}
+# %% mystnb={"image": {"alt": "Test accuracy with error bars against the share of active elements, one line for each way of selecting."}, "figure": {"caption": "At equal size (the same place from left to right), does importance beat the other ways of selecting?", "name": "fig-theta"}} tags=["remove-input"]
 figure = figures.theta_curve(records, own)
 
 # %% [markdown]
@@ -98,16 +107,16 @@ figure = figures.theta_curve(records, own)
 # The runs above share one learning rate, tuned for one of them, so they show how far an arm gets in so many steps. In [the study](protocol) each arm has
 # its own, chosen on validation. The table has a row for each arm whose blocks are published.
 
-# %% mystnb={"image": {"alt": "Validation loss of System 1 against the learning rate of stage 1, a line for each arm, the least value of each circled."}, "figure": {"caption": "The rates that were tried, at a seed that no block has; circles: what each arm trains with.", "name": "fig-tuning"}}
+# %% mystnb={"image": {"alt": "Validation loss of System 1 against the learning rate of stage 1, a line for each arm, the least value of each circled."}, "figure": {"caption": "The rates that were tried, at a seed that no block has; circles: what each arm trains with.", "name": "fig-tuning"}} tags=["remove-input"]
 figure = figures.tuning(figures.tuned_records(study()))
 
-# %%
+# %% tags=["remove-input"]
 tables.arms_table(study().values()).style.hide(axis="index")
 
 # %% [markdown]
 # ## Which of the paper's statements hold here?
 
-# %%
+# %% tags=["remove-input"]
 on_theta = [claim for claim in claims.load_claims() if claim["paper"] in ("Table 3", "central claim")]
 notebook.scoreboard(settings, on_theta)
 
@@ -127,5 +136,5 @@ notebook.scoreboard(settings, on_theta)
 #
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
 notebook.sources([*records, *own], settings)

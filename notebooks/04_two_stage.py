@@ -22,10 +22,10 @@
 # - **Outputs.** Tables and curves below.
 # - **Cost.** None: nothing is trained here.
 
-# %% tags=["parameters"]
+# %% tags=["parameters", "remove-input"]
 profile = "laptop"  # a file of profiles/, or a path
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input", "remove-stdout"]
 import pandas as pd
 import torch
 
@@ -42,13 +42,18 @@ from lorapar_utils.training.rewards import correctness, layout, step_share
 # Stage 1 imitates worked System 1 solutions and moves the elements of System 1 only. Stage 2 starts from there, draws its own answers to
 # System 2 questions, and is rewarded for right ones; it moves the elements of System 2. All other elements stay as they are, to the bit.
 
-# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: stage 1 and stage 2."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-04_two_stage"}}
+# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: stage 1 and stage 2."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-04_two_stage"}} tags=["remove-input"]
 figure = figures.pipeline("stage1", "stage2")
 
 # %% [markdown]
 # ## One step of AdamW that leaves an element alone
 #
-# The first step of AdamW written out, for the active elements only. An inactive element has a gradient here too, and it is never written.
+# Of the active elements $M$ of {eq}`eq-stages`, AdamW keeps running means of the gradient, $m$, and of its square, $v$, both corrected for
+# their start at zero. With learning rate $\eta$ and weight decay $\lambda$ it moves
+#
+# $$\phi_j \leftarrow (1 - \eta \lambda) \phi_j - \eta \frac{m_j}{\sqrt{v_j} + \epsilon} \quad \text{for } j \in M$$ (eq-adamw)
+#
+# and nothing else. The first step written out. An inactive element has a gradient here too, and it is never written.
 
 # %%
 values = torch.linspace(-1, 1, 6)
@@ -67,15 +72,23 @@ optimizer = ActiveAdamW([("A", elements)], {"A": active}, **options)
 optimizer.step()
 after = elements.data
 torch.testing.assert_close(after, expected)
-assert after[~active].numpy().tobytes() == values[~active].numpy().tobytes()  # to the bit
+untouched = after[~active].numpy().tobytes()
+assert untouched == values[~active].numpy().tobytes()  # to the bit
 pd.DataFrame({"active": active, "before": values, "after": after})
 
 # %% [markdown]
 # ## The advantage of eight completions
 #
 # GRPO asks one question eight times. A completion's reward is the sum of three: the right answer, the layout, and the share of right steps. Its
-# advantage is the reward less the group's mean, over the group's standard deviation; so a group of equal rewards teaches nothing. In training TRL
-# computes it; a test compares TRL's with this one.
+# advantage is the reward less the group's mean, over the group's standard deviation:
+#
+# $$A_i = \frac{r_i - \operatorname{mean}(r_1, \ldots, r_G)}{\operatorname{std}(r_1, \ldots, r_G) + 10^{-4}}$$ (eq-advantage)
+#
+# So a group of equal rewards teaches nothing. In training TRL computes it; a test compares TRL's with this one. The policy $\pi$ then makes the tokens $y_t$
+# of better completions likelier. With $\rho_t$ the ratio of its probability to that of the policy which wrote them, and the weight $\kappa$ of the divergence
+# from the policy that stage 2 starts from (`grpo.kl`), the loss of a token is
+#
+# $$L_t = -\min\left(\rho_t A_i,\ \operatorname{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon) A_i\right) + \kappa \operatorname{KL}\left[\pi \,\|\, \pi_0\right]$$ (eq-grpo)
 
 # %%
 solution = "3 * 4 = 12\n12 + 5 = 17\n#### 17"
@@ -91,19 +104,21 @@ completions = [
 ]
 
 # %%
-rewards = [correctness(c, "17") + layout(c) + step_share(c, solution) for c in completions]
-rewards = torch.tensor(rewards)
+rewards = torch.tensor(
+    [correctness(c, "17") + layout(c) + step_share(c, solution) for c in completions],
+)
 advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
 assert abs(float(advantages.sum())) < 1e-4
 assert advantages[0] == advantages[5] == advantages.max()
-pd.DataFrame({"completion": completions, "reward": rewards, "advantage": advantages}).round(2)
+group = {"completion": completions, "reward": rewards, "advantage": advantages}
+notebook.shown(pd.DataFrame(group).round(2))
 
 # %% [markdown]
 # ## What the stages did
 #
 # Accuracy on the pool's test split after each stage.
 
-# %%
+# %% tags=["remove-input"]
 published, here = evidence(), own_records(settings)
 records, own = figures.main_records(pooled(published)), figures.main_records(here)
 notebook.linked(tables.stage_table(records, own), [*records, *own], settings)
@@ -113,7 +128,7 @@ notebook.linked(tables.stage_table(records, own), [*records, *own], settings)
 #
 # The difference of stage 2 and stage 1 over the same test items: paired, with a bootstrap interval and McNemar's exact p.
 
-# %%
+# %% tags=["remove-input"]
 notebook.linked(tables.gain_table([*records, *own]), [*records, *own], settings)
 
 # %% [markdown]
@@ -121,13 +136,13 @@ notebook.linked(tables.gain_table([*records, *own]), [*records, *own], settings)
 #
 # The same stages, examples and steps, and one learning rate, which was tuned for LoRA-PAR; LoRA trains every element. [The study](protocol) gives each its own.
 
-# %%
+# %% tags=["remove-input"]
 notebook.linked(tables.budget_table(records), records, settings)
 
 # %% [markdown]
 # ## Learning curves
 
-# %% mystnb={"image": {"alt": "Six panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "A group whose completions all earn the same reward has no advantage and teaches nothing.", "name": "fig-learning"}}
+# %% mystnb={"image": {"alt": "Six panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "A group whose completions all earn the same reward has no advantage and teaches nothing.", "name": "fig-learning"}} tags=["remove-input"]
 reinforced = [r for r in (*records, *own) if r.run["parameters"]["method"] == "lorapar" and r.run["seed"] == 0]
 figure = figures.learning_curves(*reinforced)
 # %% [markdown]
@@ -135,7 +150,7 @@ figure = figures.learning_curves(*reinforced)
 #
 # Sampled pass@1 against pass@k on validation prompts: GRPO needs answers that the model finds sometimes.
 
-# %%
+# %% tags=["remove-input"]
 pd.DataFrame(
     [
         {
@@ -153,7 +168,7 @@ pd.DataFrame(
 # %% [markdown]
 # ## The same prompts, stage by stage
 
-# %%
+# %% tags=["remove-input"]
 items = pd.DataFrame([item for r in records if r.name in ("base-seed0", "lorapar-seed0") for item in r.items])
 shown = items[
     items["id"].isin(
@@ -171,18 +186,18 @@ shown.pivot_table(index="id", columns="stage", values="completion", aggfunc="fir
 # where one is enough; a chain that is right up to there counts as wrong here. Three seeds of two commits: [withdrawn as a verdict](lab_log), the study
 # does it again.
 
-# %%
+# %% tags=["remove-input"]
 chains = [r for name, r in published.items() if name.startswith("cpu-chains/") and r.run["parameters"].get("stages")]
 notebook.linked(tables.stage_table(chains), chains, settings)
 
-# %%
+# %% tags=["remove-input"]
 gains = [r for r in chains if r.run["parameters"]["sweep"] == "two_stage"]
 notebook.linked(tables.gain_table(gains), gains, settings)
 
 # %% [markdown]
 # LoRA-PAR against LoRA at equal steps, on this split:
 
-# %%
+# %% tags=["remove-input"]
 notebook.linked(tables.budget_table(chains), chains, settings)
 
 # %% [markdown]
@@ -191,7 +206,7 @@ notebook.linked(tables.budget_table(chains), chains, settings)
 # alpha is the share of the shared elements that stage 1 trains, beta that of stage 2. Ours are means over the seeds, with intervals over
 # test items; the paper's are LLaMA-2-7B on GSM8K: compare the direction, not the height.
 
-# %%
+# %% tags=["remove-input"]
 grid, own_grid = (
     [r for r in some.values() if r.run["parameters"].get("sweep") == "alpha_beta"] for some in (pooled(published), here)
 )
@@ -200,7 +215,7 @@ notebook.linked(tables.alpha_beta_table(grid, own_grid), [*grid, *own_grid], set
 # %% [markdown]
 # ## Table 7: does the order matter?
 
-# %%
+# %% tags=["remove-input"]
 # The same pool and split for both orders, where stage 2 has something to teach.
 notebook.linked(tables.order_table(chains), chains, settings)
 
@@ -221,5 +236,5 @@ notebook.linked(tables.order_table(chains), chains, settings)
 #
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
 notebook.sources([*records, *own, *chains, *grid, *own_grid], settings)

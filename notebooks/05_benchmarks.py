@@ -22,10 +22,10 @@
 # - **Outputs.** The tables and figures below.
 # - **Cost.** None: nothing is trained here.
 
-# %% tags=["parameters"]
+# %% tags=["parameters", "remove-input"]
 profile = "laptop"  # a file of profiles/, or a path
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input", "remove-stdout"]
 from lorapar_utils.records import evidence, own_records, pooled
 from lorapar_utils.report import figures, notebook, tables
 
@@ -37,10 +37,10 @@ settings = notebook.start(profile=profile)
 # LoRA trains every element of the adapter on all examples. LoRA-PAR trains fewer, each on what it matters to. Both are asked the same
 # questions, and compared question by question.
 
-# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: everything from the examples to stage 2."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-05_benchmarks"}}
+# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: everything from the examples to stage 2."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-05_benchmarks"}} tags=["remove-input"]
 figure = figures.pipeline("system1", "system2", "importance", "theta", "stage1", "stage2")
 
-# %%
+# %% tags=["remove-input"]
 published, here = evidence(), own_records(settings)
 records, own = list(pooled(published).values()), list(here.values())
 
@@ -51,10 +51,10 @@ records, own = list(pooled(published).values()), list(here.values())
 # System 2 prompts and a reward, which reads the solution's lines: they are told less, not nothing. So compare LoRA-PAR with LoRA + RL, the same stages with all elements; the gap to LoRA
 # says what the worked solutions of System 2 are worth.
 
-# %%
+# %% tags=["remove-input"]
 notebook.linked(tables.benchmark_table(records, own=own), [*records, *own], settings)
 
-# %% mystnb={"image": {"alt": "Dot plot with error bars of System 1 and System 2 accuracy for every method and stage."}, "figure": {"caption": "Overlapping intervals are not a ranking.", "name": "fig-stage-accuracy"}}
+# %% mystnb={"image": {"alt": "Dot plot with error bars of System 1 and System 2 accuracy for every method and stage."}, "figure": {"caption": "Overlapping intervals are not a ranking.", "name": "fig-stage-accuracy"}} tags=["remove-input"]
 figure = figures.stage_accuracy(figures.main_records(pooled(published)), figures.main_records(here))
 
 # %% [markdown]
@@ -63,7 +63,7 @@ figure = figures.stage_accuracy(figures.main_records(pooled(published)), figures
 # A point on the front has no other that is both cheaper and better. Time is in core-seconds, since runs differ in threads; it and memory are
 # of runs at other hours and on like machines: read the order of magnitude.
 
-# %% mystnb={"image": {"alt": "Three panels of accuracy with error bars for every trained method, against active elements, training time and peak memory, with the Pareto front drawn."}, "figure": {"caption": "Intervals that overlap the front's are not behind it.", "name": "fig-pareto"}}
+# %% mystnb={"image": {"alt": "Three panels of accuracy with error bars for every trained method, against active elements, training time and peak memory, with the Pareto front drawn."}, "figure": {"caption": "Intervals that overlap the front's are not behind it.", "name": "fig-pareto"}} tags=["remove-input"]
 figure = figures.pareto(records)
 
 # %% [markdown]
@@ -72,14 +72,14 @@ figure = figures.pareto(records)
 # Scored by `lm-eval`'s definitions (GSM8K and MMLU five-shot; HumanEval greedy, its tests in a sandbox), of models that were trained on this
 # book's pool: what training on one thing does elsewhere. The paper trains on GSM8K, Dolly-15k and CodeAlpaca, each for its own benchmark.
 
-# %%
+# %% tags=["remove-input"]
 elsewhere = [record for name, record in published.items() if name.startswith("cpu-elsewhere/")]
 notebook.linked(tables.benchmark_table(elsewhere, "gsm8k", own), [*elsewhere, *own], settings)
 
-# %%
+# %% tags=["remove-input"]
 notebook.linked(tables.benchmark_table(elsewhere, "mmlu", own), [*elsewhere, *own], settings)
 
-# %%
+# %% tags=["remove-input"]
 notebook.linked(tables.benchmark_table(elsewhere, "humaneval", own), [*elsewhere, *own], settings)
 
 # %% [markdown]
@@ -103,6 +103,6 @@ notebook.linked(tables.benchmark_table(elsewhere, "humaneval", own), [*elsewhere
 #
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
 shown = [r for r in (*records, *own) if r.run["parameters"].get("sweep") in ("baseline", "two_stage")]
 notebook.sources([*shown, *elsewhere], settings)

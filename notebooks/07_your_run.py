@@ -22,10 +22,10 @@
 # - **Outputs.** The comparisons below.
 # - **Cost.** None here: `make book` has asked the published adapters again.
 
-# %% tags=["parameters"]
+# %% tags=["parameters", "remove-input"]
 profile = "laptop"  # a file of profiles/, or a path
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input", "remove-stdout"]
 from lorapar_utils.records import own_records, published_records
 from lorapar_utils.report import agreement, notebook
 
@@ -44,7 +44,7 @@ settings = notebook.start(profile=profile)
 # A difference is put down to the machines where dtype, instruction sets, GPU or versions differ. Where they are known and equal, it is
 # flagged.
 
-# %%
+# %% tags=["remove-input"]
 own = own_records(settings)
 published = {record.name: record for record in published_records(settings.profile)}
 notebook.shown(agreement.verdicts(settings), "There is nothing to compare yet: `make book` fills this page.")
@@ -52,7 +52,7 @@ notebook.shown(agreement.verdicts(settings), "There is nothing to compare yet: `
 # %% [markdown]
 # ## Votes, teacher by teacher
 
-# %%
+# %% tags=["remove-input"]
 notebook.shown(agreement.votes(own.get("voting"), published.get("voting")))
 
 # %% [markdown]
@@ -61,7 +61,7 @@ notebook.shown(agreement.votes(own.get("voting"), published.get("voting")))
 # The rank correlation is over the mean scores of all matrices. The Jaccard index is of the selected elements, one by one, where the
 # profile has published its partition.
 
-# %%
+# %% tags=["remove-input"]
 notebook.shown(agreement.importance(own.get("importance"), published.get("importance"), own.get("again")).round(4))
 
 # %% [markdown]
@@ -69,7 +69,7 @@ notebook.shown(agreement.importance(own.get("importance"), published.get("import
 #
 # *Same*: questions that are right or wrong as they were when published. *Identical*: the completions are equal, letter by letter.
 
-# %%
+# %% tags=["remove-input"]
 notebook.shown(agreement.adapters(own.get("again")))
 
 # %% [markdown]
@@ -77,7 +77,7 @@ notebook.shown(agreement.adapters(own.get("again")))
 #
 # *One more seed* is the range in which another seed of the published machine would lie, 19 times in 20.
 
-# %%
+# %% tags=["remove-input"]
 notebook.shown(agreement.training(own.values(), published.values()))
 
 # %% [markdown]
@@ -96,5 +96,5 @@ notebook.shown(agreement.training(own.values(), published.values()))
 #
 # Every number above is drawn from these files. Hovering tells commit and date.
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
 notebook.sources([*own.values(), *published.values()], settings)

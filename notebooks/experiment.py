@@ -22,14 +22,14 @@
 # - **Outputs.** `runs/<profile>/experiments/<name>-seed<k>/` (adapters), record `<name>-seed<k>`.
 # - **Cost.** Minutes on two cores for SFT; GRPO takes most of it.
 
-# %% tags=["parameters"]
+# %% tags=["parameters", "remove-input"]
 profile = "laptop"  # a file of profiles/, or a path
 compute = True  # False: read the published records in the place of computing; no model is loaded
 name = "lorapar"  # one of the experiments of the profile
 seed = 0
 show_rollouts = 0  # completions to print at each GRPO step, with their rewards
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input", "remove-stdout"]
 import pandas as pd
 
 from lorapar_utils.report import figures, notebook, tables
@@ -42,10 +42,10 @@ from lorapar_utils.pipeline.experiment import experiment
 #
 # One line of the profile's experiments: a method, its stages, a seed. All that came before, votes and scores, is read back.
 
-# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: stage 1 and stage 2."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-experiment"}}
+# %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: stage 1 and stage 2."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-experiment"}} tags=["remove-input"]
 figure = figures.pipeline("stage1", "stage2")
 
-# %%
+# %% tags=["remove-input"]
 settings.for_experiment(name, seed).partition, settings.experiments[name]
 
 # %% [markdown]
@@ -56,18 +56,18 @@ settings.for_experiment(name, seed).partition, settings.experiments[name]
 # %%
 record = experiment(settings, name, seed) if compute else notebook.published(settings, f"{name}-seed{seed}")
 
-# %%
+# %% tags=["remove-input"]
 notebook.linked(tables.stage_table([record]), [record], settings)
 
 # %% [markdown]
 # ## Learning curves
 
-# %% mystnb={"image": {"alt": "Six panels by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "Panels of a stage that this experiment does not have stay empty.", "name": "fig-experiment-curves"}}
+# %% mystnb={"image": {"alt": "Six panels by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "Panels of a stage that this experiment does not have stay empty.", "name": "fig-experiment-curves"}} tags=["remove-input"]
 figure = figures.learning_curves(record)
 # %% [markdown]
 # ## The same prompts after each stage
 
-# %%
+# %% tags=["remove-input"]
 items = pd.DataFrame(record.items)
 few = items.drop_duplicates(["system", "task", "stage"]).head(10)
 few[["stage", "system", "task", "completion", "correct"]]
@@ -84,5 +84,5 @@ few[["stage", "system", "task", "completion", "correct"]]
 #
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
 notebook.sources([record], settings)

@@ -1,4 +1,4 @@
-"""Accuracy on the pool, GSM8K, GSM-symbolic, MMLU and HumanEval (paper, section 4); it must not import training or pipeline."""
+"""Accuracy on the pool, GSM8K, GSM-symbolic, MMLU, HumanEval (paper, section 4); it must not import training, pipeline."""
 
 from lorapar_utils.evaluation.accuracy import (
     accuracy_metrics,

@@ -11,6 +11,7 @@ from functools import partial
 
 import pandas as pd
 from IPython import get_ipython
+from IPython.display import Markdown, display
 from pandas.io.formats.style import Styler
 
 from lorapar_utils.errors import InputError
@@ -42,9 +43,13 @@ def start(*, profile: str, **parameters) -> Settings:
     claim_runs(settings)
     print(f"profile {settings.profile}: results under runs/{settings.profile}/")
     if not settings.publishable:
-        print("This profile is for testing the pipeline: its numbers mean nothing.")
+        display(Markdown("**This profile is for testing the pipeline: its numbers mean nothing.**"))
     if settings.has_free_text:
-        print("Its answers are free text: where a page says accuracy, read the overlap with the reference (chrF).")
+        display(
+            Markdown(
+                "Its answers are free text: where a page says accuracy, read the overlap with the reference (chrF)."
+            )
+        )
     return settings
 
 
