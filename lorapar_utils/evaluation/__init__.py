@@ -1,4 +1,4 @@
-"""Accuracy on the pool, GSM8K, GSM-symbolic, MMLU, HumanEval (paper, section 4); it must not import training, pipeline."""
+"""Accuracy on the pool and on benchmarks (paper, section 4); it must not import training or pipeline."""
 
 from lorapar_utils.evaluation.accuracy import (
     accuracy_metrics,
