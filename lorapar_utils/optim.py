@@ -17,7 +17,8 @@ class ActiveAdamW(torch.optim.Optimizer):
     Each step gathers the active elements of all parameters into one vector, applies `torch.optim.adamw.adamw` to the
     vector, and writes the elements back. Active elements therefore follow `torch.optim.AdamW` exactly. Hooks zero
     inactive gradients before these are accumulated or averaged over processes, so that gradient clipping measures the
-    norm of active elements alone. A parameter that the loss does not use counts as having a zero gradient. A parameter
+    norm of active elements alone. They last until `release`, or until another `ActiveAdamW` takes the parameters over,
+    as the next stage's does. A parameter that the loss does not use counts as having a zero gradient. A parameter
     without an active element stops requiring a gradient.
 
     Parameters
@@ -48,11 +49,12 @@ class ActiveAdamW(torch.optim.Optimizer):
         self._hooks = []
         for name, parameter in named_parameters:
             mask = _checked_mask(name, parameter, masks)
+            _remove_gates(parameter)
             parameter.requires_grad_(bool(mask.any()))
             if parameter.requires_grad:
                 self._active[parameter] = mask.flatten().nonzero().squeeze(1).to(parameter.device)
                 if not mask.all():
-                    self._hooks.append(parameter.register_hook(mask.to(parameter.device).mul))
+                    self._hooks.append(parameter.register_hook(_Gate(mask.to(parameter.device))))
         if not self._active:
             raise InputError("masks: no element is active; raise theta, alpha or beta")
         super().__init__(self._active.keys(), dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
@@ -92,7 +94,7 @@ class ActiveAdamW(torch.optim.Optimizer):
         return loss
 
     def release(self) -> None:
-        """Remove the gradient hooks, so that the next stage's optimizer can use the parameters."""
+        """Remove the gradient hooks, so that any other optimizer can train every element."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -116,6 +118,22 @@ class ActiveAdamW(torch.optim.Optimizer):
             state["step"] = torch.tensor(0.0)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(values), torch.zeros_like(values)
         return state
+
+
+class _Gate:
+    """A gradient hook that lets active elements through."""
+
+    def __init__(self, mask: torch.Tensor):
+        self.mask = mask
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * self.mask
+
+
+def _remove_gates(parameter: torch.nn.Parameter) -> None:
+    hooks = parameter._backward_hooks or {}
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Gate)]:
+        del hooks[key]
 
 
 def _gathered(tensors: list[torch.Tensor], indices: list[torch.Tensor]) -> torch.Tensor:

@@ -99,6 +99,20 @@ def test_resumes_exactly():
     assert all(torch.equal(straight[n], resumed[n]) for n in straight)
 
 
+def test_the_next_stages_optimizer_takes_the_gradients_over():
+    """Also if nobody released the first one, whose hooks would hold back elements that only stage 2 trains."""
+    _, masks, ours, _ = two_copies()
+    first = ActiveAdamW(ours.items(), masks, **OPTIONS)
+    start = {name: parameter.detach().clone() for name, parameter in ours.items()}
+    rest = {name: ~mask for name, mask in masks.items()}
+    run(ours, ActiveAdamW(ours.items(), rest, **OPTIONS), 1)
+    assert all(torch.equal(ours[name] != start[name], rest[name]) for name in ours)
+    first.release()  # removes nothing of the second's
+    start = {name: parameter.detach().clone() for name, parameter in ours.items()}
+    (ours["a"] * torch.ones_like(ours["a"])).sum().backward()
+    assert not ours["a"].grad[masks["a"]].any()
+
+
 def test_missing_misshapen_and_empty_masks_are_errors():
     _, masks, ours, _ = two_copies()
     with pytest.raises(InputError, match="no mask for parameter 'a'"):
