@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -113,7 +114,7 @@ def _with_records_of_the_book(text: str) -> str:
 
 
 def page_context(settings: Settings) -> dict:
-    """The names that pages can use: `percent(record, metric)`, `share`, `points`, `table(name)`, `verdicts`, …
+    """The names that pages can use: `percent(record, metric)`, `share`, `points`, `effect(claim)`, `table(name)`, …
 
     Numbers are those of the published evidence; `own` are this run's records.
     """
@@ -139,7 +140,18 @@ def page_context(settings: Settings) -> dict:
     def points(record: str, metric: str) -> str:
         return shown(record, metric, Metric.difference)
 
-    scoreboard = claims.scoreboard(study(), link=link, own=own)
+    declared = claims.load_claims()
+    judged = {
+        claim["claim"]: (claim, one) for claim, one in zip(declared, claims.judgements(study(), declared), strict=True)
+    }
+
+    def effect(claim: str) -> str:
+        """A claim's effect over blocks, and its verdict, as the protocol has it."""
+        declaration, one = judged[claim]
+        if one.effect is None:
+            return "not run yet"
+        return f"{claims.written(declaration, one, items=False)} ({one.seeds} blocks): *{one.verdict}*"
+
     makers = {
         "agreement": lambda: agreement.verdicts(settings),
         "status": lambda: status_table(own or records, link),
@@ -153,7 +165,8 @@ def page_context(settings: Settings) -> dict:
         "percent": percent,
         "share": share,
         "points": points,
-        "verdicts": list(scoreboard["verdict"].str.split(":").str[0].value_counts().items()),
+        "effect": effect,
+        "verdicts": Counter(one.verdict for _, one in judged.values()).most_common(),
         "table": lambda name: to_markdown(makers[name]()),
         "environment": next(iter((own or records).values())).environment,
     }

@@ -221,8 +221,8 @@ def scoreboard(
     return pd.DataFrame(rows)
 
 
-def written(claim: dict, judged: Judgement) -> str:
-    """The effect in its unit, with its interval over blocks, and that over test questions."""
+def written(claim: dict, judged: Judgement, *, items: bool = True) -> str:
+    """The effect in its unit, with its interval over blocks, and, with `items`, that over test questions."""
     if judged.effect is None:
         return "–"
     if claim["test"]["kind"] == "within" or judged.verdict == "no headroom":
@@ -233,8 +233,8 @@ def written(claim: dict, judged: Judgement) -> str:
     def interval(metric: Metric, over: str) -> str:
         return "" if metric.low is None else f", [{unit * metric.low:{form}}, {unit * metric.high:{form}}] over {over}"
 
-    effect, items = judged.effect, judged.over_items
-    return f"{unit * effect.value:{form}} {name}{interval(effect, 'blocks')}{interval(items, 'questions')}"
+    over_items = interval(judged.over_items, "questions") if items else ""
+    return f"{unit * judged.effect.value:{form}} {name}{interval(judged.effect, 'blocks')}{over_items}"
 
 
 def _named(records: dict[str, Record], name: str) -> list[Record]:
