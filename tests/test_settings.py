@@ -288,7 +288,7 @@ def test_bad_settings_name_key_value_and_remedy(override, message):
 
 
 def test_unknown_profile_lists_those_there_are():
-    with pytest.raises(InputError, match="no 'gpu'; choose one of laptop, llama2-7b"):
+    with pytest.raises(InputError, match="no 'gpu'; choose one of gemma3-270m, laptop, llama2-7b"):
         load_profile("gpu")
 
 
