@@ -23,7 +23,7 @@ from pathlib import Path
 
 from lorapar_utils.errors import InputError
 from lorapar_utils.machine import hardware
-from lorapar_utils.settings import project_root
+from lorapar_utils.settings import project_root, working_root
 
 PACKAGE = Path(__file__).resolve().parent
 MANIFEST = "manifest.json"
@@ -154,7 +154,7 @@ def file_hash(path: Path) -> str:
     """
     stat = path.stat()
     key = f"{path.resolve()} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-    cache = project_root() / "runs" / "file_hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    cache = working_root() / "runs" / "file_hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
     # A file changed within two seconds may change again without a change of its times.
     settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2e9
     if settled:

@@ -474,7 +474,7 @@ class Settings(Section):
     @property
     def runs(self) -> Path:
         """The folder for all output of this profile."""
-        return project_root() / "runs" / self.profile
+        return working_root() / "runs" / self.profile
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -540,12 +540,24 @@ class Settings(Section):
 
 
 def project_root() -> Path:
-    """The folder with `profiles/defaults.yaml`: at or above the working directory, else the package's clone."""
-    package = Path(__file__).resolve().parent.parent
-    for folder in (Path.cwd(), *Path.cwd().parents, package):
+    """The folder with `profiles/defaults.yaml`: at or above the working directory, else the package's clone.
+
+    A package that was installed from a wheel has a copy of its own (see `setup.py`).
+    """
+    for folder in (Path.cwd(), *Path.cwd().parents, PACKAGE.parent, INSTALLED):
         if (folder / "profiles" / "defaults.yaml").is_file():
             return folder
-    raise InputError(f"no profiles/defaults.yaml above {Path.cwd()} or {package}: run from a clone of the project")
+    raise InputError(f"no profiles/defaults.yaml above {Path.cwd()} or {PACKAGE}: run from a clone of the project")
+
+
+def working_root() -> Path:
+    """The folder that `runs/` is in: the project's root, or without a clone the working directory."""
+    root = project_root()
+    return Path.cwd() if root == INSTALLED else root
+
+
+PACKAGE = Path(__file__).resolve().parent
+INSTALLED = PACKAGE / "project"
 
 
 def load_profile(name_or_path: str | os.PathLike = "laptop", **overrides: Any) -> Settings:

@@ -15,7 +15,7 @@ import torch
 
 from lorapar_utils import machine
 from lorapar_utils.errors import InputError
-from lorapar_utils.settings import Settings, project_root
+from lorapar_utils.settings import Settings, working_root
 
 LAST_CHARACTERS = 40_000
 # A failure in the launcher's report. The launcher's log lines also have rank and code, but in another format.
@@ -54,7 +54,7 @@ def launch(phase: str, settings: Settings, *arguments: object) -> None:
         threads = str(max(1, machine.threads_from_environment(settings.threads) // count))
         group = subprocess.Popen(
             command,
-            cwd=project_root(),
+            cwd=working_root(),
             env=os.environ | {"OMP_NUM_THREADS": threads},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -25,7 +25,7 @@ from lorapar_utils.cache import code_of, completed, fingerprint, is_whole, origi
 from lorapar_utils.errors import InputError
 from lorapar_utils.machine import lock
 from lorapar_utils.models.identity import model_identity
-from lorapar_utils.settings import Settings, load_profile, project_root
+from lorapar_utils.settings import Settings, load_profile, working_root
 from lorapar_utils.voting import teachers
 
 
@@ -113,7 +113,7 @@ def _vote_cache() -> Iterator[diskcache.Cache]:
     SQLite's write-ahead log is off, because on a network file system it loses the writes of two machines. On a file
     system without locks an InputError is raised before any question, because the answers could not be options.
     """
-    folder = project_root() / Path(os.environ.get("LORAPAR_VOTES") or "runs/vote_cache").expanduser()
+    folder = working_root() / Path(os.environ.get("LORAPAR_VOTES") or "runs/vote_cache").expanduser()
     options = {"disk": diskcache.JSONDisk, "eviction_policy": "none", "sqlite_journal_mode": "delete"}
     try:
         with diskcache.Cache(folder, **options) as cache:
