@@ -62,9 +62,9 @@ split.voting_plan(settings) if compute else None
 #
 # Every teacher reads question and answer; with role play it is told which model it stands in for. A server's teacher answers in words, and
 # only a last line that says *System 1* or *System 2* counts; anything else is an abstention. A local teacher is read by the log-likelihood
-# of its two labels, less its mean over the pool: with $\ell_k$ the label of System $k$ and $x$ the filled-in question, teacher $t$ has the margin
+# of its two labels, less its mean $\mu_t$ over the pool: with $\ell_k$ the label of System $k$ and $x$ the filled-in question, teacher $t$ has the margin
 #
-# $$m_t(x) = \log p_t(\ell_2 \mid x) - \log p_t(\ell_1 \mid x), \qquad v_t(x) = \begin{cases} 2 & m_t(x) > \bar{m}_t \\ 1 & \text{otherwise} \end{cases}$$ (eq-margin)
+# $$m_t(x) = \log\, p_t(\ell_2 \mid x) - \log\, p_t(\ell_1 \mid x), \qquad v_t(x) = \begin{cases} 2 & m_t(x) > \mu_t \\ 1 & \text{otherwise} \end{cases}$$ (eq-margin)
 #
 # Of $n_1$ votes for System 1 and $n_2$ for System 2 among $T$ teachers, the larger side wins if it reaches the quorum $q$, which is more than half unless
 # a profile sets it; the rest is undecided (0) and left out:
@@ -77,8 +77,10 @@ split.voting_plan(settings) if compute else None
 ballots = np.array([[1, 1, 2], [2, 2, 2], [1, 2, 0], [0, 0, 1]])
 system, agreement = decide(ballots)
 n1, n2 = (ballots == 1).sum(axis=1), (ballots == 2).sum(axis=1)
-assert system.tolist() == np.select([(n1 > n2) & (n1 >= 2), (n2 > n1) & (n2 >= 2)], [1, 2], 0).tolist()
-pd.DataFrame({"votes": ballots.tolist(), "system": system, "agreement": agreement.round(2)})
+larger = [(n1 > n2) & (n1 >= 2), (n2 > n1) & (n2 >= 2)]
+assert system.tolist() == np.select(larger, [1, 2], 0).tolist()
+decided = {"system": system, "agreement": agreement.round(2)}
+pd.DataFrame({"votes": ballots.tolist()} | decided)
 
 # %% [markdown]
 # ### All examples
@@ -86,7 +88,10 @@ pd.DataFrame({"votes": ballots.tolist(), "system": system, "agreement": agreemen
 # %% tags=["remove-input"]
 record = record_votes(settings, Examples(settings), retry=retry) if compute else notebook.published(settings, "voting")
 published = evidence()["voting"]
-pd.DataFrame(record.items, columns=["prompt", "answer", "steps", "votes", "system"]).head(8)
+few = pd.DataFrame(record.items[:8])
+notebook.shown(
+    few[["prompt", "answer", "steps"]].join(pd.DataFrame(few["votes"].tolist())).assign(system=few["system"])
+)
 
 # %% [markdown]
 # ## Do the teachers agree?

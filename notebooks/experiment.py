@@ -46,7 +46,9 @@ from lorapar_utils.pipeline.experiment import experiment
 figure = figures.pipeline("stage1", "stage2")
 
 # %% tags=["remove-input"]
-settings.for_experiment(name, seed).partition, settings.experiments[name]
+own_values = settings.experiments[name].model_dump(exclude_none=True)
+described = own_values | settings.for_experiment(name, seed).partition.model_dump()
+pd.Series(described, name=name).astype(str).to_frame()
 
 # %% [markdown]
 # ## Train and score

@@ -71,9 +71,13 @@ def shown(frame: pd.DataFrame, otherwise: str = "Nothing to show yet.") -> Style
 
 
 def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -> Styler:
-    """A table of `tables` with links to files in column `records`; the links' tooltips have commit and date."""
+    """A table of `tables` with links to files in column `records`; the links' tooltips have commit and date.
+
+    Columns without a value are left out.
+    """
     if frame.empty:
         return _as_html(pd.DataFrame({"records": ["none yet"]}))
+    frame = frame.loc[:, (frame.astype(str) != "–").any()]
     by_label = {tables.label(record): record for record in records}
     cells = frame.astype(object).map(lambda cell: html.escape(cell) if isinstance(cell, str) else cell)
     for row, names in frame["records"].items():
