@@ -21,14 +21,16 @@ def cite(name: str, records: Sequence[Record], link: Callable[[Record], str] | N
     if not records:
         return f"{name} (no record)"
 
-    def entry(text: str, record: Record) -> str:
-        run = record.run
-        title = (
-            f"{record.name} of profile {run['profile']}, commit {(run['commit'] or 'none')[:10]}, made {run['created']}"
-        )
-        return text if link is None else f'<a class="result" href="{link(record)}" title="{title}">{text}</a>'
-
     if len(records) == 1 and records[0].name == name.rpartition("/")[2]:
-        return entry(name, records[0])
-    seeds = ", ".join(entry(f"seed {record.run['seed']}", record) for record in records)
+        return linked_text(name, records[0], link)
+    seeds = ", ".join(linked_text(f"seed {record.run['seed']}", record, link) for record in records)
     return f"{name} ({seeds})"
+
+
+def linked_text(text: str, record: Record, link: Callable[[Record], str] | None) -> str:
+    """`text` as a link to the record, whose name, commit and date hovering tells; plain if `link` is None."""
+    if link is None:
+        return text
+    run = record.run
+    title = f"{record.name} of profile {run['profile']}, commit {(run['commit'] or 'none')[:10]}, made {run['created']}"
+    return f'<a class="result" href="{link(record)}" title="{title}">{text}</a>'

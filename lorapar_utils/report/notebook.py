@@ -15,7 +15,17 @@ from IPython.display import Markdown, display
 from pandas.io.formats.style import Styler
 
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, cite, claim_runs, evidence, own_records, published_records, record_link, study
+from lorapar_utils.records import (
+    Record,
+    cite,
+    claim_runs,
+    evidence,
+    linked_text,
+    own_records,
+    published_records,
+    record_link,
+    study,
+)
 from lorapar_utils.report import claims, figures, tables
 from lorapar_utils.settings import Settings, load_profile
 
@@ -71,8 +81,9 @@ def shown(frame: pd.DataFrame, otherwise: str = "Nothing to show yet.") -> Style
 
 
 def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -> Styler:
-    """A table of `tables` with links to files in column `records`; the links' tooltips have commit and date.
+    """A table of `tables` with links to records, whose tooltips have commit and date.
 
+    Each value of a column `each seed` is a link, and so is that of `this run`. Other tables keep the column `records`.
     Columns without a value are left out.
     """
     if frame.empty:
@@ -80,10 +91,19 @@ def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -
     frame = frame.loc[:, (frame.astype(str) != "–").any()]
     by_label = {tables.label(record): record for record in records}
     cells = frame.astype(object).map(lambda cell: html.escape(cell) if isinstance(cell, str) else cell)
+    link = partial(record_link, settings=settings)
     for row, names in frame["records"].items():
-        cited = _cited([by_label[name] for name in names.split(", ") if name], settings)
-        cells.loc[row, "records"] = "; ".join(cited) or "–"
-    return _as_html(cells)
+        behind = [by_label[name] for name in names.split(", ") if name]
+        if "each seed" in frame:
+            values = [value for value in frame.loc[row, "each seed"].split(", ") if value != "–"]
+            own = behind[len(values) :]
+            seeds = [linked_text(*pair, link) for pair in zip(values, behind, strict=False)]
+            cells.loc[row, "each seed"] = ", ".join(seeds) or "–"
+            if own and "this run" in frame:
+                cells.loc[row, "this run"] = linked_text(cells.loc[row, "this run"], own[0], link)
+        else:
+            cells.loc[row, "records"] = "; ".join(_cited(behind, settings)) or "–"
+    return _as_html(cells.drop(columns="records") if "each seed" in frame else cells)
 
 
 def sources(records: Iterable[Record], settings: Settings) -> Styler:

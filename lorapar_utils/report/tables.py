@@ -207,6 +207,15 @@ def _published_point(modules: str, theta: float, selection: str) -> dict[str, fl
     return row if selection == "importance" else {}
 
 
+# How a control selects -> its name beside the ways of scoring.
+CONTROLS = {
+    "random": "random",
+    "random_in_matrix": "random in each matrix",
+    "magnitude": "largest values, as many",
+    "swapped": "the other system's",
+}
+
+
 def theta_points(records: Iterable[Record]) -> list[dict]:
     """One point for each modules, theta and selection: mean accuracy over the seeds, with an interval over test items.
 
@@ -219,7 +228,7 @@ def theta_points(records: Iterable[Record]) -> list[dict]:
             continue
         score = parameters.get("score") or "second_order"
         selection = {"second_order": "importance", "random": "random scores"}.get(score, score)
-        selection = "random" if parameters["selection"] == "random" else selection
+        selection = CONTROLS.get(parameters["selection"], selection)
         every = parameters["method"] != "lorapar" or parameters["theta"] == 1.0
         key = (parameters["modules"], 1.0 if every else parameters["theta"], "all elements" if every else selection)
         groups.setdefault(key, {}).setdefault(record.run["seed"], record)

@@ -359,6 +359,22 @@ def test_every_row_of_a_table_links_the_records_that_it_was_made_from():
     assert "none yet" in notebook.linked(tables.theta_table([]), [], load_profile("smoke")).to_html()
 
 
+def test_values_of_single_seeds_are_links_and_columns_without_a_value_are_left_out():
+    def arm(selection, seed, right):
+        more = {"sweep": "theta", "selection": selection, "theta": 0.9, "modules": "GUD"}
+        one = trained("lorapar", seed, ["sft"], right, **more)
+        one.metrics["active/stage1"] = Metric(0.4, 10)
+        return one
+
+    runs = [arm("importance", 0, 20), arm("importance", 1, 30), arm("swapped", 0, 10)]
+    page = notebook.linked(tables.theta_table(runs), runs, load_profile("smoke")).to_html()
+    rows = [re.sub("<.*?>", " ", row) for row in page.split("<tr>")]
+    assert any("importance" in row and "50.0 ,  75.0" in row for row in rows), rows
+    assert any("other system" in row and "25.0" in row for row in rows), "a control counts as importance"
+    assert "lorapar-seed1.json" in page and "<th" in page
+    assert "records" not in rows[1] and "this run" not in rows[1]
+
+
 def test_a_share_of_nothing_but_misses_has_an_interval_with_width():
     nothing = intervals.share([0.0] * 150)
     assert nothing.value == nothing.low == 0.0 and nothing.high == pytest.approx(0.025, abs=1e-3)
