@@ -217,7 +217,17 @@ class RecordedTeacher(Section):
     path: str
 
 
-Teacher = Annotated[LocalTeacher | ApiTeacher | RecordedTeacher, Field(discriminator="kind")]
+class SuccessTeacher(Section):
+    """The target itself: the more of its sampled completions are wrong, the slower a question is."""
+
+    kind: Literal["success"]
+    name: Name
+    role_play: Literal[False] = False
+    completions: Positive = 4  # of each question, at temperature 1
+    max_new_tokens: Positive = 64
+
+
+Teacher = Annotated[LocalTeacher | ApiTeacher | RecordedTeacher | SuccessTeacher, Field(discriminator="kind")]
 
 
 class VotingSection(Section):
@@ -855,7 +865,7 @@ def _remedy(item: dict) -> str:
 
 def _section_at(location: tuple) -> Any:
     """The class that validates the setting at `location`, a path through teachers' kinds and experiments' names."""
-    kinds = {"local": LocalTeacher, "api": ApiTeacher, "recorded": RecordedTeacher}
+    kinds = {"local": LocalTeacher, "api": ApiTeacher, "recorded": RecordedTeacher, "success": SuccessTeacher}
     section: Any = Settings
     for part in location:
         if part in getattr(section, "model_fields", {}):

@@ -1,4 +1,4 @@
-"""The kinds of teacher: a local model, an OpenAI-compatible server, recorded votes (paper, section 3.1).
+"""The kinds of teacher: a local model, a server, recorded votes, the target's own success (paper, section 3.1).
 
 Deviation: the paper's teachers are large reasoning models that answer in words, like `api` teachers here. A `local`
 teacher votes for the label with the higher log-likelihood, so every vote has a margin.
@@ -13,9 +13,10 @@ import jinja2
 from lorapar_utils.cache import fingerprint
 from lorapar_utils.errors import InputError
 from lorapar_utils.models.identity import model_identity
-from lorapar_utils.settings import ApiTeacher, LocalTeacher, RecordedTeacher, Settings
+from lorapar_utils.settings import ApiTeacher, LocalTeacher, RecordedTeacher, Settings, SuccessTeacher
 from lorapar_utils.voting import Ballot, Teacher
 from lorapar_utils.voting.recorded import read_votes_file, recorded_teacher
+from lorapar_utils.voting.success import success_teacher
 
 # Fields that shape no answer: names, keys, prices and limits.
 LOGISTICS = {"name", "api_key_env", "price_in", "price_out"}
@@ -47,12 +48,15 @@ def build_teachers(settings: Settings, examples: Sequence[dict]) -> list[Teacher
         if section.kind == "recorded":
             teachers.append(recorded_teacher(section, [example["id"] for example in examples]))
             continue
+        if section.kind == "success":
+            teachers.append(success_teacher(section, fingerprint(identity(section, settings)), settings, load))
+            continue
         _check_template(section, settings)
         teachers.append(_server(section, settings) if section.kind == "api" else _local(section, settings, load))
     return teachers
 
 
-def identity(section: LocalTeacher | ApiTeacher | RecordedTeacher, settings: Settings) -> dict:
+def identity(section: LocalTeacher | ApiTeacher | RecordedTeacher | SuccessTeacher, settings: Settings) -> dict:
     """Everything that shapes a teacher's answers; part of the key of cached votes."""
     if section.kind == "recorded":
         return {"kind": "recorded", "sha256": hashlib.sha256(read_votes_file(section)).hexdigest()}
@@ -61,6 +65,8 @@ def identity(section: LocalTeacher | ApiTeacher | RecordedTeacher, settings: Set
         from lorapar_utils.voting.servers import server_address  # here, because openai takes a second
 
         return shaping | {"base_url": server_address(section)}
+    if section.kind == "success":
+        return shaping | {"model": model_identity(settings)}
     model = model_identity(over(section.source, section.gguf_file, settings))
     model.pop("system_prompt")  # teachers get no system prompt
     return shaping | {"source": None, "gguf_file": None, "model": model}
