@@ -166,6 +166,7 @@ def page_context(settings: Settings) -> dict:
         "share": share,
         "points": points,
         "effect": effect,
+        "verdict": lambda claim: f"*{judged[claim][1].verdict}*",
         "verdicts": Counter(one.verdict for _, one in judged.values()).most_common(),
         "table": lambda name: to_markdown(makers[name]()),
         "environment": next(iter((own or records).values())).environment,
