@@ -35,7 +35,7 @@ modules = None  # QKV, GUD or QKVGUD
 import pandas as pd
 import torch
 
-from lorapar_utils.records import evidence
+from lorapar_utils.records import evidence, study
 from lorapar_utils.report import explorer, figures, notebook
 
 changed = {"seed": seed, "theta": theta, "alpha": alpha, "beta": beta, "modules": modules}
@@ -173,12 +173,12 @@ figure = figures.without_systems(published)
 # %% [markdown]
 # ## Move theta, alpha and beta
 #
-# The same partition at other settings, from counts in the record. alpha is the share of the shared region that stage 1 trains, beta that of
+# The same partition at other settings, from counts in the record; beside it, a model without two systems and what the study found at that theta. alpha is the share of the shared region that stage 1 trains, beta that of
 # stage 2. The map shows one of three shares of each layer's module.
 
 # %% tags=["remove-input"]
 explorer.Page(
-    explorer.theta_explorer(record),
+    explorer.theta_explorer(record, study().values()),
     figures.importance_map(record),
     "Heat maps of layer against module: importance to System 1, to System 2, and their difference.",
 )

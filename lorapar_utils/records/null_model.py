@@ -42,12 +42,13 @@ def without_systems(record: Record, thetas: Sequence[float] = THETAS, seed: int 
     for name, draw_gradients in GRADIENTS.items():
         draw = np.random.default_rng(seed)
         phi = np.abs(draw.standard_normal(counts.sum()))
-        scores = []
+        systems = []
         for system in ("system1", "system2"):
             product = np.abs(draw_gradients(draw, counts.sum())) * phi
-            scores.append(product / product.mean() * np.repeat(matrices[system].to_numpy(), counts))
+            systems.append(_ranked(product / product.mean() * np.repeat(matrices[system].to_numpy(), counts)))
         for theta in thetas:
-            first, second = (_selected(values, theta) for values in scores)
+            # The highest scores whose sum reaches theta of the total.
+            first, second = (ranks <= np.searchsorted(held, theta * held[-1]) for ranks, held in systems)
             jaccard = (first & second).sum() / (first | second).sum()
             rows.append(
                 {"gradients": name, "theta": theta, "active": (first.mean() + second.mean()) / 2, "jaccard": jaccard}
@@ -55,10 +56,9 @@ def without_systems(record: Record, thetas: Sequence[float] = THETAS, seed: int 
     return pd.DataFrame(rows)
 
 
-def _selected(scores: np.ndarray, theta: float) -> np.ndarray:
-    """The highest scores whose sum reaches theta of the total."""
+def _ranked(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The place of each score among all, from the highest, and the sums of the highest scores."""
     order = np.argsort(-scores)
-    count = int(np.searchsorted(np.cumsum(scores[order]), theta * scores.sum())) + 1
-    mask = np.zeros(len(scores), dtype=bool)
-    mask[order[:count]] = True
-    return mask
+    ranks = np.empty(len(scores), dtype=int)
+    ranks[order] = np.arange(len(scores))
+    return ranks, np.cumsum(scores[order])

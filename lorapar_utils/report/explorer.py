@@ -7,13 +7,14 @@ fetched. The sliders are the browser's own, so they work by keyboard.
 import base64
 import html
 import io
+from collections.abc import Iterable, Sequence
 
 import altair as alt
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lorapar_utils.records import Record
+from lorapar_utils.records import Record, null_model
 from lorapar_utils.report.figures import REGION_COLOURS, REGION_LABELS
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -22,17 +23,22 @@ STYLE = (
     "<style>.vega-embed { display: flex !important; flex-direction: column-reverse !important; }"
     " .vega-bindings { font: 14px sans-serif; }</style>"
 )
-FRAME = "width: 100%; height: 660px; border: 0; background: white"
+FRAME = "width: 100%; height: 700px; border: 0; background: white"
+BYTES_OF_MOMENTS = 8  # of each active element: AdamW's two, in fp32
 SHOWN = {"stage1": "active in stage 1", "stage2": "active in stage 2", "shared": "shared"}
 
 
-def theta_explorer(record: Record) -> alt.VConcatChart:
+def theta_explorer(record: Record, arms: Iterable[Record] = ()) -> alt.VConcatChart:
     """Regions, active shares, Jaccard index and a layer x module map of the importance record, under three sliders.
+
+    Beside them: the shares of a model without two systems, and what training found at that theta.
 
     Parameters
     ----------
     record
         The importance record, with the table `explorer`.
+    arms
+        Records of the study; those of LoRA-PAR after stage 1 count.
 
     Returns
     -------
@@ -45,7 +51,8 @@ def theta_explorer(record: Record) -> alt.VConcatChart:
     summed = rows.transform_aggregate(
         **{key: f"sum({key})" for key in (*REGION_LABELS, "stage1", "stage2", "elements")}, groupby=["theta"]
     )
-    chart = alt.vconcat(_summary_line(summed), _region_bars(summed), _layer_map(rows))
+    beside = _beside(record, arms, sorted(counts["theta"].unique()))
+    chart = alt.vconcat(_summary_line(summed), _beside_line(beside), _region_bars(summed), _layer_map(rows))
     chart = chart.resolve_scale(color="independent").add_params(*_sliders(counts["theta"].nunique(), shares))
     return chart.configure_view(stroke=None)
 
@@ -83,9 +90,46 @@ def _summary_line(summed: alt.Chart) -> alt.Chart:
         text="'theta ' + datum.theta + ': ' + format(datum.stage1 / datum.elements, '.1%') + ' active in stage 1, '"
         " + format(datum.stage2 / datum.elements, '.1%') + ' in stage 2\\nJaccard index '"
         " + format(datum.shared / (datum.shared + datum.system1_only + datum.system2_only), '.2f')"
+        f" + '; moments ' + format(datum.stage1 * {BYTES_OF_MOMENTS} / 1e6, '.1f') + ' MB in stage 1'"
     )
-    line = words.mark_text(align="left", fontSize=12, lineBreak="\n", dx=-70)
-    return line.encode(text="text:N", x=alt.value(0)).properties(width=230, height=30)
+    return _line(words, lines=2)
+
+
+def _line(words: alt.Chart, lines: int) -> alt.Chart:
+    text = words.mark_text(align="left", fontSize=12, lineBreak="\n", dx=-70)
+    return text.encode(text="text:N", x=alt.value(0)).properties(width=230, height=15 * lines)
+
+
+def _beside(record: Record, arms: Iterable[Record], thetas: Sequence[float]) -> pd.DataFrame:
+    """What stands beside the partition at each theta, in words."""
+    null = null_model.without_systems(record, thetas).groupby("theta")[["active", "jaccard"]].agg(["min", "max"])
+    trained: dict[float, list[Record]] = {}
+    for arm in arms:
+        asked = arm.run["parameters"]
+        if (asked.get("method"), asked.get("selection"), asked.get("measured_on")) == ("lorapar", "importance", "test"):
+            trained.setdefault(asked["theta"], []).append(arm)
+    rows = []
+    for theta in thetas:
+        (least, most), (low, high) = null.loc[theta, "active"], null.loc[theta, "jaccard"]
+        text = f"without two systems: {least:.0%} to {most:.0%} a system, Jaccard {low:.2f} to {high:.2f}\n"
+        found = next((runs for at, runs in trained.items() if abs(at - theta) < 1e-6), [])
+        means = {
+            key: sum(run.metric(f"stage1/{key}").value for run in found) / len(found)
+            for key in ("system1", "loss1")
+            if found
+        }
+        blocks = f"{len(found)} block{'s' * (len(found) > 1)}"
+        text += (
+            f"the study, System 1 after stage 1: {means['system1']:.1%}, loss {means['loss1']:.3f} ({blocks})"
+            if found
+            else "the study has not trained at this theta"
+        )
+        rows.append({"theta": theta, "text": text})
+    return pd.DataFrame(rows)
+
+
+def _beside_line(beside: pd.DataFrame) -> alt.Chart:
+    return _line(alt.Chart(beside).transform_filter("abs(datum.theta - theta) < 0.01"), lines=2)
 
 
 def _region_bars(summed: alt.Chart) -> alt.Chart:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lorapar_utils.partition import build_partition
-from lorapar_utils.records import from_scores
+from lorapar_utils.records import from_scores, new_record, null_model
+from lorapar_utils.records.intervals import Metric
 from lorapar_utils.report import explorer, figures
 from lorapar_utils.settings import load_profile
 
@@ -44,6 +45,20 @@ def test_counts_are_those_of_the_partition_at_each_setting(scores, record):
         first = [name for name in partition.shapes if ".1.self_attn.v_proj" in name]
         wanted = sum(int(partition.stage_mask(1)[name].sum()) for name in first)
         assert rows[(rows["layer"] == 1) & (rows["module"] == "v_proj")][f"stage1_{i}"].item() == wanted
+
+
+def test_beside_the_partition_stand_the_null_model_and_what_training_found(record):
+    def arm(seed, right, **more):
+        asked = {"method": "lorapar", "selection": "importance", "measured_on": "test", "theta": 0.9} | more
+        metrics = {"stage1/system1": Metric(right, 40), "stage1/loss1": Metric(0.1, 40)}
+        return new_record(f"a-seed{seed}", load_profile("smoke"), metrics=metrics, parameters=asked)
+
+    arms = [arm(0, 0.5), arm(1, 0.7), arm(0, 0.1, selection="swapped"), arm(0, 0.2, theta=0.5)]
+    texts = explorer._beside(record, arms, [0.3, 0.5, 0.9]).set_index("theta")["text"]
+    null = null_model.without_systems(record, [0.9])
+    assert f"without two systems: {null['active'].min():.0%} to {null['active'].max():.0%} a system" in texts[0.9]
+    assert texts[0.9].endswith("System 1 after stage 1: 60.0%, loss 0.100 (2 blocks)")
+    assert texts[0.5].endswith("20.0%, loss 0.100 (1 block)") and texts[0.3].endswith("not trained at this theta")
 
 
 def test_the_chart_is_one_block_of_html_that_fetches_nothing_and_has_a_picture_for_readers_without_scripts(record):
