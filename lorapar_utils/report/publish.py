@@ -5,15 +5,16 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable
 
 import yaml
 
 from lorapar_utils.cache import MANIFEST, completed, write_atomically
 from lorapar_utils.errors import InputError
 from lorapar_utils.models.published import HOME, TRAINED_BY
-from lorapar_utils.records import Record, evidence, pooled, read_record, read_records, write_record
-from lorapar_utils.records.intervals import Metric
+from lorapar_utils.records import Record, read_record, read_records, study, write_record
 from lorapar_utils.report import tables
+from lorapar_utils.report.book import to_markdown
 from lorapar_utils.settings import Settings, load_profile, project_root
 
 # The experiments whose adapters are published, and where their base is to be had.
@@ -49,7 +50,7 @@ def publish(profile: str) -> int:
         publish_adapters(settings)
     readme = project_root() / "README.md"
     if readme.is_file():
-        write_atomically(readme, readme_with_results(readme.read_text(encoding="utf-8"), pooled(evidence())))
+        write_atomically(readme, readme_with_results(readme.read_text(encoding="utf-8"), study().values()))
     return len(records)
 
 
@@ -82,25 +83,9 @@ def publish_adapters(settings: Settings) -> None:
             write_record(read_record(settings.runs / "records" / f"{run}.json"), scratch / "record.json")
 
 
-def readme_with_results(readme: str, records: dict[str, Record]) -> str:
-    """`readme` with the block between its `results` marks filled from `records`."""
-
-    def cell(record: str, metric: str) -> str:
-        return tables.written(records[record].metrics.get(metric) if record in records else None)
-
-    rows = [
-        ("base model", "base-seed0", "base"),
-        ("LoRA-PAR, after stage 1 (SFT)", "lorapar-seed0", "stage1"),
-        ("LoRA-PAR, after stage 2 (GRPO)", "lorapar-seed0", "stage2"),
-        ("LoRA, all elements, after stage 1", "lora_rl-seed0", "stage1"),
-        ("LoRA, all elements, after stage 2", "lora_rl-seed0", "stage2"),
-    ]
-    lines = ["| test accuracy, 95 % interval | System 1 | System 2 | elements active |", "| --- | --- | --- | --- |"]
-    for title, record, stage in rows:
-        active = records[record].metrics.get(f"active/{stage}") if record in records else None
-        share = tables.written(active, Metric.share, "–")
-        lines.append(f"| {title} | {cell(record, f'{stage}/system1')} | {cell(record, f'{stage}/system2')} | {share} |")
-    block = "<!-- results:begin -->\n" + "\n".join(lines) + "\n<!-- results:end -->"
+def readme_with_results(readme: str, records: Iterable[Record]) -> str:
+    """`readme` with the block between its `results` marks filled from the study's records."""
+    block = f"<!-- results:begin -->\n{to_markdown(tables.arms_table(records))}\n<!-- results:end -->"
     return re.sub(r"<!-- results:begin -->.*<!-- results:end -->", lambda _: block, readme, flags=re.S)
 
 

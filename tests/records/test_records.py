@@ -19,6 +19,7 @@ from lorapar_utils.records import (
     pooled,
     read_record,
     read_records,
+    study,
     write_record,
 )
 from lorapar_utils.records.intervals import Metric
@@ -524,7 +525,7 @@ def test_readme_shows_what_the_published_records_say():
     from lorapar_utils.report.publish import readme_with_results
 
     readme = (ROOT / "README.md").read_text()
-    assert readme_with_results(readme, pooled(evidence())) == readme
+    assert readme_with_results(readme, study().values()) == readme
 
 
 def test_arms_of_the_study_are_means_over_blocks_and_tuning_runs_are_none_of_them():
