@@ -98,7 +98,7 @@ def papermill(tmp_path, notebook, *parameters):
             "thetta is no parameter of this notebook; it has alpha",
         ),
         ("02_importance", ("profile", "smoke", "theta", "1.5"), "partition.theta = 1.5"),
-        ("06_claims", ("profile", "smokey"), "no 'smokey'; choose one of laptop"),
+        ("06_claims", ("profile", "smokey"), "no 'smokey'; choose one of gemma3-270m, laptop"),
     ],
 )
 def test_bad_papermill_parameters_stop_with_one_message(tmp_path, notebook, parameters, message):
