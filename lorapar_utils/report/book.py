@@ -140,17 +140,23 @@ def page_context(settings: Settings) -> dict:
     def points(record: str, metric: str) -> str:
         return shown(record, metric, Metric.difference)
 
-    declared = claims.load_claims()
+    declared, published = claims.load_claims(), study()
     judged = {
-        claim["claim"]: (claim, one) for claim, one in zip(declared, claims.judgements(study(), declared), strict=True)
+        claim["claim"]: (claim, one)
+        for claim, one in zip(declared, claims.judgements(published, declared), strict=True)
     }
 
     def effect(claim: str) -> str:
-        """A claim's effect over blocks, and its verdict, as the protocol has it."""
+        """A claim's effect over blocks, with a link to its evidence, and its verdict."""
         declaration, one = judged[claim]
         if one.effect is None:
             return "not run yet"
-        return f"{claims.written(declaration, one, items=False)} ({one.seeds} blocks): *{one.verdict}*"
+        sides = [side["record"] for side in declaration["test"].values() if isinstance(side, dict)]
+        behind = [record for name in sides for record in claims.named(published, name)]
+        commits = ", ".join(sorted({str(record.run["commit"])[:10] for record in behind}))
+        title = html.escape(f"{one.seeds} blocks of {', '.join(sides)}; commit {commits}")
+        text = f"{claims.written(declaration, one, items=False)} ({one.seeds} blocks)"
+        return f'<a class="result" href="06_claims.html" title="{title}">{text}</a>: *{one.verdict}*'
 
     makers = {
         "agreement": lambda: agreement.verdicts(settings),

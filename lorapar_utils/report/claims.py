@@ -115,7 +115,7 @@ def judge(claim: dict, records: dict[str, Record]) -> Judgement:
     if test["kind"] == "within":
         return _within(test, records)
     sides = [test[key] for key in SIDES[test["kind"]]]
-    of_sides = [_named(records, side["record"]) for side in sides]
+    of_sides = [named(records, side["record"]) for side in sides]
     if not all(of_sides):
         return Judgement("not run", why="no record")
     paired = blocks(of_sides)
@@ -139,7 +139,7 @@ def judge(claim: dict, records: dict[str, Record]) -> Judgement:
 
 
 def _within(test: dict, records: dict[str, Record]) -> Judgement:
-    runs = _named(records, test["first"]["record"])
+    runs = named(records, test["first"]["record"])
     if not runs:
         return Judgement("not run", why="no record")
     metric = runs[0].metric(test["first"]["metric"])
@@ -153,7 +153,7 @@ def _within(test: dict, records: dict[str, Record]) -> Judgement:
 
 
 def _without_headroom(base: dict, records: dict[str, Record]) -> Judgement | None:
-    runs = _named(records, base["record"])
+    runs = named(records, base["record"])
     if runs and runs[0].metric(base["metric"]).value <= base["at_most"]:
         value = runs[0].metric(base["metric"])
         return Judgement("no headroom", value, why=f"the base model is at {value.share()}")
@@ -206,7 +206,7 @@ def scoreboard(
     rows = []
     for claim, judged in zip(claims, judgements(records, claims), strict=True):
         sides = [side["record"] for side in claim["test"].values() if isinstance(side, dict)]
-        evidence = {name: _named(records, name) for name in dict.fromkeys(sides)}
+        evidence = {name: named(records, name) for name in dict.fromkeys(sides)}
         rows.append(
             {
                 "claim": claim["claim"],
@@ -237,6 +237,6 @@ def written(claim: dict, judged: Judgement, *, items: bool = True) -> str:
     return f"{unit * judged.effect.value:{form}} {name}{interval(judged.effect, 'blocks')}{over_items}"
 
 
-def _named(records: dict[str, Record], name: str) -> list[Record]:
+def named(records: dict[str, Record], name: str) -> list[Record]:
     """The record `name`, or the records of experiment `name` at every seed."""
     return [record for key, record in records.items() if re.fullmatch(rf"{re.escape(name)}(-seed\d+)?", key)]
