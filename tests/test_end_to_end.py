@@ -184,7 +184,7 @@ def jobs(folder):
 
 
 DARK = ("index.html", "02_importance.html", "06_claims.html", "api.html")
-HEAVIEST = 3_000_000
+HEAVIEST = 2_000_000
 LAYERS = [str(layer) for layer in range(30)]
 # Bytes of a page and of all that it loads.
 WEIGHT = """() => ["navigation", "resource"].flatMap(kind => performance.getEntriesByType(kind))

@@ -4,7 +4,9 @@ Prose takes its numbers from records: `{{ percent("lorapar-seed0", "stage2/syste
 """
 
 import argparse
+import base64
 import html
+import io
 import json
 import re
 import shutil
@@ -18,6 +20,7 @@ from pathlib import Path
 import jinja2
 import nbformat
 import pandas as pd
+from PIL import Image
 
 from lorapar_utils.records import Record, evidence, own_records, pooled, record_link, study
 from lorapar_utils.records.intervals import Metric
@@ -245,7 +248,10 @@ def to_markdown(frame: pd.DataFrame) -> str:
 
 
 def _write_notebook(path: Path, target: Path) -> None:
-    """Hide the injected cell; drop widget state and progress bars, because they need scripts from the network."""
+    """Hide the injected cell; drop widget state and progress bars, because they need scripts from the network.
+
+    Pictures are kept with a palette, in a third of the bytes.
+    """
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
@@ -254,9 +260,22 @@ def _write_notebook(path: Path, target: Path) -> None:
             tags.append("remove-cell")
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if not _is_progress(o)]
-            for data in (o.data for o in cell.outputs if "text/html" in o.get("data", {})):
-                data["text/html"] = _with_records_of_the_book(data["text/html"])
+            for data in (o.data for o in cell.outputs if "data" in o):
+                if "text/html" in data:
+                    data["text/html"] = _with_records_of_the_book(data["text/html"])
+                if "image/png" in data:
+                    data["image/png"] = _with_palette(data["image/png"])
     target.write_text(json.dumps(notebook, indent=1), encoding="utf-8")
+
+
+def _with_palette(encoded: str) -> str:
+    """A PNG (base64) in at most 256 colours; one with transparency stays as it is."""
+    picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    if "A" in picture.mode and picture.getextrema()[-1][0] < 255:
+        return encoded
+    file = io.BytesIO()
+    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _is_progress(output) -> bool:

@@ -1,5 +1,7 @@
 """The theta explorer shows what `build_partition` gives, and needs no network."""
 
+import base64
+import gzip
 import html
 import re
 
@@ -64,7 +66,11 @@ def test_beside_the_partition_stand_the_null_model_and_what_training_found(recor
 def test_the_chart_is_one_block_of_html_that_fetches_nothing_and_has_a_picture_for_readers_without_scripts(record):
     figures.plt.close("all")  # other tests' figures
     shown = explorer.Page(explorer.theta_explorer(record), figures.importance_map(record), 'A "map"')._repr_html_()
-    assert not re.search(r'(src|href)="https?:', shown) and "cdn." not in shown
+    packed = re.findall(r"'(H4sI[\w+/=]+)'", html.unescape(shown))
+    library, chart = (gzip.decompress(base64.b64decode(script)).decode() for script in packed)
+    assert "window.vegaEmbed" in library and "vegaEmbed('#vis'" in chart and len(shown) < len(library)
+    for text in (shown, library, chart):
+        assert not re.search(r'(src|href)="https?:', text) and "cdn." not in text.replace("cdn.jsdelivr.net/npm", "")
     assert shown.startswith('<iframe title="A &quot;map&quot;"') and len(shown) < 2_000_000
     assert '<noscript><img alt="A &quot;map&quot;"' in html.unescape(shown)
     assert not figures.plt.get_fignums()
