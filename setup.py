@@ -14,11 +14,12 @@ class WithProject(build_py):
         super().run()
         if self.editable_mode:  # a clone has them beside the package
             return
+        shutil.rmtree(Path(self.build_lib, "lorapar_utils", "project"), ignore_errors=True)
         for part in map(Path, PARTS):
             target = Path(self.build_lib, "lorapar_utils", "project", part)
             target.parent.mkdir(parents=True, exist_ok=True)
             if part.is_dir():
-                shutil.copytree(part, target, dirs_exist_ok=True)
+                shutil.copytree(part, target)
             else:
                 shutil.copy(part, target)
 

@@ -16,8 +16,11 @@
 # %% [markdown]
 # # Use it: LoRA-PAR in your own training script
 #
-# Score, partition, then two of TRL's trainers with `ActiveAdamW`. Nothing here knows of profiles or records; the page *Use it* of the book says what
-# each part is for, what it costs, and when not to use it.
+# - **Question.** How do I train with LoRA-PAR in a script of my own?
+# - **Paper.** Section 3, in 24 lines over TRL. The page *Use it* of the book says what each part is for, what it costs, and when not to use it.
+# - **Inputs.** A model, and two JSONL files with rows of prompt, completion and answer.
+# - **Outputs.** `runs/use/adapter`, in PEFT's format.
+# - **Cost.** Two minutes on a CPU as it stands.
 
 # %% tags=["parameters"]
 base = None  # a model's folder or hub id; None: the packaged SmolLM2-135M

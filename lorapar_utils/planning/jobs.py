@@ -51,7 +51,7 @@ def effort(settings: Settings, job: Job) -> float:
     pool, grpo, evaluation = settings.pool, settings.grpo, settings.evaluation
     work = 0.0
     if job.rule == "prepare":
-        teachers = sum(teacher.kind == "local" for teacher in settings.voting.teachers)
+        teachers = sum(teacher.kind in ("local", "success") for teacher in settings.voting.teachers)
         work = teachers * (pool.system1.train + pool.system2.train) * VOTE
         work += 2 * settings.importance.examples * EXAMPLE * TRAINING
     elif job.rule == "again":

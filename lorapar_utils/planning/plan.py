@@ -265,7 +265,7 @@ def phases_of(model: "Model", machine: Machine) -> list[Phase]:
         memory = model.memory(machine, [need for kind in times for need in batch[kind]], optimizer)
         phases.append(Phase(name, runs, seconds, memory, kind))
 
-    teachers = sum(teacher.kind == "local" for teacher in settings.voting.teachers)
+    teachers = sum(teacher.kind in ("local", "success") for teacher in settings.voting.teachers)
     asked = {"voting": teachers * sum(train) / settings.voting.batch_size}
     scored = {"importance": 2 * settings.importance.examples / settings.importance.batch_size}
     if teachers:

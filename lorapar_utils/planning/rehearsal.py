@@ -215,6 +215,7 @@ def _one_of_each_kind(settings: Settings) -> dict[str, ExperimentSection]:
 
 def _ask_local_teachers(settings: Settings, rows: list[dict]) -> None:
     local = [t.model_copy(update={"source": None}) for t in settings.voting.teachers if t.kind == "local"]
+    local += [t.model_copy(update={"max_new_tokens": 4}) for t in settings.voting.teachers if t.kind == "success"]
     if not local:
         return
     everybody = {"panels": {}, "panel": None, "quorum": None, "tie": "undecided"}

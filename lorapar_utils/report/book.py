@@ -1,6 +1,6 @@
 """Stage the executed notebooks and the prose pages, and build the Jupyter Book from them.
 
-Prose takes its numbers from records: `{{ percent("lorapar-seed0", "stage2/system2") }}` in a page of `book/`.
+Prose takes its numbers from records: `{{ effect("a claim of claims.yaml") }}` in a page of `book/`.
 """
 
 import argparse
@@ -22,8 +22,7 @@ import nbformat
 import pandas as pd
 from PIL import Image
 
-from lorapar_utils.records import Record, evidence, own_records, pooled, record_link, study
-from lorapar_utils.records.intervals import Metric
+from lorapar_utils.records import Record, blocks, evidence, own_records, pooled, record_link, study
 from lorapar_utils.report import agreement, claims, figures
 from lorapar_utils.settings import Settings, load_profile, project_root
 
@@ -54,7 +53,7 @@ def assemble(settings: Settings, experiment: Path, source: Path) -> None:
     source.mkdir(parents=True)
     pages = {path.name: path.read_text(encoding="utf-8") for path in sorted(book.glob("*.md"))}
     shown = [name for name in figures.FIGURES if any(f"figures/{name}.svg" in text for text in pages.values())]
-    figure_files = figures.save_all(pooled(evidence()), source / "figures", shown, formats=["svg"])
+    figures.save_all(pooled(evidence()), source / "figures", shown, formats=["svg"])
     for path in sorted(experiment.parent.parent.glob("*.ipynb")):
         _write_notebook(path, source / path.name)
     _write_notebook(experiment, source / "experiment.ipynb")
@@ -62,7 +61,7 @@ def assemble(settings: Settings, experiment: Path, source: Path) -> None:
         shutil.copy(book / name, source / name)
     shutil.copytree(book / "_static", source / "_static")
     _copy_records(settings, source / "_static" / "records")
-    context = page_context(settings) | {"figures": {path.stem for path in figure_files}}
+    context = page_context(settings)
     for name, page in pages.items():
         text = render(page, context, name)
         (source / name).write_text(_with_records_of_the_book(text), encoding="utf-8")
@@ -117,31 +116,12 @@ def _with_records_of_the_book(text: str) -> str:
 
 
 def page_context(settings: Settings) -> dict:
-    """The names that pages can use: `percent(record, metric)`, `share`, `points`, `effect(claim)`, `table(name)`, …
+    """The names that pages can use: `effect(claim)`, `verdict(claim)`, `table(name)`, …
 
     Numbers are those of the published evidence; `own` are this run's records.
     """
     records, own = evidence(), own_records(settings)
     link = partial(record_link, settings=settings)
-
-    def shown(record: str, metric: str, style: Callable[[Metric], str]) -> str:
-        """A number as a link to the record, with metric, commit and date as tooltip; or "not measured"."""
-        value = records[record].metrics.get(metric) if record in records else None
-        if value is None:
-            return "not measured"
-        run = records[record].run
-        title = f"{metric} of {record}: {value.percent()}; commit {(run['commit'] or 'none')[:10]}, {run['created']}"
-        text = style(value)
-        return f'<a class="result" href="{link(records[record])}" title="{html.escape(title)}">{text}</a>'
-
-    def percent(record: str, metric: str) -> str:
-        return shown(record, metric, Metric.percent)
-
-    def share(record: str, metric: str) -> str:
-        return shown(record, metric, Metric.share)
-
-    def points(record: str, metric: str) -> str:
-        return shown(record, metric, Metric.difference)
 
     declared, published = claims.load_claims(), study()
     judged = {
@@ -155,10 +135,12 @@ def page_context(settings: Settings) -> dict:
         if one.effect is None:
             return "not run yet"
         sides = [side["record"] for side in declaration["test"].values() if isinstance(side, dict)]
-        behind = [record for name in sides for record in claims.named(published, name)]
-        commits = ", ".join(sorted({str(record.run["commit"])[:10] for record in behind}))
-        title = html.escape(f"{one.seeds} blocks of {', '.join(sides)}; commit {commits}")
-        text = f"{claims.written(declaration, one, items=False)} ({one.seeds} blocks)"
+        paired = blocks([claims.named(published, name) for name in sides]).values()
+        commits = ", ".join(sorted({str(record.run["commit"])[:10] for block in paired for record in block}))
+        seeds = ", ".join(str(block[0].run["seed"]) for block in paired)
+        title = html.escape(f"seeds {seeds} of {', '.join(sides)}; commit {commits}")
+        count = f"{one.seeds} block{'s' * (one.seeds != 1)}"
+        text = f"{claims.written(declaration, one, items=False)} ({count})"
         return f'<a class="result" href="06_claims.html" title="{title}">{text}</a>: *{one.verdict}*'
 
     makers = {
@@ -171,10 +153,8 @@ def page_context(settings: Settings) -> dict:
         "settings": settings,
         "records": records,
         "own": own,
-        "percent": percent,
-        "share": share,
-        "points": points,
         "effect": effect,
+        "compared": any(one.over_items for _, one in judged.values()),
         "verdict": lambda claim: f"*{judged[claim][1].verdict}*",
         "verdicts": Counter(one.verdict for _, one in judged.values()).most_common(),
         "table": lambda name: to_markdown(makers[name]()),

@@ -125,6 +125,8 @@ def judge(claim: dict, records: dict[str, Record]) -> Judgement:
     gaps = [_gaps(block, sides, weights, test["endpoint"], claim) for block in paired.values()]
     if not any(gaps):
         return Judgement("not run", why=f"the records have no {test['endpoint']}")
+    if any(gap.keys() != gaps[0].keys() for gap in gaps):
+        raise InputError(f"claims.yaml: claim {claim['claim']!r}: its blocks do not have one set of {test['endpoint']}")
     over_items = intervals.mean(np.mean([[gap[i] for i in sorted(gaps[0])] for gap in gaps], axis=0))
     means = [float(np.mean(list(gap.values()))) for gap in gaps]
     if len(means) < claim.get("min_seeds", MIN_SEEDS):
@@ -145,7 +147,7 @@ def _within(test: dict, records: dict[str, Record]) -> Judgement:
     metric = runs[0].metric(test["first"]["metric"])
     if quantity := test.get("without_systems"):
         null = null_model.without_systems(runs[0], [test["theta"]])[quantity]
-        if ((null >= test["low"]) & (null <= test["high"])).all():
+        if ((null >= test["low"]) & (null <= test["high"])).any():
             why = f"a model without two systems gives {null.min():.2f} to {null.max():.2f}, which passes too"
             return Judgement("could not fail", metric, seeds=len(runs), why=why)
     inside = test["low"] <= metric.value <= test["high"]
@@ -166,8 +168,8 @@ def _gaps(
     """The effect in each test item of a block."""
     values = [_values(record, side["stage"], endpoint) for record, side in zip(block, sides, strict=True)]
     if any(side.keys() != values[0].keys() for side in values):
-        named = ", ".join(record.name for record in block)
-        raise InputError(f"claims.yaml: claim {claim['claim']!r}: {named} do not have one set of {endpoint}")
+        names = ", ".join(record.name for record in block)
+        raise InputError(f"claims.yaml: claim {claim['claim']!r}: {names} do not have one set of {endpoint}")
     return {i: sum(w * side[i] for w, side in zip(weights, values, strict=True)) for i in values[0]}
 
 

@@ -26,6 +26,16 @@ STYLE = (
     " .vega-bindings { font: 14px sans-serif; }</style>"
 )
 FRAME = "width: 100%; height: 700px; border: 0; background: white"
+# Parameters of LoRA-PAR after stage 1 as the study's arms by theta have them.
+PLAIN_ARM = {
+    "method": "lorapar",
+    "selection": "importance",
+    "measured_on": "test",
+    "stages": ["sft"],
+    "init": "normal",
+    "alpha": 1.0,
+    "flipped": 0.0,
+}
 BYTES_OF_MOMENTS = 8  # of each active element: AdamW's two, in fp32
 # Unpacks the chart's scripts, which are more than half of a page's bytes otherwise, and runs them in order.
 UNPACK = """<script>(async () => {
@@ -118,7 +128,7 @@ def _beside(record: Record, arms: Iterable[Record], thetas: Sequence[float]) -> 
     trained: dict[float, list[Record]] = {}
     for arm in arms:
         asked = arm.run["parameters"]
-        if (asked.get("method"), asked.get("selection"), asked.get("measured_on")) == ("lorapar", "importance", "test"):
+        if all(asked.get(key) == value for key, value in PLAIN_ARM.items()):
             trained.setdefault(asked["theta"], []).append(arm)
     rows = []
     for theta in thetas:

@@ -83,8 +83,8 @@ def shown(frame: pd.DataFrame, otherwise: str = "Nothing to show yet.") -> Style
 def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -> Styler:
     """A table of `tables` with links to records, whose tooltips have commit and date.
 
-    Each value of a column `each seed` is a link, and so is that of `this run`. Other tables keep the column `records`.
-    Columns without a value are left out.
+    Each value of a column `each seed` is a link, and `this run` cites its own seeds. Other tables keep the column
+    `records`. Columns without a value are left out.
     """
     if frame.empty:
         return _as_html(pd.DataFrame({"records": ["none yet"]}))
@@ -97,10 +97,11 @@ def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -
         if "each seed" in frame:
             values = [value for value in frame.loc[row, "each seed"].split(", ") if value != "–"]
             own = behind[len(values) :]
-            seeds = [linked_text(*pair, link) for pair in zip(values, behind, strict=False)]
+            seeds = [linked_text(*pair, link) for pair in zip(values, behind[: len(values)], strict=True)]
             cells.loc[row, "each seed"] = ", ".join(seeds) or "–"
             if own and "this run" in frame:
-                cells.loc[row, "this run"] = linked_text(cells.loc[row, "this run"], own[0], link)
+                cited = ", ".join(linked_text(f"seed {record.run['seed']}", record, link) for record in own)
+                cells.loc[row, "this run"] += f" ({cited})"
         else:
             cells.loc[row, "records"] = "; ".join(_cited(behind, settings)) or "–"
     return _as_html(cells.drop(columns="records") if "each seed" in frame else cells)

@@ -28,9 +28,9 @@ PROBATION = 16
 class Ballot:
     """One teacher's answer for one example.
 
-    `system` is 1, 2, or 0 for an abstention with a `reason`. For a local teacher it is None, because the vote follows
-    from the `margin` (log-odds of System 2) after calibration. `final` is False for a failed call, which counts as an
-    abstention and is asked again by the next run. `limit` is the token limit that cut an answer off; a run with a
+    `system` is 1, 2, or 0 for an abstention with a `reason`. For a teacher with margins it is None, because the vote
+    follows from the `margin` (log-odds of System 2) after calibration. `final` is False for a failed call, which counts
+    as an abstention and is asked again by the next run. `limit` is the token limit that cut an answer off; a run with a
     higher limit asks again. `certain` marks a refusal that is surely about the question: by a content filter, or of a
     prompt that is too long.
     """
@@ -93,7 +93,7 @@ def vote(
         Keeps each ballot on arrival, so that an interrupted run asks only the missing questions. If several processes
         share the cache, one at a time asks a teacher, and the others wait and read the answers.
     calibration
-        Subtracted from a local teacher's margins: `pool`, the mean over the pool; `content-free`, the margin of an
+        Subtracted from a teacher's margins: `pool`, the mean over the pool; `content-free`, the margin of an
         empty example; `none`, nothing.
     quorum, tie
         See `decide`.
@@ -102,8 +102,9 @@ def vote(
     -------
     datasets.Dataset
         The pool's columns and, per example: `votes` (list of 1 | 2, 0 = abstained), `reasons` (of abstentions, else
-        ""), `failed` (number of failed calls), `margin_NAME` of each local teacher (calibrated; log-odds of System 2),
-        `system` (1 | 2 | 0 = undecided), `agreement` (share of the more frequent system among the votes cast).
+        ""), `failed` (number of failed calls), `margin_NAME` of each teacher that has them (calibrated; log-odds of
+        System 2), `system` (1 | 2 | 0 = undecided), `agreement` (share of the more frequent system among the
+        votes cast).
 
     Raises
     ------

@@ -185,6 +185,10 @@ def test_what_the_records_do_not_measure_is_not_judged_and_what_one_side_lacks_i
         item["system"] = 2
     with pytest.raises(InputError, match="a-seed3, b-seed3 do not have one set of system2"):
         claims.judge(sides(endpoint="system2"), records)
+    for item in records["a-seed3"].items:
+        item["system"] = 2
+    with pytest.raises(InputError, match="claim 'c': its blocks do not have one set of system2"):
+        claims.judge(sides(endpoint="system2"), records)
 
 
 def test_holms_correction_is_over_the_claims_of_a_table():
@@ -487,14 +491,18 @@ def test_publish_refuses_smoke_and_uncommitted_records(project):
     assert not (project / "results").exists()
 
 
-def test_a_number_on_a_page_links_to_its_record_and_tells_n_interval_and_commit(monkeypatch):
-
-    made = record("a-seed0", **{"stage1/accuracy": intervals.proportion([True, False] * 20)})
-    monkeypatch.setattr(book, "evidence", lambda: {"a-seed0": made})
+def test_an_effect_on_a_page_tells_interval_blocks_verdict_and_commit(monkeypatch):
+    records = blocks_of(a=[30, 31, 32, 30, 31], b=[20, 22, 20, 21, 20])
+    unpaired = outcomes("a-seed9", "stage1", [True] * 40, seed=9)
+    unpaired.run["commit"] = "another"
+    monkeypatch.setattr(book, "study", lambda: records | {"a-seed9": unpaired})
+    missing = sides(second={"record": "c", "stage": "stage1"}) | {"claim": "d"}
+    monkeypatch.setattr(claims, "load_claims", lambda: [sides(), missing])
     context = book.page_context(load_profile("smoke"))
-    text = book.render('{{ percent("a-seed0", "stage1/accuracy") }}, {{ share("b", "x") }}', context, "page.md")
-    assert 'href="../runs/smoke/records/a-seed0.json"' in text and ">50.0 % [35.2, 64.8], n = 40</a>" in text
-    assert f"commit {(made.run['commit'] or 'none')[:10]}" in text and text.endswith(", not measured")
+    text = book.render('{{ effect("c") }}, {{ verdict("c") }}, {{ effect("d") }}', context, "page.md")
+    assert "+25.5 points, [+21.5, +29.5] over blocks (5 blocks)</a>: *reproduced*, *reproduced*, not run yet" in text
+    commit = str(records["a-seed0"].run["commit"])[:10]
+    assert f'title="seeds 0, 1, 2, 3, 4 of a, b; commit {commit}"' in text and context["compared"]
 
 
 def test_the_page_on_gpus_shows_every_part_that_was_measured():

@@ -51,11 +51,12 @@ def test_counts_are_those_of_the_partition_at_each_setting(scores, record):
 
 def test_beside_the_partition_stand_the_null_model_and_what_training_found(record):
     def arm(seed, right, **more):
-        asked = {"method": "lorapar", "selection": "importance", "measured_on": "test", "theta": 0.9} | more
+        asked = explorer.PLAIN_ARM | {"theta": 0.9} | more
         metrics = {"stage1/system1": Metric(right, 40), "stage1/loss1": Metric(0.1, 40)}
         return new_record(f"a-seed{seed}", load_profile("smoke"), metrics=metrics, parameters=asked)
 
     arms = [arm(0, 0.5), arm(1, 0.7), arm(0, 0.1, selection="swapped"), arm(0, 0.2, theta=0.5)]
+    arms += [arm(0, 0.1, stages=["sft", "grpo"]), arm(0, 0.1, flipped=0.5), arm(0, 0.1, alpha=0.5)]
     texts = explorer._beside(record, arms, [0.3, 0.5, 0.9]).set_index("theta")["text"]
     null = null_model.without_systems(record, [0.9])
     assert f"without two systems: {null['active'].min():.0%} to {null['active'].max():.0%} a system" in texts[0.9]

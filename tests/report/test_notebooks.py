@@ -37,6 +37,7 @@ def test_every_notebook_is_there():
         "06_claims",
         "07_your_run",
         "experiment",
+        "use",
     ]
     assert [path.stem for path in PAIRS] == expected
 
