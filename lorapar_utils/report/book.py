@@ -143,6 +143,11 @@ def page_context(settings: Settings) -> dict:
         text = f"{claims.written(declaration, one, items=False)} ({count})"
         return f'<a class="result" href="06_claims.html" title="{title}">{text}</a>: *{one.verdict}*'
 
+    def within(claim: str, reach: float) -> bool:
+        """Whether the effect's interval over blocks lies within `reach` of 0; false without an interval."""
+        metric = judged[claim][1].effect
+        return metric is not None and metric.low is not None and -reach < metric.low and metric.high < reach
+
     makers = {
         "agreement": lambda: agreement.verdicts(settings),
         "status": lambda: status_table(own or records, link),
@@ -155,6 +160,7 @@ def page_context(settings: Settings) -> dict:
         "own": own,
         "effect": effect,
         "compared": any(one.over_items for _, one in judged.values()),
+        "within": within,
         "verdict": lambda claim: f"*{judged[claim][1].verdict}*",
         "verdicts": Counter(one.verdict for _, one in judged.values()).most_common(),
         "table": lambda name: to_markdown(makers[name]()),

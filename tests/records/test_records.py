@@ -503,6 +503,7 @@ def test_an_effect_on_a_page_tells_interval_blocks_verdict_and_commit(monkeypatc
     assert "+25.5 points, [+21.5, +29.5] over blocks (5 blocks)</a>: *reproduced*, *reproduced*, not run yet" in text
     commit = str(records["a-seed0"].run["commit"])[:10]
     assert f'title="seeds 0, 1, 2, 3, 4 of a, b; commit {commit}"' in text and context["compared"]
+    assert context["within"]("c", 0.3) and not context["within"]("c", 0.29) and not context["within"]("d", 1.0)
 
 
 def test_the_page_on_gpus_shows_every_part_that_was_measured():
