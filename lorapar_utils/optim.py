@@ -14,12 +14,13 @@ class ActiveAdamW(torch.optim.Optimizer):
     Deviation from the paper's script, which zeroes gradients under a dense AdamW. There decoupled weight decay and old
     momentum still move "frozen" elements. Here inactive elements are never written.
 
-    Each step gathers the active elements of all parameters into one vector, applies `torch.optim.adamw.adamw` to the
-    vector, and writes the elements back. Active elements therefore follow `torch.optim.AdamW` exactly. Hooks zero
-    inactive gradients before these are accumulated or averaged over processes, so that gradient clipping measures the
-    norm of active elements alone. They last until `release`, or until another `ActiveAdamW` takes the parameters over,
-    as the next stage's does. A parameter that the loss does not use counts as having a zero gradient. A parameter
-    without an active element stops requiring a gradient.
+    The parameters become views of one buffer, so that a step gathers all active elements into one vector, applies
+    `torch.optim.adamw.adamw` to it, and writes the elements back, in as many calls for one matrix as for hundreds.
+    Active elements therefore follow `torch.optim.AdamW` exactly. Hooks zero inactive gradients before these are
+    accumulated or averaged over processes, so that gradient clipping measures the norm of active elements alone. They
+    last until `release`, or until another `ActiveAdamW` takes the parameters over, as the next stage's does. A
+    parameter that the loss does not use counts as having a zero gradient. A parameter without an active element stops
+    requiring a gradient.
 
     Parameters
     ----------
@@ -45,19 +46,20 @@ class ActiveAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ):
-        self._active: dict[torch.nn.Parameter, torch.Tensor] = {}
+        active: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._hooks = []
         for name, parameter in named_parameters:
             mask = _checked_mask(name, parameter, masks)
             _remove_gates(parameter)
             parameter.requires_grad_(bool(mask.any()))
             if parameter.requires_grad:
-                self._active[parameter] = mask.flatten().nonzero().squeeze(1).to(parameter.device)
+                active[parameter] = mask.flatten()
                 if not mask.all():
                     self._hooks.append(parameter.register_hook(_Gate(mask.to(parameter.device))))
-        if not self._active:
+        if not active:
             raise InputError("masks: no element is active; raise theta, alpha or beta")
-        super().__init__(self._active.keys(), dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self._buffers = [_Buffer({p: active[p] for p in parameters}) for parameters in _alike(active)]
+        super().__init__(active.keys(), dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -66,14 +68,12 @@ class ActiveAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         [group] = self.param_groups
-        for parameters in self._groups():
-            indices = [self._active[p] for p in parameters]
-            values = _gathered(parameters, indices)
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            state = self._state_of(parameters[0], values)
+        for buffer in self._buffers:
+            values = buffer.active_values()
+            state = self._state_of(buffer.parameters[0], values)
             adamw(
                 [values],
-                [_gathered(gradients, indices)],
+                [buffer.active_gradients()],
                 [state["exp_avg"]],
                 [state["exp_avg_sq"]],
                 [],
@@ -88,9 +88,7 @@ class ActiveAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
-            parts = values.split([len(index) for index in indices])
-            for parameter, index, part in zip(parameters, indices, parts, strict=True):
-                parameter.view(-1).index_copy_(0, index, part)
+            buffer.write(values)
         return loss
 
     def release(self) -> None:
@@ -104,15 +102,8 @@ class ActiveAdamW(torch.optim.Optimizer):
         moments = [state[key] for state in self.state.values() for key in ("exp_avg", "exp_avg_sq")]
         return sum(moment.numel() * moment.element_size() for moment in moments)
 
-    def _groups(self) -> list[list[torch.nn.Parameter]]:
-        """Parameters grouped by device and dtype, because one vector has one device and one dtype."""
-        groups: dict[tuple, list[torch.nn.Parameter]] = {}
-        for parameter in self._active:
-            groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-        return list(groups.values())
-
     def _state_of(self, first: torch.nn.Parameter, values: torch.Tensor) -> dict:
-        """Optimizer state of a group's vector, stored under the first parameter of the group."""
+        """Optimizer state of a buffer's active elements, stored under the first parameter of the buffer."""
         state = self.state[first]
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -136,9 +127,48 @@ def _remove_gates(parameter: torch.nn.Parameter) -> None:
         del hooks[key]
 
 
-def _gathered(tensors: list[torch.Tensor], indices: list[torch.Tensor]) -> torch.Tensor:
-    # For hundreds of small matrices, index_select is three times faster than indexing.
-    return torch.cat([tensor.view(-1).index_select(0, index) for tensor, index in zip(tensors, indices, strict=True)])
+def _alike(parameters: Iterable[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    """Parameters grouped by device and dtype, because one buffer has one device and one dtype."""
+    groups: dict[tuple, list[torch.nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    return list(groups.values())
+
+
+class _Buffer:
+    """The memory of parameters of one device and dtype in one piece, and the places of its active elements.
+
+    Parameters
+    ----------
+    masks
+        Parameter -> flat BoolTensor, True = active.
+    """
+
+    def __init__(self, masks: dict[torch.nn.Parameter, torch.Tensor]):
+        self.parameters = list(masks)
+        self._places = torch.cat(list(masks.values())).nonzero().squeeze(1).to(self.parameters[0].device)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Copy the parameters into a new buffer and make them views of it."""
+        self._memory = torch.cat([p.detach().reshape(-1) for p in self.parameters])
+        parts = self._memory.split([p.numel() for p in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.data = part.view(parameter.shape)
+        self._addresses = [part.data_ptr() for part in parts]
+
+    def active_values(self) -> torch.Tensor:
+        # Whoever has assigned to `parameter.data` since, has given the parameter memory of its own.
+        if [parameter.data_ptr() for parameter in self.parameters] != self._addresses:
+            self._take_over()
+        return self._memory.index_select(0, self._places)
+
+    def active_gradients(self) -> torch.Tensor:
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        return torch.cat([gradient.reshape(-1) for gradient in gradients]).index_select(0, self._places)
+
+    def write(self, values: torch.Tensor) -> None:
+        self._memory.index_copy_(0, self._places, values)
 
 
 def _checked_mask(name: str, parameter: torch.nn.Parameter, masks: dict[str, torch.Tensor]) -> torch.Tensor:

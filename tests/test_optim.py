@@ -1,7 +1,10 @@
 import copy
+from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorapar_utils.errors import InputError
 from lorapar_utils.optim import ActiveAdamW
@@ -80,6 +83,53 @@ def test_state_is_kept_for_active_elements_only_and_empty_matrices_need_no_gradi
     run(ours, optimizer, 1)
     assert optimizer.state_bytes() == 2 * 4 * sum(int(m.sum()) for m in masks.values())
     assert not ours["c"].requires_grad and ours["c"].grad is None
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that compute or copy; views do neither."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if not operator.is_view:
+            self.names[str(operator)] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def test_a_step_takes_as_many_calls_for_one_matrix_as_for_sixty():
+    names = {}
+    for count in (1, 60):
+        parameters = {str(i): torch.nn.Parameter(torch.randn(4, 5)) for i in range(count)}
+        optimizer = ActiveAdamW(parameters.items(), {n: torch.rand(4, 5) < 0.5 for n in parameters}, **OPTIONS)
+        run(parameters, optimizer, 1)
+        with Calls() as calls:
+            optimizer.step()
+        names[count] = calls.names
+    assert names[1] == names[60]
+    assert names[1]["aten.index_select.default"] == 2 and names[1]["aten.index_copy_.default"] == 1
+
+
+def test_parameters_that_were_given_other_memory_are_trained_there():
+    start, masks, ours, expected = two_copies()
+    optimizer = ActiveAdamW(ours.items(), masks, **OPTIONS)
+    run(ours, optimizer, 2)
+    ours["a"].data = ours["a"].data.clone()
+    run(ours, optimizer, 2)
+    straight = ActiveAdamW(expected.items(), masks, **OPTIONS)
+    run(expected, straight, 2)
+    run(expected, straight, 2)
+    assert all(torch.equal(ours[name], expected[name]) for name in start)
+
+
+def test_views_of_one_buffer_are_saved_like_tensors_of_their_own(tmp_path):
+    start, masks, ours, _ = two_copies()
+    ActiveAdamW(ours.items(), masks, **OPTIONS)
+    save_file({name: p.detach() for name, p in ours.items()}, tmp_path / "views")
+    save_file(start, tmp_path / "own")
+    assert (tmp_path / "views").read_bytes() == (tmp_path / "own").read_bytes()
+    assert load_file(tmp_path / "views").keys() == start.keys()
 
 
 def test_resumes_exactly():
