@@ -454,6 +454,7 @@ class Settings(Section):
     processes: Positive
     checkpoint_every: Positive
     show_rollouts: Annotated[int, Field(ge=0)]
+    show_curves: bool
     speed: Literal["fast", "plain"] | tuple[Literal[SHORTCUTS], ...]
     model: ModelSection
     pool: PoolSection

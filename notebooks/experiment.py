@@ -28,13 +28,14 @@ compute = True  # False: read the published records in the place of computing; n
 name = "lorapar"  # one of the experiments of the profile
 seed = 0
 show_rollouts = 0  # completions to print at each GRPO step, with their rewards
+show_curves = True  # loss, reward and validation accuracy while it trains
 
 # %% tags=["remove-input", "remove-stdout"]
 import pandas as pd
 
 from lorapar_utils.report import figures, notebook, tables
 
-settings = notebook.start(profile=profile, show_rollouts=show_rollouts)
+settings = notebook.start(profile=profile, show_rollouts=show_rollouts, show_curves=show_curves)
 from lorapar_utils.pipeline.experiment import experiment
 
 # %% [markdown]
@@ -53,7 +54,8 @@ pd.Series(described, name=name).astype(str).to_frame()
 # %% [markdown]
 # ## Train and score
 #
-# Stages that an earlier, interrupted run finished are read back; one that it had begun goes on from its last checkpoint.
+# Stages that an earlier, interrupted run finished are read back; one that it had begun goes on from its last checkpoint. So the stop button is
+# safe: run the cell again to go on. The bar says how much time is left.
 
 # %%
 record = experiment(settings, name, seed) if compute else notebook.published(settings, f"{name}-seed{seed}")

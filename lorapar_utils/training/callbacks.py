@@ -1,9 +1,12 @@
 """What TRL's trainers do beside training: show progress, answer validation prompts, stop when training diverges."""
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from IPython import get_ipython
+from IPython.display import HTML, display
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
@@ -59,3 +62,45 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+
+class Curve(TrainerCallback):
+    """Draws one figure of the log into the notebook while a stage trains; it goes when the stage ends.
+
+    Validation accuracy stands beside it once it is known. At most one drawing every `SECONDS`, which takes 0.1 s.
+    """
+
+    SECONDS = 3
+
+    def __init__(self, title: str, figure: str):
+        self.title, self.figure = title, figure
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.shown, self.drawn_at = None, time.monotonic()
+        if get_ipython():
+            self.shown = display(HTML(""), display_id=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.shown is not None and time.monotonic() - self.drawn_at >= self.SECONDS:
+            self.shown.update(self.drawing(state))
+            self.drawn_at = time.monotonic()
+
+    def drawing(self, state):
+        """The log so far as a matplotlib figure: by step the one, and shares of right validation answers, if any."""
+        from matplotlib.figure import Figure  # here, because processes without a notebook do without
+
+        panels = {self.figure: (self.figure,), "right validation answers": ("validation/system1", "validation/system2")}
+        figure = Figure(figsize=(9, 2.6), layout="constrained")
+        for axes, (title, keys) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+            for key in keys:
+                points = [(row["step"], float(row[key])) for row in state.log_history if key in row]
+                if points:
+                    axes.plot(*zip(*points, strict=True), marker=".", label=key.removeprefix("validation/"))
+            axes.set(title=f"{self.title}: {title}", xlabel="step", xlim=(0, state.max_steps))
+        if axes.lines:
+            axes.legend()
+        return figure
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.shown is not None:
+            self.shown.update(HTML(""))

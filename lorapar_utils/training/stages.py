@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -27,7 +27,7 @@ from lorapar_utils.fast.decoding import answering, without_input_casts
 from lorapar_utils.fast.grpo_trainer import LeanGRPOTrainer
 from lorapar_utils.optim import ActiveAdamW
 from lorapar_utils.settings import GrpoSection, Settings, SftSection
-from lorapar_utils.training.callbacks import Diverged, Progress, Watch
+from lorapar_utils.training.callbacks import Curve, Diverged, Progress, Watch
 from lorapar_utils.training.checkpoints import MarkFinished, check_processes, checkpointing, finished_checkpoints
 from lorapar_utils.training.rewards import REWARDS
 from lorapar_utils.training.rollouts import Rollouts, by_the_policy, by_vllm
@@ -116,7 +116,7 @@ def run_sft(
                 train_dataset=datasets.Dataset.from_list(encoded),
                 processing_class=tokenizer,
                 optimizers=(optimizer, None),
-                callbacks=[Progress("SFT", "loss"), Watch(watch, settings.evaluation.watch_every)],
+                callbacks=_callbacks("SFT", "loss", watch, settings),
             )
         return _train(trainer, optimizer)
 
@@ -177,7 +177,7 @@ def run_grpo(
                 train_dataset=datasets.Dataset.from_list(rows),
                 processing_class=tokenizer,
                 optimizers=(optimizer, None),
-                callbacks=[Progress("GRPO", "reward"), Watch(watch, settings.evaluation.watch_every)],
+                callbacks=_callbacks("GRPO", "reward", watch, settings),
             )
         try:
             return _train(trainer, optimizer)
@@ -316,6 +316,11 @@ def _optimizer(model: PeftModel, masks: dict[str, torch.Tensor], config: SFTConf
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
+
+
+def _callbacks(title: str, figure: str, watch: Callable[[], dict] | None, settings: Settings) -> list[TrainerCallback]:
+    shown = [Curve(title, figure)] if settings.show_curves else []
+    return [Progress(title, figure), Watch(watch, settings.evaluation.watch_every), *shown]
 
 
 def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[dict]:

@@ -21,7 +21,7 @@ from lorapar_utils import training
 from lorapar_utils.errors import InputError
 from lorapar_utils.fast import completions
 from lorapar_utils.fast.grpo_trainer import LeanGRPOTrainer
-from lorapar_utils.training import checkpoints, rewards, rollouts, stages
+from lorapar_utils.training import callbacks, checkpoints, rewards, rollouts, stages
 
 STEPS = {"sft": 9, "grpo": 6}
 
@@ -122,6 +122,31 @@ def test_a_stage_leaves_no_checkpointing_of_activations_to_the_next():
     assert model.get_base_model().is_activation_checkpointing
     train("grpo", model=model)
     assert not model.get_base_model().is_activation_checkpointing
+
+
+def test_curves_are_drawn_while_a_stage_trains_and_change_nothing(monkeypatch):
+    drawings = []
+
+    class Handle:
+        def update(self, shown):
+            drawings.append(shown)
+
+    monkeypatch.setattr(callbacks, "get_ipython", lambda: True)
+    monkeypatch.setattr(callbacks, "display", lambda *shown, display_id: Handle())
+    monkeypatch.setattr(callbacks.Curve, "SECONDS", 0)
+    model, _, history = train("sft", watch=lambda: {"validation/system1": 0.5}, show_curves=True)
+    *figures, last = drawings
+    assert len(figures) == max(row["step"] for row in history) and last.data == ""
+    loss, validation = (axes.lines[0].get_xydata() for axes in figures[-1].axes)
+    assert loss.tolist() == [[row["step"], row["loss"]] for row in history if "loss" in row][: len(loss)]
+    assert len(loss) >= len(figures) - 1 and set(validation[:, 1]) == {0.5}
+    plain, _, _ = train("sft", watch=lambda: {"validation/system1": 0.5})
+    assert weights_hash(model) == weights_hash(plain)
+
+
+def test_outside_a_notebook_curves_are_not_asked_for(capsys):
+    train("sft", show_curves=True)
+    assert "HTML" not in capsys.readouterr().out
 
 
 def test_nothing_is_reported_to_the_hub():
