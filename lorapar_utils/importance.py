@@ -122,16 +122,17 @@ def _add_gradients(
     # With FSDP every process must take part in each all-gather. A process with fewer batches therefore makes extra
     # passes whose gradients are not counted.
     extra = batches[: -(-len(batches) // state.num_processes) - len(share)]
-    hooks = accumulating_hooks(model, gradient, fisher) if in_batches else []
+    sums = ExampleSums(model, gradient, fisher) if in_batches else None
     try:
         for batch in tqdm(share, desc="importance", leave=False):
-            if in_batches:
+            if sums:
                 _pass(model, batch)
+                sums.add_up()
             else:
                 _accumulate(_example_gradients(model, parameters, batch[0]), gradient, fisher)
     finally:
-        for hook in hooks:
-            hook.remove()
+        if sums:
+            sums.remove()
     for batch in extra:
         if in_batches:
             _pass(model, batch)
@@ -139,19 +140,49 @@ def _add_gradients(
             _example_gradients(model, parameters, batch[0])
 
 
-def accumulating_hooks(model: PeftModel, gradient: dict, fisher: dict) -> list:
-    """Register hooks that add every example's gradient and squared gradient to these sums; the caller removes them."""
+class ExampleSums:
+    """Hooks that add every example's gradient and squared gradient of every matrix to sums.
 
-    def accumulate(name: str, inputs: torch.Tensor, grad_output: torch.Tensor) -> None:
+    Hundreds of matrices are added up in a few calls: on a GPU the calls would take longer than the sums. `add_up` is
+    called after each pass, `remove` at the end.
+
+    Parameters
+    ----------
+    gradient, fisher
+        Parameter name -> fp32 sum in the parameter's shape; added to in place.
+    """
+
+    # Per-example gradients that wait to be added up, in elements: 64 MB.
+    WAITING = 16 << 20
+
+    def __init__(self, model: PeftModel, gradient: dict[str, torch.Tensor], fisher: dict[str, torch.Tensor]):
+        self.gradient, self.fisher = gradient, fisher
+        self._waiting: dict[str, torch.Tensor] = {}
+        self._hooks = [
+            model.get_submodule(name.removesuffix(".weight")).register_forward_hook(_capture(name, self._keep))
+            for name in gradient
+        ]
+
+    def _keep(self, name: str, inputs: torch.Tensor, grad_output: torch.Tensor) -> None:
+        if name in self._waiting:  # a layer that the model calls twice
+            self.add_up()
         # [batch, out, tokens] @ [batch, tokens, in]: one gradient per example.
-        per_example = torch.bmm(grad_output.transpose(1, 2).float(), inputs.float())
-        gradient[name] += per_example.sum(0)
-        fisher[name] += per_example.square_().sum(0)
+        self._waiting[name] = torch.bmm(grad_output.transpose(1, 2).float(), inputs.float()).flatten(1)
+        if sum(gradients.numel() for gradients in self._waiting.values()) >= self.WAITING:
+            self.add_up()
 
-    return [
-        model.get_submodule(name.removesuffix(".weight")).register_forward_hook(_capture(name, accumulate))
-        for name in gradient
-    ]
+    def add_up(self) -> None:
+        if not self._waiting:
+            return
+        per_example = torch.cat(list(self._waiting.values()), dim=1)
+        sizes = [gradients.shape[1] for gradients in self._waiting.values()]
+        for sums, added in (self.gradient, per_example.sum(0)), (self.fisher, per_example.square_().sum(0)):
+            torch._foreach_add_([sums[name].view(-1) for name in self._waiting], added.split(sizes))
+        self._waiting.clear()
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
 
 def _capture(name, accumulate):
@@ -186,18 +217,18 @@ def _batches_are_exact(model: PeftModel, parameters: dict, examples: Sequence[di
     )
     for example in pair:
         _accumulate(_example_gradients(model, parameters, example), *alone)
-    hooks = accumulating_hooks(model, *batched)
+    sums = ExampleSums(model, *batched)
     try:
         _pass(model, pair)
+        sums.add_up()
         rounding = ROUNDING.get(base.dtype, LOW_PRECISION)
-        exact = all(_near(sums, expected, rounding) for sums, expected in zip(batched, alone, strict=True))
+        exact = all(_near(total, expected, rounding) for total, expected in zip(batched, alone, strict=True))
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a model's own code may raise anything on a padded batch
         exact = False
     finally:
-        for hook in hooks:
-            hook.remove()
+        sums.remove()
     exact = distributed.by_first(lambda: exact)  # every process must make the same passes
     if not exact:
         print(f"{type(base).__name__}: importance is scored one example at a time, because padded batches differ there")

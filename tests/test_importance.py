@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import Calls
 from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
 
@@ -49,6 +50,28 @@ def test_the_fisher_is_of_per_example_gradients(tiny_model, tiny_examples, batch
     first = score_importance(tiny_model, tiny_examples, batch_size=batch_size, score="first_order")
     of_the_batch = {name: (first[name] / phi[name]) ** 2 for name in phi}
     assert all((of_the_batch[n] - exact[n]).abs().max() > 0.1 * exact[n].max() for n in exact)
+
+
+def test_the_sums_of_all_matrices_take_as_many_calls_as_those_of_one(tiny_model, tiny_examples, monkeypatch):
+    together = score_importance(tiny_model, tiny_examples, batch_size=4)
+    counts = []
+    add_up = importance.ExampleSums.add_up
+
+    def counted(sums):
+        matrices = len(sums._waiting)
+        with Calls() as calls:
+            add_up(sums)
+        counts.append((matrices, sum(calls.names.values())))
+
+    monkeypatch.setattr(importance.ExampleSums, "add_up", counted)
+    score_importance(tiny_model, tiny_examples, batch_size=4)
+    assert {matrices for matrices, _ in counts} == {12} and len({calls for _, calls in counts}) == 1
+    calls_of_all = counts[0][1]
+    counts.clear()
+    monkeypatch.setattr(importance.ExampleSums, "WAITING", 1)
+    alone = score_importance(tiny_model, tiny_examples, batch_size=4)
+    assert {matrices for matrices, _ in counts} == {0, 1} and max(calls for _, calls in counts) == calls_of_all
+    assert all(torch.equal(values, alone[name]) for name, values in together.items())
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
 import copy
-from collections import Counter
 
 import pytest
 import torch
+from conftest import Calls
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorapar_utils.errors import InputError
 from lorapar_utils.optim import ActiveAdamW
@@ -83,19 +82,6 @@ def test_state_is_kept_for_active_elements_only_and_empty_matrices_need_no_gradi
     run(ours, optimizer, 1)
     assert optimizer.state_bytes() == 2 * 4 * sum(int(m.sum()) for m in masks.values())
     assert not ours["c"].requires_grad and ours["c"].grad is None
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operators that compute or copy; views do neither."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if not operator.is_view:
-            self.names[str(operator)] += 1
-        return operator(*args, **(kwargs or {}))
 
 
 def test_a_step_takes_as_many_calls_for_one_matrix_as_for_sixty():
