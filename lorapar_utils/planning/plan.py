@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
@@ -32,9 +32,11 @@ from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.experiment import is_kept
 from lorapar_utils.pipeline.scores import scores_folder
 from lorapar_utils.planning import preflight
-from lorapar_utils.planning.jobs import Job
 from lorapar_utils.settings import Settings, project_root
 from lorapar_utils.voting import split
+
+if TYPE_CHECKING:  # it brings Snakemake, which a borrowed GPU machine may lack (`benchmarks/gpu.py`)
+    from lorapar_utils.planning.jobs import Job
 
 # Mean tokens of a chat prompt, of a solution, and of what every prompt begins with (SmolLM2's tokenizer; counted, those
 # of other sources assumed); of persona, template and question around a teacher's example.
@@ -122,7 +124,7 @@ class Row(NamedTuple):
     seconds: float
 
 
-def rows(settings: Settings, phases: list[Phase], jobs: Sequence[Job], cores: int, start: float) -> list[Row]:
+def rows(settings: Settings, phases: list[Phase], jobs: "Sequence[Job]", cores: int, start: float) -> list[Row]:
     """What a build would do: one row a phase, of those with a job to run.
 
     Parameters
@@ -168,12 +170,12 @@ def rows(settings: Settings, phases: list[Phase], jobs: Sequence[Job], cores: in
     return table
 
 
-def _run(job: Job) -> tuple[str, int]:
+def _run(job: "Job") -> tuple[str, int]:
     name, _, seed = job.what.rpartition("-seed")
     return name, int(seed)
 
 
-def _kind(settings: Settings, job: Job) -> tuple:
+def _kind(settings: Settings, job: "Job") -> tuple:
     spec = settings.experiments[_run(job)[0]]
     return spec.stages, spec.method == "lorapar"
 
