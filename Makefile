@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 quoted = '$(subst ','\'',$(value $(1)))'
 profile = $(call quoted,PROFILE)
 
-.PHONY: book read test test-slurm lab figures bench publish plan rehearse
+.PHONY: book read test test-slurm lab figures pages columns tables bench publish plan rehearse
 
 book: $(VENV)/.installed
 	@$(PY) -m lorapar_utils.build $(profile) $(if $(CORES),--cores $(CORES)) $(if $(CLUSTER),--cluster $(call quoted,CLUSTER))
@@ -34,8 +34,14 @@ test-slurm: $(VENV)/.installed
 lab: $(VENV)/.installed
 	JUPYTER_CONFIG_PATH="$$PWD/.jupyter" $(VENV)/bin/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
 
+# Figures for pages, figures for a paper's columns, and tables: at once, because each keeps only one core busy.
 figures: $(VENV)/.installed
-	@$(PY) -m lorapar_utils.report.figures figures
+	@$(MAKE) --no-print-directory -j 3 pages columns tables
+pages:
+	@$(PY) -m lorapar_utils.report.figures figures --formats svg png
+columns:
+	@$(PY) -m lorapar_utils.report.figures figures --formats pdf
+tables:
 	@$(PY) -m lorapar_utils.report.exports tables
 
 bench: $(VENV)/.installed

@@ -1,14 +1,18 @@
-"""Figures from records, in one style, without training and torch."""
+"""Figures from records, in one style, for a page or a column of a paper; without training and torch."""
 
 import argparse
 import functools
+import itertools
+import math
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure, SubFigure
@@ -21,6 +25,26 @@ from lorapar_utils.report import claims, tables
 
 SYSTEM_COLOURS = {1: "#0072B2", 2: "#D55E00"}
 MARKERS = "osD^vPX*"
+# What is trained -> its colour in every figure, whatever else is in it.
+ARM_COLOURS = {
+    "importance": SYSTEM_COLOURS[1],  # LoRA-PAR: stage 1 trains System 1's elements
+    "the other system's": SYSTEM_COLOURS[2],
+    "random in each matrix": "#CC79A7",
+    "random": "#E69F00",
+    "largest values, as many": "#5D3A9B",
+    "all elements": "#222222",
+    "all elements, r = 3": "#888888",
+    "all elements, PEFT's initialisation": "#56B4E9",
+    "magnitude": "#5D3A9B",  # the largest values too, as many as hold theta of them
+    "LoRA-PAR over LoRA": SYSTEM_COLOURS[1],
+    "LoRA": "#222222",
+    "LoRA + RL": "#222222",
+}
+# The other scores and methods take turns in an order of their own, which no figure's contents change.
+_OTHERS = dict.fromkeys(["first_order", "fisher", "random scores", *(row.title for row in tables.METHOD_ROWS)])
+_REMAINING = itertools.cycle(["#009E73", "#882255", "#999933", "#44AA99", "#AA4499"])
+ARM_COLOURS |= {arm: next(_REMAINING) for arm in _OTHERS if arm not in ARM_COLOURS}
+LINESTYLES = ("-", "--", ":", "-.")
 REGION_COLOURS = {
     "system1_only": "#0072B2",
     "system2_only": "#D55E00",
@@ -38,18 +62,143 @@ STAGES = {"base": "base model", "stage1": "after stage 1", "stage2": "after stag
 SCORES = {"system1": ("System 1", 1), "system2": ("System 2", 2), "overlap": ("overlap with the reference", 1)}
 
 
-def use_style() -> None:
-    """Set the style of all figures (`lorapar.mplstyle`), after a reset of matplotlib's defaults."""
+# Column of a paper -> its width in inches, and the size of its font in points.
+COLUMNS = {"single": (3.25, 7), "double": (6.75, 8)}
+PAGE_FONT = 11
+# Sizes in points; in a column they shrink with the font.
+SCALED = (
+    *("font.size", "axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"),
+    *("lines.linewidth", "lines.markersize", "errorbar.capsize", "axes.linewidth", "grid.linewidth"),
+    *("axes.titlepad", "axes.labelpad"),
+    *(f"{axis}tick.{kind}.{size}" for axis in "xy" for kind in ("major", "minor") for size in ("size", "width", "pad")),
+)
+
+
+def use_style(column: str | None = None) -> None:
+    """Set the style of all figures (`lorapar.mplstyle`), after a reset of matplotlib's defaults.
+
+    Parameters
+    ----------
+    column
+        A key of `COLUMNS`: figures are drawn as wide as this column of a paper. None: as for a page.
+    """
     plt.style.use(["default", Path(__file__).with_name("lorapar.mplstyle")])
+    if column:
+        width, font = COLUMNS[column]
+        plt.rcParams["figure.figsize"] = (width, width)
+        plt.rcParams.update({size: plt.rcParams[size] * font / PAGE_FONT for size in SCALED})
 
 
-def _of_each(width: float, height: float) -> Callable:
+def _column() -> str | None:
+    """The column that figures are drawn for: the one of this width."""
+    return {width: column for column, (width, _) in COLUMNS.items()}.get(plt.rcParams["figure.figsize"][0])
+
+
+def _points(size: float) -> float:
+    """A width or size in points on a page, as it is here: in proportion to the font."""
+    column = _column()
+    return size * COLUMNS[column][1] / PAGE_FONT if column else size
+
+
+def _figure(width: float, height: float, rows: float = 1) -> Figure:
+    """An empty figure, of this size in inches on a page; a column sets the width, and the height follows its font.
+
+    In a single column there are `rows` times as many rows of panels as on a page.
+    """
+    if column := _column():
+        width, height = COLUMNS[column][0], _points(height) * (rows if column == "single" else 1)
+    return plt.figure(figsize=(width, height), layout="constrained")
+
+
+def _beside(count: int) -> tuple[int, int]:
+    """Rows and columns of panels that are beside each other; in a single column, one under another."""
+    return (count, 1) if _column() == "single" else (1, count)
+
+
+def _fitted(text: str, characters: int) -> str:
+    """`text`, in a single column in lines of so many characters."""
+    return textwrap.fill(text, characters) if _column() == "single" else text
+
+
+def _handles(axes: Axes) -> dict[str, Artist]:
+    """Label -> what it labels."""
+    handles, labels = axes.get_legend_handles_labels()
+    return dict(zip(labels, handles, strict=True))
+
+
+def _legend(part: Figure | SubFigure, handles: Mapping[str, Artist]) -> None:
+    """A legend to the right of all panels; in a single column below them, where the figure grows by it."""
+    if _column() != "single":
+        part.legend(handles.values(), handles.keys(), loc="outside right center")
+        return
+    width, height = part.get_figure(root=True).get_size_inches()
+    font = plt.rcParams["legend.fontsize"] / 72
+    # A letter is about 0.6 of the font's size wide; marker and gaps take as much as six.
+    columns = max(1, int(width / (0.6 * font * (max(map(len, handles)) + 6))))
+    part.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+    part.get_figure(root=True).set_size_inches(width, height + 1.5 * font * math.ceil(len(handles) / columns))
+
+
+def _label(axes: Axes) -> None:
+    """Write the label of each line or row of bars beside its last point, in its colour; call it when all is drawn.
+
+    In a single column long labels would take the place of the lines: there they are a legend below.
+    """
+    handles = _handles(axes)
+    if _column() == "single" and max(map(len, handles)) > 12:
+        _legend(axes.figure, handles)
+        return
+    axes.get_ylim()  # settles the limits, which `transData` does not
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = {textwrap.fill(label, 30): _end(handle) for label, handle in handles.items()}
+    places = pd.Series({label: to_axes.transform(point)[1] for label, (point, _) in ends.items()}).sort_values()
+    # In shares of the axes' height as it is here; the layout, which is still to come, does not make them lower.
+    line = 1.4 * plt.rcParams["legend.fontsize"] / 72 * axes.figure.dpi / axes.bbox.height
+    heights = line * np.array([label.count("\n") + 1 for label in places.index])
+    if (needed := heights.sum()) > 1:
+        root = axes.get_figure(root=True)
+        root.set_size_inches(root.get_figwidth(), root.get_figheight() * needed)
+        heights /= needed
+    for label, place in zip(places.index, _moved_apart(places.to_numpy(), heights), strict=True):
+        point, colour = ends[label]
+        axes.annotate(
+            label,
+            point,
+            (1.03, place),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=plt.rcParams["legend.fontsize"],
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linestyle": ":", "linewidth": _points(0.8)}
+            | {"relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 1},
+        )
+
+
+def _end(handle: Artist) -> tuple[tuple[float, float], str]:
+    """The last point of a line, a line with error bars or a row of bars, and its colour."""
+    if hasattr(handle, "patches"):
+        bar = handle.patches[-1]
+        return (bar.get_x() + bar.get_width(), bar.get_height()), bar.get_facecolor()[:3]
+    line = handle[0] if isinstance(handle, tuple) else handle
+    return tuple(line.get_xydata()[-1]), line.get_color()
+
+
+def _moved_apart(places: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    """Rising `places` of texts of these heights, moved up and down alike until none covers another, within 0 to 1."""
+    steps = np.concatenate([[0], np.cumsum((heights[:-1] + heights[1:]) / 2)])
+    free = places - steps
+    up, down = np.maximum.accumulate(free), np.minimum.accumulate(free[::-1])[::-1]
+    return np.clip((up + down) / 2, heights[0] / 2, 1 - heights[-1] / 2 - steps[-1]) + steps
+
+
+def _of_each(width: float, height: float, rows: float = 1) -> Callable:
     """Make a drawing of one record into one of several: one under the other, each under the name of its profile."""
 
     def decorate(draw: Callable[[SubFigure, Record], None]) -> Callable[..., Figure]:
         @functools.wraps(draw)
         def drawn(*records: Record) -> Figure:
-            figure = plt.figure(figsize=(width, height * len(records)), layout="constrained")
+            figure = _figure(width, height * len(records), rows)
             for part, record in zip(figure.subfigures(len(records), squeeze=False).flat, records, strict=True):
                 draw(part, record)
                 if len(records) > 1:
@@ -61,16 +210,16 @@ def _of_each(width: float, height: float) -> Callable:
     return decorate
 
 
-# Boxes of the pipeline: phase -> (left, bottom, text), in a figure 12 wide and 3.6 high.
+# Boxes of the pipeline: phase -> (step from left to right, lane from the middle up, text).
 PIPELINE = {
-    "data": (0.0, 1.3, "training\nexamples"),
-    "voting": (2.0, 1.3, "teachers vote\nfast or slow?"),
-    "system1": (4.1, 2.4, "System 1\nexamples"),
-    "system2": (4.1, 0.2, "System 2\nexamples"),
-    "importance": (6.2, 1.3, "score LoRA\nelements for\neach system"),
-    "theta": (8.3, 1.3, "fewest that\nhold theta of\nthe score"),
-    "stage1": (10.4, 2.4, "stage 1\nSFT of its\nelements"),
-    "stage2": (10.4, 0.2, "stage 2\nGRPO of its\nelements"),
+    "data": (0, 0, "training\nexamples"),
+    "voting": (1, 0, "teachers vote\nfast or slow?"),
+    "system1": (2, 1, "System 1\nexamples"),
+    "system2": (2, -1, "System 2\nexamples"),
+    "importance": (3, 0, "score LoRA\nelements for\neach system"),
+    "theta": (4, 0, "fewest that\nhold theta of\nthe score"),
+    "stage1": (5, 1, "stage 1\nSFT of its\nelements"),
+    "stage2": (5, -1, "stage 2\nGRPO of its\nelements"),
 }
 BOX = (1.65, 0.95)
 ARROWS = [
@@ -84,49 +233,56 @@ ARROWS = [
     ("theta", "stage2"),
     ("stage1", "stage2"),
 ]
+# Each stage also reads the examples of one system.
+READS = [("system1", "stage1"), ("system2", "stage2")]
 
 
 def pipeline(*here: str) -> Figure:
-    """The method from left to right; the boxes `here` (keys of `PIPELINE`) are filled."""
+    """The method from left to right, in a single column from top to bottom; the boxes `here` are filled.
+
+    Parameters
+    ----------
+    here
+        Keys of `PIPELINE`.
+    """
     if unknown := set(here) - PIPELINE.keys():
         raise InputError(f"pipeline: no box {', '.join(sorted(unknown))}; use {', '.join(PIPELINE)}")
-    figure, axes = plt.subplots(figsize=(10.5, 3.3))
+    axes = _figure(10.5, 3.3, rows=2).subplots()
     width, height = BOX
-    for name, (left, bottom, text) in PIPELINE.items():
+    centres = {
+        name: (-1.1 * lane, -1.35 * step) if _column() == "single" else (2.08 * step, 1.1 * lane)
+        for name, (step, lane, _) in PIPELINE.items()
+    }
+    for name, (x, y) in centres.items():
         colour = SYSTEM_COLOURS.get({"1": 1, "2": 2}.get(name[-1]), "#555555")
         filled = name in here
         box = FancyBboxPatch(
-            (left, bottom),
+            (x - width / 2, y - height / 2),
             width,
             height,
             boxstyle="round,pad=0.05,rounding_size=0.12",
             facecolor=colour if filled else "white",
             edgecolor=colour,
-            linewidth=1.6,
+            linewidth=_points(1.6),
         )
         axes.add_patch(box)
         words = {"color": "white", "weight": "bold"} if filled else {"color": "#222222"}
-        axes.text(left + width / 2, bottom + height / 2, text, ha="center", va="center", fontsize="small", **words)
-    for start, end in ARROWS:
-        axes.annotate("", **_arrow(PIPELINE[start][:2], PIPELINE[end][:2]))
-    # Each stage also reads the examples of one system.
-    for system, stage, bend in (("system1", "stage1", -0.08), ("system2", "stage2", 0.08)):
-        style = {"arrowstyle": "-|>", "color": "#888888", "linestyle": "dashed", "connectionstyle": f"arc3,rad={bend}"}
-        y = PIPELINE[system][1] + (height * 0.8 if system == "system1" else height * 0.2)
-        axes.annotate("", (PIPELINE[stage][0] - 0.08, y), (PIPELINE[system][0] + width + 0.08, y), arrowprops=style)
-    axes.set(xlim=(-0.15, 12.2), ylim=(-0.1, 3.7))
+        axes.text(x, y, PIPELINE[name][-1], ha="center", va="center", fontsize="small", **words)
+    for start, end in (*ARROWS, *READS):
+        look = {"color": "#888888", "linestyle": "dashed"} if (start, end) in READS else {"color": "#555555"}
+        ends = _border(centres[end], centres[start]), _border(centres[start], centres[end])
+        look |= {"arrowstyle": "-|>", "linewidth": _points(1.4), "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", *ends, arrowprops=look)
+    axes.autoscale_view()
     axes.axis("off")
-    return figure
+    return axes.figure
 
 
-def _arrow(start: tuple[float, float], end: tuple[float, float]) -> dict:
-    """From the right edge of one box to the left edge of the next, or downwards between boxes one above the other."""
-    width, height = BOX
-    if start[0] == end[0]:
-        ends = (end[0] + width / 2, end[1] + height + 0.08), (start[0] + width / 2, start[1] - 0.08)
-    else:
-        ends = (end[0] - 0.08, end[1] + height / 2), (start[0] + width + 0.08, start[1] + height / 2)
-    return {"xy": ends[0], "xytext": ends[1], "arrowprops": {"arrowstyle": "-|>", "color": "#555555", "linewidth": 1.4}}
+def _border(centre: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    """Just outside of a box, on the line from its centre to that of another."""
+    x, y = other[0] - centre[0], other[1] - centre[1]
+    share = min((side / 2 + 0.1) / abs(step) for side, step in zip(BOX, (x, y), strict=True) if step)
+    return centre[0] + share * x, centre[1] + share * y
 
 
 @_of_each(7, 3.8)
@@ -140,10 +296,11 @@ def votes_by_steps(figure: SubFigure, record: Record) -> None:
         axes.text(i, 1.03, f"n={row.n}", ha="center", fontsize="small")
     for i, (name, points) in enumerate(rows[rows["teacher"] != "majority"].groupby("teacher", sort=False)):
         x = [panel.index.get_loc(steps) for steps in points["steps"]]
-        axes.plot(x, points["system2_share"], marker=MARKERS[i % len(MARKERS)], linewidth=1.2, label=name)
+        marker = MARKERS[i % len(MARKERS)]
+        axes.plot(x, points["system2_share"], marker=marker, linewidth=_points(1.2), label=name)
     axes.set_xticks(range(len(panel)), panel.index)
     axes.set(xlabel="reasoning steps of the example", ylabel="share voted System 2", ylim=(0, 1.12))
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _label(axes)
 
 
 @_of_each(7, 4.2)
@@ -161,11 +318,11 @@ def split_accuracy(figure: SubFigure, record: Record) -> None:
     for y, (label, metric) in enumerate([*singles.items(), *panels.items()]):
         errors = [[error] for error in metric.errors()]
         colour = SYSTEM_COLOURS[1] if label in singles else SYSTEM_COLOURS[2]
-        axes.errorbar(metric.value, y, xerr=errors, fmt="o" if label in singles else "s", capsize=3, color=colour)
+        axes.errorbar(metric.value, y, xerr=errors, fmt="o" if label in singles else "s", color=colour)
     axes.set_yticks(range(len(singles) + len(panels)), [*singles, *panels])
-    axes.axvline(0.5, color="#555555", linestyle="--", linewidth=1)
+    axes.axvline(0.5, color="#555555", linestyle="--", linewidth=_points(1))
     axes.invert_yaxis()
-    axes.set(xlabel="agreement with the construction labels (95 % interval)", xlim=(0.2, 1))
+    axes.set(xlabel=_fitted("agreement with the construction labels (95 % interval)", 40), xlim=(0.2, 1))
 
 
 @_of_each(6, 4)
@@ -175,59 +332,126 @@ def reliability(figure: SubFigure, record: Record) -> None:
     if rows.empty:
         raise KeyError("voting: margins")
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="#555555", linestyle="--", linewidth=1, label="calibrated")
+    axes.plot([0, 1], [0, 1], color="#555555", linestyle="--", linewidth=_points(1), label="calibrated")
     for i, (name, points) in enumerate(rows.groupby("teacher", sort=False)):
-        axes.plot(points["said"], points["share"], marker=MARKERS[i % len(MARKERS)], linewidth=1.2, label=name)
+        marker = MARKERS[i % len(MARKERS)]
+        axes.plot(points["said"], points["share"], marker=marker, linewidth=_points(1.2), label=name)
     axes.set(xlabel="P(System 2) from the calibrated margin", ylabel="share that is System 2", ylim=(0, 1), xlim=(0, 1))
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _label(axes)
 
 
 @_of_each(10, 6)
 def importance_map(figure: SubFigure, record: Record) -> None:
     """Mean importance by layer and module for System 1, System 2, and their difference."""
-    import seaborn as sns  # here, because it imports scipy.stats, which takes most of a page's start
-
     rows = pd.DataFrame(record.result["tables"]["map"])
     grid = rows.groupby(["layer", "module"], sort=False)[["system1", "system2"]].mean().reset_index()
     order = list(dict.fromkeys(rows["module"]))
     panels = figure.subplots(1, 3, sharey=True)
     maps = {f"System {s}": grid.pivot(index="layer", columns="module", values=f"system{s}")[order] for s in (1, 2)}
+    layers = _layers(rows)
     top = max(float(values.to_numpy().max()) for values in maps.values())
-    for axes, (title, values) in zip(panels, maps.items(), strict=False):
-        sns.heatmap(values, ax=axes, cmap="viridis", vmin=0, vmax=top, cbar_kws={"label": "importance / mean"})
-        axes.set(title=title, xlabel="")
     gap = maps["System 2"] - maps["System 1"]
     limit = max(float(gap.abs().to_numpy().max()), 1e-9)
-    sns.heatmap(gap, ax=panels[2], cmap="PuOr", vmin=-limit, vmax=limit, cbar_kws={"label": "difference"})
-    panels[2].set(title="System 2 - System 1", xlabel="")
-    for axes in panels:
-        axes.set_xticks([i + 0.5 for i in range(len(order))], [m.removesuffix("_proj") for m in order], rotation=60)
-    for axes in panels[1:]:
-        axes.set_ylabel("")
+    looks = [{"cmap": "viridis", "vmin": 0, "vmax": top}] * 2 + [{"cmap": "PuOr", "vmin": -limit, "vmax": limit}]
+    maps["System 2 - System 1"] = gap
+    for axes, (title, values), look in zip(panels, maps.items(), looks, strict=True):
+        axes.pcolormesh(range(len(order) + 1), [*layers, layers.stop], values.reindex(layers), **look)
+        axes.grid(False)
+        axes.set_title(_fitted(title, 12))
+        axes.set_xticks([i + 0.5 for i in range(len(order))], map(_short, order), rotation=90)
+    _layers_down(panels[0], layers)
+    place = "bottom" if _column() == "single" else "right"
+    for which, label in ((panels[:2], "importance / mean"), (panels[2:], "difference")):
+        figure.colorbar(which[0].collections[0], ax=which, location=place, label=label, aspect=30)
 
 
-@_of_each(9, 3.4)
+def _short(module: str) -> str:
+    return module.removesuffix("_proj")
+
+
+def _layers(rows: pd.DataFrame) -> range:
+    """From the first to the last layer of the table `map`; between them may be some without LoRA."""
+    return range(rows["layer"].min(), rows["layer"].max() + 1)
+
+
+def _layers_down(axes: Axes, layers: range) -> None:
+    """Layers from top to bottom, up to eight of them with their number."""
+    shown = layers[:: math.ceil(len(layers) / 8)]
+    axes.set_yticks([layer + 0.5 for layer in shown], shown)
+    axes.set(ylabel="layer", ylim=(layers.stop, layers.start))
+
+
+# In the order of a layer's computation.
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Region of a partition -> what it is in words, in the order of the bars.
+PARTS = {
+    "system1_only": "System 1 only",
+    "shared": "both",
+    "system2_only": "System 2 only",
+    "inactive": "neither",
+}
+
+
+@_of_each(10, 4.6)
+def partition_map(figure: SubFigure, record: Record) -> None:
+    """The partition: of each module's elements in each layer, the shares that one system, both or neither selects."""
+    rows = pd.DataFrame(record.result["tables"]["map"])
+    counts = rows[list(PARTS)].mul(rows["elements"], axis=0).assign(module=rows["module"], layer=rows["layer"])
+    counts = counts.groupby(["module", "layer"])[list(PARTS)].sum()  # over A and B
+    shares = counts.div(counts.sum(axis=1), axis=0)
+    order = [module for module in dict.fromkeys([*MODULES, *rows["module"]]) if module in set(rows["module"])]
+    layers = _layers(rows)
+    panels = figure.subplots(1, len(order), sharey=True, sharex=True)
+    for axes, module in zip(panels, order, strict=True):
+        bars = shares.loc[module].reindex(layers, fill_value=0)
+        ends = bars.cumsum(axis=1)
+        for region in PARTS:
+            # One outline for all layers, whose steps are their bars: much faster than a rectangle for each.
+            begins = ends[region] - bars[region]
+            outline = {"edges": [*layers, layers.stop], "baseline": begins, "orientation": "horizontal"}
+            axes.stairs(ends[region], fill=True, color=REGION_COLOURS[region], **outline)
+        axes.grid(False)
+        axes.set(title=_short(module), xlim=(0, 1), xticks=[0, 1])
+    _layers_down(panels[0], layers)
+    figure.supxlabel("share of the module's elements", size=plt.rcParams["axes.labelsize"])
+    overall = counts.sum() / counts.to_numpy().sum()
+    figure.legend(
+        panels[0].patches,
+        [f"{words} {100 * overall[region]:.0f} %" for region, words in PARTS.items()],
+        loc="outside upper center",
+        ncols=2 if _column() == "single" else 4,
+        # Words in the bars' colours; the light grey of "neither" could not be read.
+        labelcolor=[REGION_COLOURS[region] if region != "inactive" else "#767676" for region in PARTS],
+        handlelength=0,
+        handletextpad=0,
+        frameon=False,
+        prop={"size": plt.rcParams["font.size"], "weight": "bold"},
+    )
+
+
+@_of_each(9, 3.4, rows=2)
 def importance_by_matrix(figure: SubFigure, record: Record) -> None:
     """Mean importance of A and of B by module, for each system; the average element has importance one."""
     rows = pd.DataFrame(record.result["tables"]["map"])
     order = list(dict.fromkeys(rows["module"]))
-    panels = figure.subplots(1, 2, sharey=True)
+    panels = figure.subplots(*_beside(2), sharey=True)
     for axes, matrix in zip(panels, "AB", strict=True):
         means = rows[rows["matrix"] == matrix].groupby("module")[["system1", "system2"]].mean().loc[order]
         for system, offset in ((1, -0.2), (2, 0.2)):
             x = [i + offset for i in range(len(order))]
             axes.bar(x, means[f"system{system}"], 0.38, color=SYSTEM_COLOURS[system], label=f"System {system}")
-        axes.set_xticks(range(len(order)), [module.removesuffix("_proj") for module in order])
-        axes.axhline(1, color="#555555", linestyle="--", linewidth=1)
-        axes.set(title=f"matrix {matrix}", ylabel="importance / mean" if matrix == "A" else "")
+        axes.set_xticks(range(len(order)), map(_short, order))
+        axes.axhline(1, color="#555555", linestyle="--", linewidth=_points(1))
+        axes.set(title=f"matrix {matrix}", ylabel="importance / mean")
+        axes.label_outer()
     panels[1].legend()
 
 
-@_of_each(9, 3)
+@_of_each(9, 3, rows=2)
 def importance_by_rank(figure: SubFigure, record: Record) -> None:
     """Mean importance of each rank of A and of B, for each system; the average element has importance one."""
     rows = pd.DataFrame(record.result["tables"]["by_rank"])
-    panels = figure.subplots(1, 2, sharey=True)
+    panels = figure.subplots(*_beside(2), sharey=True)
     for axes, matrix in zip(panels, "AB", strict=True):
         means = rows[rows["matrix"] == matrix]
         for system in (1, 2):
@@ -238,10 +462,11 @@ def importance_by_rank(figure: SubFigure, record: Record) -> None:
                 color=SYSTEM_COLOURS[system],
                 label=f"System {system}",
             )
-        axes.axhline(1, color="#555555", linestyle="--", linewidth=1)
-        axes.set(title=f"matrix {matrix}", xlabel="rank", ylabel="importance / mean" if matrix == "A" else "")
+        axes.axhline(1, color="#555555", linestyle="--", linewidth=_points(1))
+        axes.set(title=f"matrix {matrix}", xlabel="rank", ylabel="importance / mean")
+        axes.label_outer()
     axes.set_ylim(bottom=0)
-    panels[1].legend()
+    _label(panels[1])
 
 
 def stability(rows: pd.DataFrame) -> Figure:
@@ -254,7 +479,8 @@ def stability(rows: pd.DataFrame) -> Figure:
         "by_matrix": "rank correlation, matrix means",
         "jaccard": "Jaccard of selected sets",
     }
-    figure, panels = plt.subplots(1, len(agreements), figsize=(10, 3.4), sharey=True)
+    figure = _figure(10, 3.4, rows=len(agreements))
+    panels = figure.subplots(*_beside(len(agreements)), sharey=True)
     for axes, (key, title) in zip(panels, agreements.items(), strict=True):
         for (differ, system), points in rows.groupby(["differ", "system"]):
             by_n = points.groupby("n")[key].agg(["mean", "min", "max"])
@@ -265,7 +491,6 @@ def stability(rows: pd.DataFrame) -> Figure:
                 by_n["mean"],
                 yerr=[by_n["mean"] - by_n["min"], by_n["max"] - by_n["mean"]],
                 fmt="x" if other else "os"[system - 1] + "-",
-                capsize=3,
                 color=SYSTEM_COLOURS[system],
                 label=f"System {system}, other {'adapter' if other else 'examples'}",
             )
@@ -273,8 +498,8 @@ def stability(rows: pd.DataFrame) -> Figure:
         axes.set(title=title, xlabel="examples scored", xscale="log", ylim=(min(0.0, rows[key].min()) - 0.05, 1.05))
         axes.set_xticks(sizes, sizes)
         axes.minorticks_off()
+        axes.label_outer()
     panels[0].legend()
-    figure.tight_layout()
     return figure
 
 
@@ -290,7 +515,7 @@ def importance_scatter(figure: SubFigure, record: Record) -> None:
         axes.scatter(
             points["system1"],
             points["system2"],
-            s=8,
+            s=_points(2.8) ** 2,
             alpha=0.6,
             color=REGION_COLOURS[region],
             label=f"{label} ({share:.1%})",
@@ -306,14 +531,13 @@ def concentration(figure: SubFigure, record: Record) -> None:
     rows = pd.DataFrame(record.result["tables"]["concentration"])
     axes = figure.subplots()
     for system, points in rows.groupby("system"):
-        axes.plot(
-            points["elements"], points["importance"], marker="o", color=SYSTEM_COLOURS[system], label=f"System {system}"
-        )
+        look = {"marker": MARKERS[system - 1], "color": SYSTEM_COLOURS[system], "label": f"System {system}"}
+        axes.plot(points["elements"], points["importance"], **look)
     axes.set(xlabel="share of LoRA elements, most important first", ylabel="share of importance", ylim=(0, 1.03))
-    axes.legend()
+    _label(axes)
 
 
-@_of_each(9, 3.6)
+@_of_each(9, 3.6, rows=2)
 def without_systems(figure: SubFigure, record: Record) -> None:
     """Selected share and overlap by theta: the record's, the paper's, and those of a model without two systems."""
     null = null_model.without_systems(record)
@@ -333,13 +557,13 @@ def without_systems(figure: SubFigure, record: Record) -> None:
         "jaccard": ([0.9] * len(overlaps), overlaps),
     }
     labels = {"active": "share of elements selected", "jaccard": "overlap of the two sets (Jaccard index)"}
-    for axes, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+    for axes, (key, label) in zip(figure.subplots(*_beside(2)), labels.items(), strict=True):
         ends = null.groupby("theta")[key].agg(["min", "max"])
         axes.fill_between(
             ends.index, ends["min"], ends["max"], color="#BBBBBB", alpha=0.6, label="independent systems, one phi"
         )
         axes.plot(ours[key].index, ours[key], marker="o", color="#009E73", label="this record")
-        axes.plot(*paper[key], "x", color="black", markersize=7, label="the paper (LLaMA-2-7B)")
+        axes.plot(*paper[key], "x", color="black", markersize=_points(7), label="the paper (LLaMA-2-7B)")
         axes.set(xlabel="theta", ylabel=label, ylim=(0, None))
     figure.axes[0].legend(loc="upper left")
 
@@ -356,6 +580,8 @@ VERDICTS = {
 def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> Figure:
     """Each claim's effect with its interval over blocks (thick) and over test questions (thin), beside its margin."""
     declared = claims.load_claims() if judged is None else judged
+    # Holm's correction is over these alone, so no verdict depends on the others.
+    declared = [claim for claim in declared if claim["test"]["kind"] in claims.SIDES]
     rows = [
         (claim, one)
         for claim, one in zip(declared, claims.judgements(records, declared), strict=True)
@@ -363,41 +589,67 @@ def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> 
     ]
     if not rows:
         return _note("none of these claims has been run yet")
+    width = 30 if _column() == "single" else 58
+    texts = {
+        claim["claim"]: f"{textwrap.fill(claim['claim'], width)}\n{one.verdict}, {_blocks(one.seeds)}"
+        for claim, one in rows
+    }
     units = {True: ("nats a token", 1), False: ("points", 100)}
     groups = {
         in_nats: [row for row in rows if row[0]["test"]["endpoint"].startswith("loss") == in_nats] for in_nats in units
     }
     groups = {in_nats: group for in_nats, group in groups.items() if group}
     heights = [len(group) + 1 for group in groups.values()]
-    figure, panels = plt.subplots(
-        len(groups),
-        1,
-        figsize=(9, 0.5 * sum(heights) + 0.6),
-        squeeze=False,
-        height_ratios=heights,
-        layout="constrained",
-    )
+    lines = 1 + max(text.count("\n") for text in texts.values())
+    figure = _figure(9, 0.17 * lines * sum(heights) + 0.6)
+    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)
     for axes, (in_nats, group) in zip(panels[:, 0], groups.items(), strict=True):
         name, unit = units[in_nats]
         for place, (claim, one) in enumerate(group):
             colour, marker = VERDICTS[one.verdict]
-            for metric, width in ((one.over_items, 1.2), (one.effect, 4)):
+            for metric, thickness in ((one.over_items, 1.2), (one.effect, 4)):
                 if metric.low is not None:
-                    axes.plot([unit * metric.low, unit * metric.high], [place] * 2, color=colour, linewidth=width)
-            axes.plot(unit * one.effect.value, place, marker, color=colour, markersize=8, label=one.verdict)
-            axes.plot([unit * claim["test"]["margin"]] * 2, [place - 0.4, place + 0.4], ":", color="black", linewidth=1)
-        axes.axvline(0, color="black", linewidth=0.8)
-        texts = [f"{textwrap.fill(claim['claim'], 58)}\n{one.verdict}, {one.seeds} blocks" for claim, one in group]
+                    ends = [unit * metric.low, unit * metric.high]
+                    axes.plot(ends, [place] * 2, color=colour, linewidth=_points(thickness))
+            axes.plot(unit * one.effect.value, place, marker, color=colour, markersize=_points(8), label=one.verdict)
+            margin = [unit * claim["test"]["margin"]] * 2
+            axes.plot(margin, [place - 0.4, place + 0.4], ":", color="black", linewidth=_points(1))
+        axes.axvline(0, color="black", linewidth=_points(0.8))
+        axes.locator_params(axis="x", nbins=4 if _column() == "single" else 8)
         axes.set(xlabel=f"effect, in {name}", yticks=range(len(group)), ylim=(len(group) - 0.4, -0.6))
-        axes.set_yticklabels(texts, fontsize="small")
+        axes.set_yticklabels([texts[claim["claim"]] for claim, _ in group], fontsize="small")
     return figure
+
+
+def _blocks(count: int) -> str:
+    return f"{count} block{'s' * (count > 1)}"
 
 
 def _note(text: str) -> Figure:
-    figure, axes = plt.subplots(figsize=(9, 1))
+    axes = _figure(9, 1).subplots()
     axes.axis("off")
     axes.text(0.5, 0.5, text, ha="center", va="center")
-    return figure
+    return axes.figure
+
+
+def arm_of(parameters: Mapping) -> str:
+    """What a run trains, as `ARM_COLOURS` names it."""
+    if parameters["method"] == "lorapar":
+        return tables.selection_name(parameters)
+    if parameters.get("r") == 3:
+        return "all elements, r = 3"
+    return "all elements, PEFT's initialisation" if parameters.get("init") == "lora" else "all elements"
+
+
+def _look(axes: Axes, arm: str) -> dict:
+    """An arm's colour; of several lines of one colour, such as two thetas, the later ones are dashed."""
+    colour = ARM_COLOURS[arm]
+    before = sum(line.get_color() == colour and not line.get_label().startswith("_") for line in axes.lines)
+    return {"color": colour, "linestyle": LINESTYLES[before % len(LINESTYLES)]}
+
+
+def _marker(arm: str) -> str:
+    return MARKERS[list(ARM_COLOURS).index(arm) % len(MARKERS)]
 
 
 def tuning(records: Sequence[Record]) -> Figure:
@@ -405,7 +657,8 @@ def tuning(records: Sequence[Record]) -> Figure:
     rows = pd.DataFrame(
         [
             {
-                "arm": record.run["parameters"]["title"].rpartition(", rate ")[0],
+                "title": record.run["parameters"]["title"].rpartition(", rate ")[0],
+                "arm": arm_of(record.run["parameters"]),
                 "rate": record.run["parameters"]["learning_rate"],
                 "loss": record.metric("stage1/loss1").value,
             }
@@ -414,18 +667,47 @@ def tuning(records: Sequence[Record]) -> Figure:
     )
     if rows.empty:
         return _note("no learning rate has been tried yet")
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for number, (arm, points) in enumerate(rows.groupby("arm", sort=False)):
+    axes = _figure(8, 4.5).subplots()
+    for (title, arm), points in rows.groupby(["title", "arm"], sort=False):
         points = points.sort_values("rate")
         least = points.loc[points["loss"].idxmin()]
-        marker = MARKERS[number % len(MARKERS)]
-        (line,) = axes.plot(points["rate"], points["loss"], marker=marker, label=arm, alpha=0.8)
-        axes.plot(least["rate"], least["loss"], "o", markersize=14, fillstyle="none", color=line.get_color())
+        look = _look(axes, arm)
+        axes.plot(points["rate"], points["loss"], marker=_marker(arm), label=title, alpha=0.8, **look)
+        circle = {"markersize": _points(14), "fillstyle": "none", "color": look["color"]}
+        axes.plot(least["rate"], least["loss"], "o", **circle)
     axes.set(xscale="log", yscale="log", xlabel="learning rate of stage 1", ylabel="validation loss, nats a token")
     axes.set_xticks(sorted(rows["rate"].unique()), [f"{rate:g}" for rate in sorted(rows["rate"].unique())])
     axes.xaxis.minorticks_off()
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    return figure
+    _label(axes)
+    return axes.figure
+
+
+WINDOW = 8  # steps of a running mean
+
+
+def arm_curves(records: Iterable[Record]) -> Figure:
+    """Training loss of stage 1 by step for each of the study's arms: the mean over blocks of running means.
+
+    Bands reach from the lowest to the highest block. Records that were not measured on the test split are left out.
+    """
+    arms: dict[tuple[str, str], list[pd.Series]] = {}
+    for record in records:
+        parameters, log = record.run["parameters"], record.result["tables"].get("history_stage1")
+        if log and parameters.get("measured_on") == "test":
+            losses = pd.Series({row["step"]: row["loss"] for row in log if "loss" in row})
+            arms.setdefault((parameters["title"], arm_of(parameters)), []).append(losses.rolling(WINDOW).mean())
+    if not arms:
+        return _note("no arm of the study has been trained yet")
+    axes = _figure(8, 4.5).subplots()
+    for (title, arm), losses in arms.items():
+        blocks = pd.concat(losses, axis=1).dropna()
+        look = _look(axes, arm)
+        axes.plot(blocks.index, blocks.mean(axis=1), label=f"{title} ({_blocks(len(losses))})", **look)
+        band = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
+        axes.fill_between(blocks.index, blocks.min(axis=1), blocks.max(axis=1), **band)
+    axes.set(yscale="log", xlabel="step of stage 1", ylabel=f"training loss, mean of {WINDOW} steps")
+    _label(axes)
+    return axes.figure
 
 
 def theta_curve(records: list[Record], own: list[Record] = ()) -> Figure:
@@ -436,36 +718,39 @@ def theta_curve(records: list[Record], own: list[Record] = ()) -> Figure:
     here = tables.theta_points(own)
     rows = pd.DataFrame([point | point["metric"]._asdict() for point in tables.theta_points(records)])
     modules = list(dict.fromkeys(rows["modules"]))
-    figure, panels = plt.subplots(
-        1, len(modules), figsize=(max(6.5, 4.2 * len(modules)), 4), sharey=True, squeeze=False
-    )
-    kinds = list(dict.fromkeys(rows["selection"]))
-    for axes, which in zip(panels[0], modules, strict=True):
+    figure = _figure(max(6.5, 4.2 * len(modules)), 4, rows=len(modules))
+    panels = figure.subplots(*_beside(len(modules)), sharey=True, squeeze=False).ravel()
+    for axes, which in zip(panels, modules, strict=True):
         for selection, points in rows[rows["modules"] == which].groupby("selection", sort=False):
-            i = kinds.index(selection)
             points = points.sort_values("active")
             errors = [points["value"] - points["low"], points["high"] - points["value"]]
             axes.errorbar(
                 points["active"],
                 points["value"],
                 yerr=errors,
-                marker=MARKERS[i],
+                marker=_marker(selection),
+                color=ARM_COLOURS[selection],
                 linestyle="-" if len(points) > 1 else "none",
-                linewidth=1,
-                capsize=3,
+                linewidth=_points(1),
                 label=selection,
             )
         points = [(p["active"], p["metric"].value) for p in here if p["modules"] == which]
         if points:
-            axes.plot(*zip(*points, strict=True), "kx", markersize=9, markeredgewidth=2, label="this run")
-        axes.set(title=which, xlabel="share of elements active in stage 1", ylim=(0, 1), xlim=(0, 1.05))
-    panels[0][0].set_ylabel("test accuracy")
-    panels[0][-1].legend()
-    figure.tight_layout()
+            cross = {"markersize": _points(9), "markeredgewidth": _points(2)}
+            axes.plot(*zip(*points, strict=True), "kx", label="this run", **cross)
+        axes.set(title=which, xlabel="share of elements active in stage 1", ylim=(0, 1), xlim=(-0.03, 1.05))
+        axes.set_ylabel("test accuracy")
+        axes.label_outer()
+    drawn = [_handles(axes) for axes in panels]
+    everywhere = {label: handle for handles in drawn for label, handle in handles.items()}
+    if everywhere.keys() == drawn[-1].keys():
+        _label(panels[-1])
+    else:
+        _legend(figure, everywhere)
     return figure
 
 
-@_of_each(11, 5.5)
+@_of_each(11, 5.5, rows=1.5)
 def learning_curves(figure: SubFigure, record: Record) -> None:
     """Loss of SFT; reward, entropy, length and idle groups of GRPO; validation accuracy of both, by step."""
     histories = [rows for key, rows in sorted(record.result["tables"].items()) if key.startswith("history_") and rows]
@@ -474,12 +759,12 @@ def learning_curves(figure: SubFigure, record: Record) -> None:
     panels = [(sft, "loss", "SFT loss"), (grpo, "reward", "GRPO reward"), (grpo, "entropy", "GRPO entropy (nats)")]
     panels += [(grpo, "completions/mean_length", "completion length (tokens)")]
     panels += [(grpo, "frac_reward_zero_std", "groups without advantage")]
-    grid = figure.subplots(2, 3)
+    grid = figure.subplots(*((3, 2) if _column() == "single" else (2, 3)))
     for axes, (stages, key, title) in zip(grid.flat, panels, strict=False):
         for rows in stages:
             points = [(row["step"], float(row[key])) for row in rows if key in row]
             axes.plot(*zip(*points, strict=True), color=SYSTEM_COLOURS[1 if stages is sft else 2])
-        axes.set(title=title, xlabel="step")
+        axes.set(title=_fitted(title, 18), xlabel="step")
     _validation_curves(grid.flat[-1], histories)
 
 
@@ -489,7 +774,7 @@ def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
     for rows in histories:
         begins.append(begins[-1] + max(row["step"] for row in rows))
     for begin in begins[1:-1]:
-        axes.axvline(begin, color="0.6", linewidth=1)
+        axes.axvline(begin, color="0.6", linewidth=_points(1))
     for field, (label, system) in SCORES.items():
         key = f"validation/{field}"
         points = [
@@ -505,8 +790,8 @@ def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
                 color=SYSTEM_COLOURS[system],
                 label=label,
             )
-    if axes.lines and axes.get_legend_handles_labels()[0]:
-        axes.legend()
+    if handles := _handles(axes):
+        axes.figure.legend(handles.values(), handles.keys(), loc="outside lower right", ncols=len(SCORES))
     axes.set(title="validation accuracy", xlabel="step, both stages", ylim=(0, 1))
 
 
@@ -526,20 +811,20 @@ def stage_accuracy(records: list[Record], own: list[Record] = ()) -> Figure:
         raise InputError("records: none has scores by stage; run the experiments first")
     frame = pd.DataFrame(rows)
     titles = list(dict.fromkeys(frame["title"] + "\n" + frame["stage"].map(STAGES)))
-    figure, axes = plt.subplots(figsize=(8, 0.55 * len(titles) + 1.4))
+    axes = _figure(8, 0.55 * len(titles) + 1.4).subplots()
     for field, offset in (("system1", -0.14), ("system2", 0.14), ("overlap", 0.0)):
         part, (label, colour) = frame[frame["field"] == field], SCORES[field]
         if part.empty:
             continue
         y = [titles.index(title) + offset for title in part["title"] + "\n" + part["stage"].map(STAGES)]
         errors = [part["value"] - part["low"], part["high"] - part["value"]]
-        axes.errorbar(part["value"], y, xerr=errors, fmt="o", capsize=3, color=SYSTEM_COLOURS[colour], label=label)
+        axes.errorbar(part["value"], y, xerr=errors, fmt="o", color=SYSTEM_COLOURS[colour], label=label)
     axes.set_yticks(range(len(titles)), titles, fontsize="small")
     axes.invert_yaxis()
     scored = "overlap" if set(frame["field"]) == {"overlap"} else "accuracy"
     axes.set(xlabel=f"test {scored} (95 % interval)", xlim=(-0.02, 1.02))
     axes.legend(loc="best")
-    return figure
+    return axes.figure
 
 
 def pareto(records: list[Record]) -> Figure:
@@ -548,37 +833,37 @@ def pareto(records: list[Record]) -> Figure:
     One point per method (see `tables.method_runs`): the mean over the seeds, with the 95 % interval over test items.
     A method without a recorded cost is left out of that cost's panel.
     """
-    import seaborn as sns  # here for the reason above
-
     points = tables.cost_points(records)
     if points.empty:
         raise KeyError("of a trained method of Tables 4 and 6")
-    looks = {
-        method: {"color": colour, "fmt": MARKERS[i % len(MARKERS)], "capsize": 3, "label": method}
-        for i, (method, colour) in enumerate(zip(points["method"], sns.color_palette("colorblind", 20), strict=False))
-    }
     panels = [
         ("active", "active elements in the last stage (log scale)"),
         ("core_seconds", "training time, core-seconds"),
         ("peak_bytes", "peak memory of the run, GB"),
     ]
-    figure, grid = plt.subplots(2, 2, figsize=(8.4, 7.4), sharey=True, layout="constrained")
-    *all_axes, aside = grid.flat
+    figure = _figure(8.4, 7.4, rows=1.5)
+    all_axes = figure.subplots(*((3, 1) if _column() == "single" else (2, 2)), sharey=True).ravel()
+    all_axes, aside = all_axes[: len(panels)], all_axes[len(panels) :]
     for axes, (cost, label) in zip(all_axes, panels, strict=True):
         part = points.dropna(subset=[cost]).sort_values([cost, "value"], ascending=[True, False])
         scale = 1e9 if cost == "peak_bytes" else 1
         for row in part.itertuples():
             errors = [[row.value - row.low], [row.high - row.value]]
-            axes.errorbar(getattr(row, cost) / scale, row.value, yerr=errors, **looks[row.method])
+            look = {"color": ARM_COLOURS[row.method], "fmt": _marker(row.method), "label": row.method}
+            axes.errorbar(getattr(row, cost) / scale, row.value, yerr=errors, **look)
         if part.empty:
             axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
         front = part[part["value"] > part["value"].cummax().shift(fill_value=-1)]
-        axes.step(front[cost] / scale, front["value"], where="post", color="#666666", linewidth=1, zorder=0)
+        axes.step(front[cost] / scale, front["value"], where="post", color="#666666", linewidth=_points(1), zorder=0)
         axes.set(xlabel=label, ylim=(-0.02, 1.02))
     all_axes[0].set(xscale="log")
     figure.supylabel("accuracy at the end (95 % interval)", size=plt.rcParams["axes.labelsize"])
-    aside.axis("off")
-    aside.legend(*all_axes[0].get_legend_handles_labels(), loc="center", frameon=False)
+    handles = _handles(all_axes[0])
+    if len(aside):
+        aside[0].axis("off")
+        aside[0].legend(handles.values(), handles.keys(), loc="center", frameon=False)
+    else:
+        _legend(figure, handles)
     return figure
 
 
@@ -603,7 +888,8 @@ def stage1_records(records: dict[str, Record]) -> list[Record]:
 
 def tuned_records(records: dict[str, Record]) -> list[Record]:
     """The runs that chose the learning rates of stage 1, on validation."""
-    return [record for record in records.values() if record.run["parameters"].get("sweep") == "tuning"]
+    tuned = [record for record in records.values() if record.run["parameters"].get("sweep") == "tuning"]
+    return [record for record in tuned if "grpo" not in record.run["parameters"].get("stages", ())]
 
 
 # The figures of `make figures` and the book: name -> function from records by name.
@@ -613,6 +899,7 @@ FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "split_accuracy": lambda records: split_accuracy(records["voting"]),
     "reliability": lambda records: reliability(records["voting"]),
     "importance_map": lambda records: importance_map(records["importance"]),
+    "partition_map": lambda records: partition_map(records["importance"]),
     "importance_by_matrix": lambda records: importance_by_matrix(records["importance"]),
     "importance_by_rank": lambda records: importance_by_rank(records["importance"]),
     "importance_scatter": lambda records: importance_scatter(records["importance"]),
@@ -623,6 +910,7 @@ FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "stage_accuracy": lambda records: stage_accuracy(main_records(records)),
     "forest": lambda records: forest(study()),
     "tuning": lambda records: tuning(tuned_records(study())),
+    "arm_curves": lambda records: arm_curves(study().values()),
     "without_systems": lambda records: without_systems(records["importance"]),
     "pareto": lambda records: pareto(list(records.values())),
 }
@@ -636,24 +924,34 @@ def save_all(
     names: Sequence[str] = tuple(FIGURES),
     formats: Sequence[str] = tuple(FORMATS),
 ) -> list[Path]:
-    """Draw the figures `names` in each format, if their records exist; the same records give the same bytes."""
-    use_style()
+    """Draw the figures `names` in each format, if their records exist; the same records give the same bytes.
+
+    A PDF is for a paper, so there is one for each of `COLUMNS`: `NAME-single.pdf`, `NAME-double.pdf`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    on_page = [suffix for suffix in formats if suffix != "pdf"]
+    looks = {None: on_page} if on_page else {}
+    looks |= {column: ["pdf"] for column in COLUMNS if "pdf" in formats}
     paths = []
     for name in names:
         try:
-            figure = FIGURES[name](records)
+            for column, suffixes in looks.items():
+                use_style(column)
+                figure = FIGURES[name](records)
+                # Once for all formats: each would lay out and draw the figure to find out where things go.
+                figure.get_layout_engine().execute(figure)
+                figure.set_layout_engine(None)
+                stem = f"{name}-{column}" if column else name
+                for suffix in suffixes:
+                    temporary = folder / f".{stem}.{suffix}"
+                    figure.savefig(temporary, format=suffix, metadata=FORMATS.get(suffix))
+                    paths.append(temporary.replace(folder / f"{stem}.{suffix}"))
+                plt.close(figure)
         except KeyError as missing:
             print(f"{name}: skipped, there is no record {missing}")
-            continue
         except InputError as error:
             print(f"{name}: skipped; {error}")
-            continue
-        for suffix in formats:
-            temporary = folder / f".{name}.{suffix}"
-            figure.savefig(temporary, format=suffix, metadata=FORMATS.get(suffix))
-            paths.append(temporary.replace(folder / f"{name}.{suffix}"))
-        plt.close(figure)
+    use_style()
     return paths
 
 

@@ -1,5 +1,8 @@
 """What figures show, read back from what was drawn and held against the records: data, not pixels."""
 
+import itertools
+import re
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,7 +11,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, evidence, pooled
+from lorapar_utils.records import Record, evidence, pooled, study
 from lorapar_utils.report import figures, tables
 
 matplotlib.use("Agg")
@@ -23,6 +26,7 @@ def published():
 def style():
     figures.use_style()
     yield
+    figures.use_style()  # not a column's, for other tests
     plt.close("all")
 
 
@@ -34,6 +38,37 @@ def lines(axes):
 def error_bars(axes):
     """(x, y) of every point with an error bar."""
     return {tuple(np.round(xy, 6)) for bars in axes.containers for xy in bars.lines[0].get_xydata()}
+
+
+def colours(figure):
+    """Label -> colour of every line with a label, also of those with error bars."""
+    handles = {label: handle for axes in figure.axes for label, handle in figures._handles(axes).items()}
+    handles = {label: handle[0] if isinstance(handle, tuple) else handle for label, handle in handles.items()}
+    return {label: to_hex(handle.get_color()) for label, handle in handles.items() if hasattr(handle, "get_color")}
+
+
+def box(text):
+    """Where the words of a drawn text are; its own method counts the line to an annotation's point too."""
+    return matplotlib.text.Text.get_window_extent(text)
+
+
+def nothing_is_cut_off(figure):
+    left, bottom, right, top = figure.get_tightbbox().extents
+    return left >= 0 and bottom >= 0 and right <= figure.get_figwidth() and top <= figure.get_figheight()
+
+
+def covering(texts):
+    """Pairs of texts of which one covers a part of the other."""
+    boxes = {text.get_text(): box(text) for text in texts if text.get_text()}
+    return [pair for pair in itertools.combinations(boxes, 2) if boxes[pair[0]].overlaps(boxes[pair[1]])]
+
+
+def arm(title, seed, losses, **parameters):
+    """A record of one block of an arm, with these losses of steps 1, 2, …"""
+    usual = {"title": title, "method": "lorapar", "selection": "importance", "measured_on": "test"}
+    log = [{"step": step, "loss": float(loss)} for step, loss in enumerate(losses, 1)]
+    run = {"seed": seed, "parameters": usual | parameters}
+    return Record(run=run, result={"metrics": {}, "tables": {"history_stage1": log}}, environment={})
 
 
 def test_votes_by_steps_draws_every_teacher_and_the_majority(published):
@@ -64,6 +99,116 @@ def test_a_second_record_is_drawn_under_the_first_with_both_profiles_named(publi
     assert len(figure.subfigs) == 2 and len(figure.axes) == 2 * len(figures.importance_map(record).axes)
     titles = [part._suptitle.get_text() for part in figure.subfigs]
     assert titles == ["profile cpu", "profile mine"]
+
+
+def test_partition_map_stacks_what_each_layer_selects_up_to_one(published):
+    rows = pd.DataFrame(published["importance"].result["tables"]["map"])
+    figure = figures.partition_map(published["importance"])
+    assert [axes.get_title() for axes in figure.axes] == ["q", "k", "v", "gate", "up", "down"]
+    regions = ("system1_only", "shared", "system2_only", "inactive")
+    total = dict.fromkeys(regions, 0.0)
+    for axes in figure.axes:
+        outlines = [outline.get_data() for outline in axes.patches]
+        assert [to_hex(outline.get_facecolor()).upper() for outline in axes.patches] == [
+            figures.REGION_COLOURS[region] for region in regions
+        ]
+        widths = np.array([outline.values - outline.baseline for outline in outlines])
+        np.testing.assert_allclose(widths.sum(axis=0), 1)
+        np.testing.assert_allclose(outlines[0].baseline, 0)
+        for before, after in itertools.pairwise(outlines):
+            np.testing.assert_allclose(before.values, after.baseline)
+        for layer, bar in enumerate(widths.T):
+            a, b = rows[(rows["module"] == f"{axes.get_title()}_proj") & (rows["layer"] == layer)].to_dict("records")
+            elements = a["elements"] + b["elements"]
+            expected = [(a["elements"] * a[key] + b["elements"] * b[key]) / elements for key in regions]
+            np.testing.assert_allclose(bar, expected, atol=1e-6)  # the record's shares are rounded
+            for key, share in zip(regions, expected, strict=True):
+                total[key] += elements * share / rows["elements"].sum()
+    (legend,) = figure.subfigs[0].legends
+    names = ("System 1 only", "both", "System 2 only", "neither")
+    words = [f"{name} {100 * total[key]:.0f} %" for name, key in zip(names, regions, strict=True)]
+    assert [text.get_text() for text in legend.get_texts()] == words
+
+
+def test_arm_curves_are_the_mean_over_blocks_of_running_means_between_the_extremes():
+    losses = np.random.default_rng(0).uniform(0.1, 2, (3, 20))
+    records = [arm("LoRA-PAR", seed, losses[seed]) for seed in range(3)]
+    records += [arm("one block", 0, losses[0], method="lora"), arm("tuned", 100, losses[1], measured_on="validation")]
+    axes = figures.arm_curves(records).axes[0]
+    drawn = lines(axes)
+    assert drawn.keys() == {"LoRA-PAR (3 blocks)", "one block (1 block)"} and axes.get_yscale() == "log"
+    smooth = [[block[end - 8 : end].mean() for end in range(8, 21)] for block in losses]
+    assert drawn["LoRA-PAR (3 blocks)"][:, 0].tolist() == list(range(8, 21))
+    np.testing.assert_allclose(drawn["LoRA-PAR (3 blocks)"][:, 1], np.mean(smooth, axis=0))
+    np.testing.assert_allclose(drawn["one block (1 block)"][:, 1], smooth[0])
+    band = axes.collections[0].get_paths()[0].vertices
+    for step, low, high in zip(range(8, 21), np.min(smooth, axis=0), np.max(smooth, axis=0), strict=True):
+        ends = band[band[:, 0] == step][:, 1]
+        np.testing.assert_allclose([ends.min(), ends.max()], [low, high])
+    assert "no arm of the study" in figures.arm_curves([records[-1]]).axes[0].texts[0].get_text()
+
+
+def test_an_arm_has_the_same_colour_in_every_figure(published):
+    found = colours(figures.tuning(figures.tuned_records(study())))
+    found |= {
+        label.partition(" (")[0]: colour for label, colour in colours(figures.arm_curves(study().values())).items()
+    }
+    found |= colours(figures.theta_curve(figures.stage1_records(published)))
+    found |= colours(figures.pareto(list(published.values())))
+    same = {
+        "#0072b2": ("importance", "importance, theta 0.9", "LoRA-PAR, theta 0.9", "LoRA-PAR over LoRA"),
+        "#d55e00": ("System 2's elements, theta 0.9",),
+        "#cc79a7": ("random within each matrix, size of theta 0.9",),
+        "#e69f00": ("random", "random, size of theta 0.9"),
+        "#5d3a9b": ("magnitude",),
+        "#222222": ("all elements", "LoRA", "LoRA, r = 8", "LoRA + RL"),
+        "#888888": ("LoRA, r = 3",),
+        "#56b4e9": ("LoRA, PEFT's initialisation",),
+    }
+    assert {label: found[label] for labels in same.values() for label in labels} == {
+        label: colour for colour, labels in same.items() for label in labels
+    }
+    # No other score or method takes a colour of theirs, and no two methods look alike.
+    named = {label for labels in same.values() for label in labels}
+    others = {found[label] for label in found.keys() & figures.ARM_COLOURS.keys() - named}
+    assert others and not others & same.keys()
+    looks = {(figures.ARM_COLOURS[row.title], figures._marker(row.title)) for row in tables.METHOD_ROWS}
+    assert len(looks) == len(tables.METHOD_ROWS)
+
+
+def test_two_thetas_of_one_selection_differ_in_their_dashes():
+    axes = figures.arm_curves([arm("theta 0.9", 0, [1.0] * 9), arm("theta 0.5", 0, [2.0] * 9)]).axes[0]
+    first, second = axes.lines
+    assert first.get_color() == second.get_color() and first.get_linestyle() != second.get_linestyle()
+
+
+@pytest.mark.parametrize("column", [None, "double"])
+@pytest.mark.parametrize(
+    "name",
+    ["votes_by_steps", "reliability", "concentration", "importance_by_rank", "tuning", "theta_curve", "arm_curves"],
+)
+def test_each_line_has_its_label_beside_its_end(name, column, published):
+    figures.use_style(column)
+    figure = figures.FIGURES[name](published)
+    figure.draw_without_rendering()
+    axes = figure.axes[-1]
+    labels = {text.get_text().replace("\n", " "): text for text in axes.texts if hasattr(text, "arrow_patch")}
+    assert labels.keys() == figures._handles(axes).keys() and len(labels) >= 2
+    for label, colour in colours(figure).items():
+        assert to_hex(labels[label].get_color()) == colour
+    assert covering(labels.values()) == []
+    assert min(box(text).x0 for text in labels.values()) >= axes.get_window_extent().x1
+
+
+@pytest.mark.parametrize("column", [None, "double"])
+@pytest.mark.parametrize("count", [9, 16])
+def test_labels_of_lines_that_end_in_one_point_are_moved_apart(count, column):
+    figures.use_style(column)
+    records = [arm(f"arm {'of a long name ' * (number % 4)}{number}", 0, [1, *[0.5] * 8]) for number in range(count)]
+    figure = figures.arm_curves(records)
+    figure.draw_without_rendering()
+    labels = figure.axes[0].texts
+    assert len(labels) == count and covering(labels) == [] and nothing_is_cut_off(figure)
 
 
 def test_theta_curve_has_one_point_for_each_setting(published):
@@ -110,8 +255,40 @@ def test_every_figure_is_labelled_and_readable(name, published):
     figure.canvas.draw()
     texts = [t for t in figure.findobj(matplotlib.text.Text) if t.get_text().strip() and t.get_visible()]
     assert texts and min(t.get_fontsize() for t in texts) >= 8
+    assert nothing_is_cut_off(figure)
     for axes in figure.axes:
         assert not axes.axison or axes.get_xlabel() or axes.get_title() or axes.get_ylabel()
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_pdf_is_as_wide_as_its_column_and_nothing_is_cut_off(name, published, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    paths = figures.save_all(published, tmp_path, [name], ["pdf"])
+    assert [path.name for path in paths] == [f"{name}-single.pdf", f"{name}-double.pdf"]
+    for path, figure, width in zip(paths, drawn, (3.25, 6.75), strict=True):
+        page = path.read_bytes()
+        (box,) = re.findall(rb"/MediaBox \[([^]]*)\]", page)
+        assert [float(number) for number in box.split()] == [
+            0,
+            0,
+            72 * width,
+            pytest.approx(72 * figure.get_figheight()),
+        ]
+        assert b"/FontFile2" in page and b"/Type3" not in page
+        assert nothing_is_cut_off(figure) and figure.get_figheight() < 10
+        texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text().strip()]
+        assert min(text.get_fontsize() for text in texts) >= 5.5
+        for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            assert covering([tick.label1 for tick in ticks if tick.label1.get_visible()]) == []
+
+
+def test_the_same_records_give_the_same_bytes(published, tmp_path):
+    first, second = (figures.save_all(published, tmp_path / run, ["concentration"]) for run in ("first", "second"))
+    assert [path.suffix for path in first] == [".svg", ".png", ".pdf", ".pdf"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
 def test_one_style_whatever_was_set_before():
@@ -119,6 +296,11 @@ def test_one_style_whatever_was_set_before():
     figures.use_style()
     assert plt.rcParams["font.size"] == 11 and plt.rcParams["axes.facecolor"] == "white"
     assert plt.rcParams["font.family"] == ["DejaVu Sans"]
+    assert [(figures.use_style(column), plt.rcParams["font.size"])[1] for column in ("single", "double", None)] == [
+        7,
+        8,
+        11,
+    ]
     # Okabe and Ito's colours are told apart by every common kind of colour vision; systems and regions use them too.
     safe = {colour["color"].upper().lstrip("#") for colour in plt.rcParams["axes.prop_cycle"]} | {"BBBBBB"}
     used = {*figures.SYSTEM_COLOURS.values(), *figures.REGION_COLOURS.values()}
