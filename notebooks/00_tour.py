@@ -32,18 +32,19 @@ theta = 0.9
 # %% tags=["remove-input", "remove-stdout"]
 import pandas as pd
 
-from lorapar_utils.records import evidence, own_records, pooled
-from lorapar_utils.report import figures, notebook, tables
+from lorapar_utils.records import evidence, own_records, pooled, study
+from lorapar_utils.report import explorer, figures, notebook, tables
 
 settings = notebook.start(profile=profile)
-from peft import PeftModel
+from peft import PeftModel, load_peft_weights
 
 from lorapar_utils import evaluation, models
 from lorapar_utils.data.encoding import encode_examples
-from lorapar_utils.importance import score_importance
+from lorapar_utils.importance import lora_parameters, score_importance
 from lorapar_utils.models.published import fits_published, published_adapters, published_items
 from lorapar_utils.partition import Partition, build_partition
 from lorapar_utils.pipeline.examples import Examples
+from lorapar_utils.records.from_scores import importance_record
 
 # %% [markdown]
 # ## The idea
@@ -64,19 +65,22 @@ notebook.linked(tables.stage_table(published, own), [*published, *own], settings
 # %% [markdown]
 # ## Ask the model, before and after
 #
-# `results/study/adapters/` holds two trained adapters: LoRA-PAR after both stages, and LoRA with all elements. They answer the same
-# questions as the model without an adapter. Set `questions` in the parameters cell to ask your own; an answer ends after
-# `evaluation.max_new_tokens`.
+# The same questions, side by side: the model without an adapter, LoRA-PAR after stage 1 and after stage 2 as this run has trained it, and the adapters of
+# `results/study/adapters/`, LoRA-PAR after both stages and LoRA with all elements. Set `questions` in the parameters cell to ask your own; an answer
+# ends after `evaluation.max_new_tokens`.
 
 # %% tags=["remove-input"]
 adapters = published_adapters() if not compute or fits_published(settings) else {}
+kept = sorted((settings.runs / "experiments" / "lorapar-seed0").glob("stage*"))
+halfway = {f"{name}, stage1": f / "stage1" for name, f in adapters.items() if (f / "stage1").is_dir()}
+own_stages = {f"this run's LoRA-PAR, {stage.name}": stage / "adapter" for stage in kept}
 if compute:
     model, tokenizer = models.load_base(settings)
     rows = [row for row in Examples(settings).pool if row["split"] == "test"]
     asked = questions or [next((r["prompt"] for r in rows if r["construction"] in (k, 0)), None) for k in (1, 2)]
     answers = {"question": asked}
     answers["no adapter"] = [text for [(text, _)] in evaluation.generate(model, tokenizer, asked, settings)]
-    for name, folder in adapters.items():
+    for name, folder in {**own_stages, **halfway, **adapters}.items():
         model = PeftModel.from_pretrained(model, folder)
         answers[name] = [text for [(text, _)] in evaluation.generate(model, tokenizer, asked, settings)]
         model = model.unload()
@@ -85,13 +89,37 @@ else:
 notebook.shown(pd.DataFrame(answers).head(4))
 
 # %% [markdown]
+# ## What did each stage move?
+#
+# The adapter that this run's stage 1 started from was drawn from a seed, so it can be drawn again. An element counts as moved if a single bit of it
+# changed.
+
+# %%
+if compute:
+    model = models.attach_adapter(model, settings)
+moved = []
+if compute and len(kept) == 2:
+    drawn = {name.replace(".default", ""): p.detach() for name, p in lora_parameters(model).items()}
+    stage1, stage2 = (load_peft_weights(str(folder)) for folder in own_stages.values())
+    moved = [
+        {
+            "module": name.split(".")[-3],
+            "stage 1": (stage1[name] != drawn[name]).float().mean().item(),
+            "stage 2": (stage2[name] != stage1[name]).float().mean().item(),
+            "neither": (stage2[name] == drawn[name]).float().mean().item(),
+        }
+        for name in drawn
+    ]
+by_module = pd.DataFrame(moved, columns=["module", "stage 1", "stage 2", "neither"]).groupby("module", sort=False)
+notebook.shown(by_module.mean().round(3).reset_index(), "This needs both stages of this run: `make book` trains them.")
+
+# %% [markdown]
 # ## Which elements matter to a few examples?
 #
 # The adapter is fresh; nothing is trained. Change `examples`, and see the selection settle; the importance notebook shows how far.
 
 # %%
 if compute:
-    model = models.attach_adapter(model, settings)
     scores = [
         score_importance(
             model,
@@ -104,7 +132,7 @@ if compute:
 # %% [markdown]
 # ## Change theta
 #
-# This cell takes a second: change `theta`, `alpha` or `beta` and run it again.
+# This cell takes a second: change `theta`, `alpha` or `beta` and run it again. Or drag the slider below, which moves over the same scores.
 
 # %%
 if compute:
@@ -116,6 +144,14 @@ print(
     + ", ".join(f"{k} {v:.1%}" for k, v in partition.active_share.items())
 )
 partition.summary().groupby("module")[["system1_only", "system2_only", "shared", "inactive"]].mean().round(3)
+
+# %% tags=["remove-input"]
+record = importance_record(scores, partition, settings) if compute else evidence()["importance"]
+explorer.Page(
+    explorer.theta_explorer(record, study().values()),
+    figures.importance_map(record),
+    "Heat maps of layer against module: importance to System 1, to System 2, and their difference.",
+)
 
 # %% [markdown]
 # ## Where to go from here

@@ -99,7 +99,7 @@ figure = figures.theta_curve(records, own)
 # %% [markdown]
 # ## How to read it
 #
-# Compare rows of equal size only. An interval that covers another row's value leaves the two unranked; the claims below compare them item by
+# Each dot is a seed, and a link to its record. Compare rows of equal size only. An interval that covers another row's value leaves the two unranked; the claims below compare them item by
 # item and seed by seed, which is sharper. Ways of selecting at equal theta are of different size: the curve, not the table, compares those.
 #
 # ## The study: every arm at its own rate
@@ -110,8 +110,11 @@ figure = figures.theta_curve(records, own)
 # %% mystnb={"image": {"alt": "Validation loss of System 1 against the learning rate of stage 1, a line for each arm, the least value of each circled."}, "figure": {"caption": "The rates that were tried, at a seed that no block has; circles: what each arm trains with.", "name": "fig-tuning"}} tags=["remove-input"]
 figure = figures.tuning(figures.tuned_records(study()))
 
+# %% mystnb={"image": {"alt": "Training loss against the step of stage 1 on a log scale, a line with a band for each arm of the study, all falling side by side."}, "figure": {"caption": "Training loss of every arm of the study: the mean over its blocks, smoothed over eight steps, between the lowest and the highest block.", "name": "fig-arm-curves"}} tags=["remove-input"]
+figure = figures.arm_curves(study().values())
+
 # %% tags=["remove-input"]
-tables.arms_table(study().values()).style.hide(axis="index")
+notebook.linked(tables.arms_table(study().values()), study().values(), settings)
 
 # %% [markdown]
 # ## Which of the paper's statements hold here?

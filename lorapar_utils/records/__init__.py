@@ -11,7 +11,7 @@ from lorapar_utils.records.evidence import (
     score_after,
     study,
 )
-from lorapar_utils.records.links import cite, linked_text, record_link
+from lorapar_utils.records.links import cite, linked_dots, linked_text, record_link
 from lorapar_utils.records.record import (
     Record,
     claim_runs,
@@ -31,6 +31,7 @@ __all__ = [
     "command",
     "common_seeds",
     "evidence",
+    "linked_dots",
     "linked_text",
     "mean_outcomes",
     "new_record",

@@ -29,8 +29,23 @@ def cite(name: str, records: Sequence[Record], link: Callable[[Record], str] | N
 
 def linked_text(text: str, record: Record, link: Callable[[Record], str] | None) -> str:
     """`text` as a link to the record, whose name, commit and date hovering tells; plain if `link` is None."""
-    if link is None:
-        return text
+    return text if link is None else f'<a class="result" href="{link(record)}" title="{_told(record)}">{text}</a>'
+
+
+def linked_dots(values: Sequence[str], records: Sequence[Record], ends: tuple[float, float], link: Callable) -> str:
+    """HTML of a strip from the lower to the upper end, with a dot at each value that is a link to its record."""
+    low, high = ends
+    # Styles are inline, because JupyterLab does not have the book's.
+    strip = "display: inline-block; position: relative; width: 6rem; height: 9px; border-bottom: 1px solid #999"
+    dot = "position: absolute; bottom: 1px; width: 7px; height: 7px; border-radius: 50%; opacity: 0.6"
+    dots = [
+        f'<a href="{link(record)}" title="{value}: {_told(record)}" aria-label="{record.name}: {value}" '
+        f'style="{dot}; background: currentColor; left: {90 * (float(value) - low) / (high - low):.0f}%"></a>'
+        for value, record in zip(values, records, strict=True)
+    ]
+    return f'<span class="seeds" style="{strip}">{"".join(dots)}</span>'
+
+
+def _told(record: Record) -> str:
     run = record.run
-    title = f"{record.name} of profile {run['profile']}, commit {(run['commit'] or 'none')[:10]}, made {run['created']}"
-    return f'<a class="result" href="{link(record)}" title="{title}">{text}</a>'
+    return f"{record.name} of profile {run['profile']}, commit {(run['commit'] or 'none')[:10]}, made {run['created']}"

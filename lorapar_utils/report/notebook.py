@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import pandas as pd
@@ -20,6 +20,7 @@ from lorapar_utils.records import (
     cite,
     claim_runs,
     evidence,
+    linked_dots,
     linked_text,
     own_records,
     published_records,
@@ -28,6 +29,9 @@ from lorapar_utils.records import (
 )
 from lorapar_utils.report import claims, figures, tables
 from lorapar_utils.settings import Settings, load_profile
+
+# What the name of a column of single seeds' values ends with.
+EACH_SEED = ", each seed"
 
 
 def start(*, profile: str, **parameters) -> Settings:
@@ -83,8 +87,9 @@ def shown(frame: pd.DataFrame, otherwise: str = "Nothing to show yet.") -> Style
 def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -> Styler:
     """A table of `tables` with links to records, whose tooltips have commit and date.
 
-    Each value of a column `each seed` is a link, and `this run` cites its own seeds. Other tables keep the column
-    `records`. Columns without a value are left out.
+    Under the mean of a column that has each seed's values is a strip with a dot for each; a single seed's value is
+    itself a link, and this run's column cites its own seeds. Other tables keep the column `records`. Columns without a
+    value are left out.
     """
     if frame.empty:
         return _as_html(pd.DataFrame({"records": ["none yet"]}))
@@ -92,19 +97,40 @@ def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -
     by_label = {tables.label(record): record for record in records}
     cells = frame.astype(object).map(lambda cell: html.escape(cell) if isinstance(cell, str) else cell)
     link = partial(record_link, settings=settings)
-    for row, names in frame["records"].items():
-        behind = [by_label[name] for name in names.split(", ") if name]
-        if "each seed" in frame:
-            values = [value for value in frame.loc[row, "each seed"].split(", ") if value != "–"]
-            own = behind[len(values) :]
-            seeds = [linked_text(*pair, link) for pair in zip(values, behind[: len(values)], strict=True)]
-            cells.loc[row, "each seed"] = ", ".join(seeds) or "–"
-            if own and "this run" in frame:
-                cited = ", ".join(linked_text(f"seed {record.run['seed']}", record, link) for record in own)
-                cells.loc[row, "this run"] += f" ({cited})"
-        else:
-            cells.loc[row, "records"] = "; ".join(_cited(behind, settings)) or "–"
-    return _as_html(cells.drop(columns="records") if "each seed" in frame else cells)
+    behind = frame["records"].map(lambda names: [by_label[name] for name in names.split(", ") if name])
+    of_seeds = [column for column in frame if column.endswith(EACH_SEED)]
+    if not of_seeds:
+        cells["records"] = ["; ".join(_cited(group, settings)) or "–" for group in behind]
+        return _as_html(cells)
+    for column in of_seeds:
+        values = frame[column].map(lambda text: [value for value in text.split(", ") if value != "–"])
+        mean = column.removesuffix(EACH_SEED)
+        cells[mean] = [_with_seeds(*row, _ends(values), link) for row in zip(cells[mean], values, behind, strict=True)]
+    _cite_own(cells, behind, values.map(len), link)
+    return _as_html(cells.drop(columns=[*of_seeds, "records", *({"seeds"} & set(cells))]))
+
+
+def _ends(values: pd.Series) -> tuple[float, float] | None:
+    """The least and greatest value of a column, or None if no row has two seeds."""
+    flat = [float(value) for row in values for value in row]
+    return (min(flat), max(max(flat), min(flat) + 1e-9)) if values.map(len).max() > 1 else None
+
+
+def _with_seeds(cell: str, values: list[str], behind: list[Record], ends: tuple | None, link: Callable) -> str:
+    if not values:
+        return cell
+    if ends is None:
+        return linked_text(cell, behind[0], link)
+    return f"{cell}<br>{linked_dots(values, behind[: len(values)], ends, link)}"
+
+
+def _cite_own(cells: pd.DataFrame, behind: pd.Series, published: pd.Series, link: Callable) -> None:
+    """Name this run's seeds, which follow the published ones, in the first column that has its values."""
+    column = next((column for column in cells if column.endswith("this run")), None)
+    for row, group in behind.items():
+        if column and (own := group[published[row] :]):
+            cited = ", ".join(linked_text(f"seed {record.run['seed']}", record, link) for record in own)
+            cells.loc[row, column] += f" ({cited})"
 
 
 def sources(records: Iterable[Record], settings: Settings) -> Styler:

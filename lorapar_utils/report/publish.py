@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import yaml
 
@@ -55,7 +56,7 @@ def publish(profile: str) -> int:
 
 
 def publish_adapters(settings: Settings) -> None:
-    """Copy the adapters of `PUBLISHED` at the first seed, after their last stage, with partition and record.
+    """Copy the adapters of `PUBLISHED` at the first seed, after each stage, with partition and record.
 
     What they were trained on goes beside them. Nothing is copied before both are trained.
     """
@@ -73,19 +74,27 @@ def publish_adapters(settings: Settings) -> None:
         target = project_root() / HOME / name
         shutil.rmtree(target, ignore_errors=True)
         with completed(target, manifest["inputs"], manifest["origin"]) as scratch:
-            shutil.copy(stage / "adapter" / "adapter_model.safetensors", scratch)
-            config = json.loads((stage / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-            # In the place of a folder of this machine.
-            config["base_model_name_or_path"] = BASE
-            write_atomically(scratch / "adapter_config.json", json.dumps(config, indent=1))
+            _copy_adapter(stage / "adapter", scratch)
+            if len(stages[name]) > 1:
+                _copy_adapter(stages[name][0] / "adapter", scratch / "stage1")
             if (stage / "partition").is_dir():
                 shutil.copytree(stage / "partition", scratch / "partition")
             write_record(read_record(settings.runs / "records" / f"{run}.json"), scratch / "record.json")
 
 
+def _copy_adapter(adapter: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    shutil.copy(adapter / "adapter_model.safetensors", target)
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    # In the place of a folder of this machine.
+    config["base_model_name_or_path"] = BASE
+    write_atomically(target / "adapter_config.json", json.dumps(config, indent=1))
+
+
 def readme_with_results(readme: str, records: Iterable[Record]) -> str:
     """`readme` with the block between its `results` marks filled from the study's records."""
-    block = f"<!-- results:begin -->\n{to_markdown(tables.arms_table(records))}\n<!-- results:end -->"
+    arms = tables.arms_table(records).drop(columns=["loss of System 1, each seed", "records"])
+    block = f"<!-- results:begin -->\n{to_markdown(arms)}\n<!-- results:end -->"
     return re.sub(r"<!-- results:begin -->.*<!-- results:end -->", lambda _: block, readme, flags=re.S)
 
 

@@ -1,10 +1,11 @@
 """Records in, tables out: ours beside the paper's, each with n and interval. No training, no torch.
 
-Column `records` names the records of a row's numbers; `notebook.linked` turns the names into links. A table that is
-also given records `own`, those of a reader's run, has their numbers in columns of their own.
+Column `records` names the records of a row's numbers, and a column `X, each seed` holds the values whose mean column X
+is, in the records' order; `notebook.linked` makes links and dots of them. A table that is also given records `own`,
+those of a reader's run, has their numbers in columns of their own.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -28,26 +29,22 @@ def written(
 
 
 def stage_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.DataFrame:
-    """One row per experiment and stage: test accuracy on System 1 and System 2, and the active share.
+    """One row per experiment and stage: test accuracy on System 1 and System 2 over the seeds, and the active share.
 
-    Where the answers are free text, overlap with the reference and loss take the place of the accuracies.
+    Where the answers are free text, overlap with the reference takes the place of the accuracies.
     """
-    published, here = ({what: r for r in some for what in _trained(r)} for some in (records, own))
+    published, here = (_trained(some) for some in (records, own))
     rows = []
     for what in dict.fromkeys([*published, *here]):
-        record, mine = published.get(what), here.get(what)
-        either, stage = record or mine, what[-1]
-        rows.append(
-            {
-                "experiment": either.run["parameters"]["title"],
-                "seed": either.run["seed"],
-                "stage": stage,
-                **(_scores(record, stage) if record else dict.fromkeys(_scores(mine, stage), "–")),
-                **({f"{key}, this run": score for key, score in _scores(mine, stage).items()} if mine else {}),
-                "active": written(either.metrics.get(f"active/{stage}"), Metric.share, "–"),
-                "records": _labels(filter(None, (record, mine))),
-            }
-        )
+        group, mine = published.get(what, []), here.get(what, [])
+        first, stage = (group or mine)[0], what[-1]
+        free_text = f"{stage}/overlap" in first.metrics
+        row = {"experiment": first.run["parameters"]["title"], "stage": stage}
+        for name, system in ({"overlap": None} if free_text else {"System 1": 1, "System 2": 2}).items():
+            row |= _seen(name, group, stage, system)
+            row |= {f"{name}, this run": _over_seeds(mine, stage, system)} if mine else {}
+        row["active"] = written(first.metrics.get(f"active/{stage}"), Metric.share, "–")
+        rows.append(row | {"records": _labels([*group, *mine])})
     return _records_last(pd.DataFrame(rows)).fillna("–")
 
 
@@ -55,21 +52,25 @@ def stage_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.Dat
 IDENTITY = ("method", "init", "score", "modules", "selection", "theta", "alpha", "beta", "panel", "split_by")
 
 
-def _trained(record: Record) -> Iterator[tuple]:
-    """What was scored, for each scored stage: parameters, seed, the stages up to this one, the stage's name."""
-    parameters = record.run["parameters"]
-    identity = tuple(parameters.get(key) for key in IDENTITY)
-    for number, stage in enumerate(("base", "stage1", "stage2")):
-        if score_after(record, stage):
-            trained = tuple(parameters.get("stages", ())[:number])
-            yield (*(identity if trained else ()), record.run["seed"], trained, stage)
+def _trained(records: Iterable[Record]) -> dict[tuple, list[Record]]:
+    """The records, one per seed, of what was scored: parameters, the stages up to this one, the stage's name."""
+    groups: dict[tuple, dict[int, Record]] = {}
+    for record in records:
+        parameters = record.run["parameters"]
+        identity = tuple(parameters.get(key) for key in IDENTITY)
+        for number, stage in enumerate(("base", "stage1", "stage2")):
+            if score_after(record, stage):
+                trained = tuple(parameters.get("stages", ())[:number])
+                what = (*(identity if trained else ()), trained, stage)
+                groups.setdefault(what, {}).setdefault(record.run["seed"], record)
+    return {what: [seeds[seed] for seed in sorted(seeds)] for what, seeds in groups.items()}
 
 
-def _scores(record: Record, stage: str) -> dict[str, str]:
-    metrics = record.metrics
-    if overlap := metrics.get(f"{stage}/overlap"):
-        return {"overlap": overlap.percent(), "loss": written(metrics.get(f"{stage}/loss"), Metric.number)}
-    return {f"System {k}": written(metrics.get(f"{stage}/system{k}")) for k in (1, 2)}
+def _seen(column: str, runs: list[Record], stage: str, system: int | None = None) -> dict[str, str]:
+    """A column of the mean score over the seeds, and the column of each seed's."""
+    means = [_mean([run], stage, system) for run in runs]
+    each = ", ".join(f"{100 * mean.value:.1f}" for mean in means if mean)
+    return {column: _over_seeds(runs, stage, system) if runs else "not run", f"{column}, each seed": each or "–"}
 
 
 def _records_last(frame: pd.DataFrame) -> pd.DataFrame:
@@ -78,33 +79,33 @@ def _records_last(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def gain_table(records: Iterable[Record]) -> pd.DataFrame:
-    """The gain of stage 2 over stage 1 by experiment, seed and system: paired, with McNemar's exact p.
+    """The gain of stage 2 over stage 1 by experiment and system, paired over test items, and each seed's.
 
-    Where the answers are free text, the gain is in overlap and has no p.
+    Where the answers are free text, the gain is in overlap.
     """
-    keys = {"gain/system1": 1, "gain/system2": 2, "gain/overlap": "overlap"}
+    groups: dict[tuple, list[Record]] = {}
+    for record in records:
+        for key, system in {"gain/system1": 1, "gain/system2": 2, "gain/overlap": None}.items():
+            if key in record.metrics:
+                what = (record.run["profile"], record.run["parameters"]["title"], system)
+                groups.setdefault(what, []).append(record)
     return pd.DataFrame(
         [
             {
-                "profile": record.run["profile"],
-                "experiment": record.run["parameters"]["title"],
-                "seed": record.run["seed"],
-                "system": system,
-                "gain": gain.difference(),
-                "p": _p_value(gain),
-                "records": label(record),
+                "profile": profile,
+                "experiment": title,
+                "of": "all" if system is None else f"System {system}",
+                "gain": _gained(runs, system),
+                "gain, each seed": ", ".join(_gained([run], system).split(" ")[0] for run in runs),
+                "records": _labels(runs),
             }
-            for record in records
-            for key, system in keys.items()
-            if (gain := record.metrics.get(key))
+            for (profile, title, system), runs in groups.items()
         ]
     )
 
 
-def _p_value(metric: Metric) -> str:
-    if metric.p_value is None:
-        return "–"
-    return f"{metric.p_value:.3f}" if metric.p_value >= 0.001 else "< 0.001"
+def _gained(runs: list[Record], system: int | None) -> str:
+    return _paired([mean_outcomes(runs, stage, system) for stage in ("stage2", "stage1")])
 
 
 def budget_table(records: Iterable[Record]) -> pd.DataFrame:
@@ -147,8 +148,7 @@ def theta_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.Dat
                 "theta": theta,
                 "selection": selection,
                 "active (stage 1)": f"{100 * (point or mine)['active']:.1f} %",
-                "ours, accuracy": point["metric"].percent() if point else "–",
-                "each seed": ", ".join(f"{100 * value:.1f}" for value in point["seeds"]) if point else "–",
+                **_seen("ours, accuracy", point["records"] if point else [], "stage1"),
                 **_this_run(own, mine and mine["metric"]),
                 "paper, active %": _or_dash(paper_point.get("active")),
                 "paper, accuracy %": _or_dash(paper_point.get("accuracy")),
@@ -164,7 +164,7 @@ def _this_run(own: Iterable[Record], metric: Metric | None) -> dict[str, str]:
 
 
 def arms_table(records: Iterable[Record]) -> pd.DataFrame:
-    """The study's arms after stage 1: elements, loss and accuracy on the test split, means over blocks.
+    """The study's arms after stage 1: elements, loss and accuracy on the test split, means over blocks (seeds).
 
     Each value has Student's 95 % interval over blocks from two blocks on. Losses are in nats a token.
     """
@@ -182,17 +182,21 @@ def arms_table(records: Iterable[Record]) -> pd.DataFrame:
     rows = [
         (
             title,
-            f"{100 * runs[0].metric('active/stage1').value:.1f} %",
+            f"{runs[0].metric('active/stage1').value * runs[0].metric('active/stage1').n / 1e6:.2f} M",
             f"{runs[0].run['parameters']['learning_rate']:g}",
             over_blocks(runs, "stage1/loss1", 1, ".4f"),
+            ", ".join(f"{record.metric('stage1/loss1').value:.4f}" for record in runs),
             over_blocks(runs, "stage1/system1", 100, ".1f"),
             over_blocks(runs, "stage1/lenient1", 100, ".1f"),
             over_blocks(runs, "stage1/system2", 100, ".1f"),
             len(runs),
+            _labels(runs),
         )
         for title, runs in arms.items()
     ]
-    columns = ["arm", "elements", "rate", "loss of System 1", "System 1, %", "leniently, %", "System 2, %", "blocks"]
+    loss = "loss of System 1"
+    columns = ["arm", "elements", "rate", loss, f"{loss}, each seed", "System 1, %", "leniently, %", "System 2, %"]
+    columns += ["seeds", "records"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -216,6 +220,13 @@ CONTROLS = {
 }
 
 
+def selection_name(parameters: dict) -> str:
+    """How LoRA-PAR's elements were chosen: by importance, by another score, or by a control."""
+    score = parameters.get("score") or "second_order"
+    name = {"second_order": "importance", "random": "random scores"}.get(score, score)
+    return CONTROLS.get(parameters["selection"], name)
+
+
 def theta_points(records: Iterable[Record]) -> list[dict]:
     """One point for each modules, theta and selection: mean accuracy over the seeds, with an interval over test items.
 
@@ -226,9 +237,7 @@ def theta_points(records: Iterable[Record]) -> list[dict]:
         parameters = record.run["parameters"]
         if score_after(record, "stage1") is None:
             continue
-        score = parameters.get("score") or "second_order"
-        selection = {"second_order": "importance", "random": "random scores"}.get(score, score)
-        selection = CONTROLS.get(parameters["selection"], selection)
+        selection = selection_name(parameters)
         every = parameters["method"] != "lorapar" or parameters["theta"] == 1.0
         key = (parameters["modules"], 1.0 if every else parameters["theta"], "all elements" if every else selection)
         groups.setdefault(key, {}).setdefault(record.run["seed"], record)
@@ -322,7 +331,7 @@ def benchmark_table(records: Iterable[Record], benchmark: str = "pool", own: Ite
                 "seeds": len(group),
                 "active": written(group[0].metrics.get(f"active/{last}") if group else None, Metric.share, "–"),
                 "ours, after stage 1": _over_seeds(group, _stage_of("stage1", benchmark)) if last == "stage2" else "–",
-                "ours, at the end": _over_seeds(group, _stage_of(last, benchmark)) if group else "not run",
+                **_seen("ours, at the end", group, _stage_of(last, benchmark)),
                 **_this_run(own, _mean(mine, _stage_of(last_here, benchmark))),
                 "gap to LoRA": _gap_to_lora(runs, row.title, benchmark),
                 "truncated": _truncated(group, _stage_of(last, benchmark)),
@@ -430,7 +439,7 @@ def alpha_beta_table(records: Iterable[Record], own: Iterable[Record] = ()) -> p
                 "active (stage 1)": either.metric("active/stage1").share(),
                 "active (stage 2)": either.metric("active/stage2").share(),
                 "after SFT": _over_seeds(group, "stage1"),
-                "after RL": _over_seeds(group, "stage2"),
+                **_seen("after RL", group, "stage2"),
                 **_this_run(own, _mean(mine, "stage2")),
                 "gap to alpha = beta = 1": _gap(group, runs.get((1.0, 1.0), []), "stage2"),
                 "paper, after SFT %": published.get((alpha, beta), {}).get("sft", "–"),
@@ -462,7 +471,7 @@ def order_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.Dat
                 "schedule": " then ".join("RL" if stage == "grpo" else "SFT" for stage in stages),
                 "seeds": len(group),
                 "after phase 1": _over_seeds(group, "stage1"),
-                "after phase 2": _over_seeds(group, "stage2"),
+                **_seen("after phase 2", group, "stage2"),
                 **_this_run(own, _mean(mine, "stage2")),
                 "gap to SFT then RL": _gap(group, runs.get(("sft", "grpo"), []), "stage2"),
                 "paper, phase 1 %": row["phase1"],
@@ -561,13 +570,11 @@ def voting_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.Da
         group, mine = runs.get(name, []), here.get(name, [])
         if not group and not mine:
             continue
-        accuracies = [record.metric("stage1/accuracy").value for record in group]
         rows.append(
             {
                 "split": (group or mine)[0].run["parameters"]["title"],
                 "seeds": len(group),
-                "ours, accuracy": _over_seeds(group, "stage1"),
-                "each seed": ", ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies),
+                **_seen("ours, accuracy", group, "stage1"),
                 **_this_run(own, _mean(mine, "stage1")),
                 **{
                     f"gap to a random split{part}": _gap(group, runs.get("split_random", []), "stage1", system)

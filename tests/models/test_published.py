@@ -60,9 +60,10 @@ def test_adapters_are_published_together_with_the_settings_that_they_are_asked_u
             (scratch / "adapter").mkdir()
             (scratch / "adapter" / "adapter_model.safetensors").write_bytes(name.encode())
             (scratch / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "/tmp/x"}')
-        link = settings.runs / "experiments" / f"{name}-seed0" / "stage2"
-        link.parent.mkdir(parents=True)
-        link.symlink_to(stage)
+        links = settings.runs / "experiments" / f"{name}-seed0"
+        links.mkdir(parents=True)
+        for number in (1, 2):
+            (links / f"stage{number}").symlink_to(stage)
         write_record(
             new_record(f"{name}-seed0", settings, metrics={}), settings.runs / "records" / f"{name}-seed0.json"
         )
@@ -71,5 +72,7 @@ def test_adapters_are_published_together_with_the_settings_that_they_are_asked_u
     assert asked.pool == settings.pool
     assert asked.evaluation.max_new_tokens == settings.evaluation.max_new_tokens
     assert list(published_adapters()) == sorted(publish.PUBLISHED)
-    config = json.loads((project / HOME / "lorapar" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == publish.BASE
+    for folder in (project / HOME / "lorapar", project / HOME / "lorapar" / "stage1"):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == publish.BASE
+        assert (folder / "adapter_model.safetensors").read_bytes() == b"lorapar"

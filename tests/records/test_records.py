@@ -353,7 +353,8 @@ def test_every_row_of_a_table_links_the_records_that_it_was_made_from():
     frame = tables.benchmark_table(runs)
     page = notebook.linked(frame, runs, load_profile("smoke")).to_html()
     rows = {re.search(r">([^<]+)</td>", row)[1]: row for row in page.split("<tr>")[2:]}
-    hrefs = re.findall(r'href="([^"]+)" title="(lora-seed.) of profile', rows["LoRA"])
+    assert "each seed" not in page and "<th" in page and ">seeds<" not in page
+    hrefs = re.findall(r'href="([^"]+)" title="50.0: (lora-seed.) of profile', rows["LoRA"])
     assert [(Path(href).name, name) for href, name in hrefs] == [
         (f"lora-seed{s}.json", f"lora-seed{s}") for s in (0, 1)
     ]
@@ -364,7 +365,7 @@ def test_every_row_of_a_table_links_the_records_that_it_was_made_from():
     assert "none yet" in notebook.linked(tables.theta_table([]), [], load_profile("smoke")).to_html()
 
 
-def test_values_of_single_seeds_are_links_and_columns_without_a_value_are_left_out():
+def test_values_of_single_seeds_are_dots_that_are_links_and_columns_without_a_value_are_left_out():
     def arm(selection, seed, right):
         more = {"sweep": "theta", "selection": selection, "theta": 0.9, "modules": "GUD"}
         one = trained("lorapar", seed, ["sft"], right, **more)
@@ -374,8 +375,11 @@ def test_values_of_single_seeds_are_links_and_columns_without_a_value_are_left_o
     runs = [arm("importance", 0, 20), arm("importance", 1, 30), arm("swapped", 0, 10)]
     page = notebook.linked(tables.theta_table(runs), runs, load_profile("smoke")).to_html()
     rows = [re.sub("<.*?>", " ", row) for row in page.split("<tr>")]
-    assert any("importance" in row and "50.0 ,  75.0" in row for row in rows), rows
-    assert any("other system" in row and "25.0" in row for row in rows), "a control counts as importance"
+    assert any("importance" in row and "62.5\xa0%" in row for row in rows), rows
+    assert any("other system" in row and "25.0\xa0%" in row for row in rows), "a control counts as importance"
+    # From the least value of the column, 25 %, to the greatest, 75 %.
+    places = re.findall(r'title="([\d.]+): (lorapar-seed.).*?left: (\d+)%', page)
+    assert places == [("50.0", "lorapar-seed0", "45"), ("75.0", "lorapar-seed1", "90"), ("25.0", "lorapar-seed0", "0")]
     assert "lorapar-seed1.json" in page and "<th" in page
     assert "records" not in rows[1] and "this run" not in rows[1]
 
@@ -546,7 +550,8 @@ def test_arms_of_the_study_are_means_over_blocks_and_tuning_runs_are_none_of_the
 
     tuned = arm(100, 9.0, measured_on="validation_loss", sweep="tuning", title="LoRA, rate 0.002")
     table = tables.arms_table([arm(0, 0.1), arm(1, 0.2), tuned])
-    assert table["arm"].tolist() == ["LoRA"] and table["blocks"].tolist() == [2]
+    assert table["arm"].tolist() == ["LoRA"] and table["seeds"].tolist() == [2]
+    assert table["loss of System 1, each seed"].tolist() == ["0.1000, 0.2000"]
     reach = scipy.stats.t.ppf(0.975, 1) * np.std([0.1, 0.2], ddof=1) / 2**0.5
     assert table["loss of System 1"].tolist() == [f"0.1500 [{0.15 - reach:.4f}, {0.15 + reach:.4f}]"]
     assert tables.arms_table([tuned]).empty
