@@ -360,7 +360,7 @@ def run_profile(name: str) -> None:
 def missing_cells(profile: str, seeds: set[int], arms: set[str]) -> list[str]:
     """`SEED ARM` of the seeds at which none of the arms is published.
 
-    All cells of a block come from one commit and one kind of machine, so a block that was begun elsewhere is left alone.
+    All cells of a block come from one commit and one kind of machine, so a block that is begun is left alone.
 
     Parameters
     ----------
