@@ -1,7 +1,7 @@
 """What a GPU waits for: operators of a token, a pass and a step, and the time that Python and the dispatcher take.
 
 The model has LLaMA-2-7B's depth and adapters, and matrices so narrow that arithmetic costs next to nothing. What time
-is left is what a fast card would wait for. Needs no GPU; compiling needs a C++ compiler.
+is left is what a fast card would wait for. Needs no GPU.
 
     python benchmarks/waits.py
 """
@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -104,28 +103,6 @@ def measured(run: Callable, times: int = 1) -> tuple[float, float]:
     return operators.names.total() / times, 1e3 * statistics.median(seconds) / times
 
 
-def compiled(model) -> None:
-    """A decoding step compiled for any length, beside the same step as it is."""
-    cache_free = {"input_ids": torch.tensor(prompts()), "use_cache": False, "logits_to_keep": 1}
-    with torch.no_grad():
-        expected = model(**cache_free).logits
-        plain = measured(lambda: model(**cache_free))[1]
-        faster = torch.compile(model, dynamic=True)
-        before, begin = psutil.Process().memory_info().rss, time.perf_counter()
-        logits = faster(**cache_free).logits
-        took, held = time.perf_counter() - begin, psutil.Process().memory_info().rss - before
-        milliseconds = []
-        for _ in range(REPEATS):
-            begin = time.perf_counter()
-            faster(**cache_free)
-            milliseconds.append(1e3 * (time.perf_counter() - begin))
-    equal = "equal to the bit" if torch.equal(logits, expected) else f"off by {(logits - expected).abs().max():.1e}"
-    print(
-        f"a forward pass, compiled: {statistics.median(milliseconds):.1f} ms where it is {plain:.1f}; "
-        f"{took:.0f} s to compile, {held / 1e6:.0f} MB; logits {equal}"
-    )
-
-
 def main() -> None:
     model = make_model()
     written = {}
@@ -138,7 +115,6 @@ def main() -> None:
     for name, run in ways_to_learn(model).items():
         operators, milliseconds = measured(run)
         print(f"{name}: {operators:.0f} operators, {milliseconds:.2f} ms", flush=True)
-    compiled(model)
 
 
 if __name__ == "__main__":

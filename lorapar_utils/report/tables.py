@@ -31,7 +31,7 @@ def written(
 def stage_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.DataFrame:
     """One row per experiment and stage: test accuracy on System 1 and System 2 over the seeds, and the active share.
 
-    Where the answers are free text, overlap with the reference takes the place of the accuracies.
+    Where the answers are free text, overlap with the reference and loss take the place of the accuracies.
     """
     published, here = (_trained(some) for some in (records, own))
     rows = []
@@ -43,6 +43,9 @@ def stage_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.Dat
         for name, system in ({"overlap": None} if free_text else {"System 1": 1, "System 2": 2}).items():
             row |= _seen(name, group, stage, system)
             row |= {f"{name}, this run": _over_seeds(mine, stage, system)} if mine else {}
+        if free_text:
+            losses = [run.metrics[f"{stage}/loss"].value for run in group or mine if f"{stage}/loss" in run.metrics]
+            row["loss"] = f"{sum(losses) / len(losses):.2f}" if losses else "–"
         row["active"] = written(first.metrics.get(f"active/{stage}"), Metric.share, "–")
         rows.append(row | {"records": _labels([*group, *mine])})
     return _records_last(pd.DataFrame(rows)).fillna("–")
