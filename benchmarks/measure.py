@@ -1,8 +1,11 @@
-"""What the benchmarks measure with: seconds of a call, and the peak of this process's memory during one."""
+"""What benchmarks and tests measure with: a call's seconds, its peak of this process's memory, its operators."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -28,3 +31,16 @@ def peak_resident() -> int:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+class Operators(TorchDispatchMode):
+    """A context that counts, in `names`, the operators that compute or copy; a view does neither."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if not operator.is_view:
+            self.names[str(operator)] += 1
+        return operator(*args, **(kwargs or {}))

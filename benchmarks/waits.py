@@ -8,12 +8,10 @@ is left is what a fast card would wait for. Needs no GPU.
 
 import statistics
 import sys
-import time
-from collections import Counter
 from collections.abc import Callable
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from measure import Operators, timed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorapar_utils import importance, models
@@ -23,19 +21,6 @@ from lorapar_utils.settings import load_profile
 
 REPEATS, ROWS, PROMPT, ANSWER, NEW = 3, 8, 32, 16, 12
 END = 1  # never the likeliest token of this model, so that every completion has NEW tokens
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that compute or copy; a view is none."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if not operator.is_view:
-            self.names[str(operator)] += 1
-        return operator(*args, **(kwargs or {}))
 
 
 def make_model() -> torch.nn.Module:
@@ -95,11 +80,7 @@ def measured(run: Callable, times: int = 1) -> tuple[float, float]:
     run()
     with Operators() as operators:
         run()
-    seconds = []
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begin)
+    seconds = [timed(run) for _ in range(REPEATS)]
     return operators.names.total() / times, 1e3 * statistics.median(seconds) / times
 
 

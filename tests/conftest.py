@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split, Whitespace
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,19 +24,6 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operators that compute or copy; views do neither."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if not operator.is_view:
-            self.names[str(operator)] += 1
-        return operator(*args, **(kwargs or {}))
 
 
 def pytest_collection_modifyitems(items):

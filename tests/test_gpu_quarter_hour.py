@@ -11,12 +11,10 @@ import tarfile
 import time
 from contextlib import suppress
 
-import pytest
-from conftest import ROOT
-
-sys.path.append(str(ROOT / "benchmarks"))
 import gpu_quarter_hour as quarter
 import parcel
+import pytest
+from conftest import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu_quarter_hour.sh"
 ARMS = ("importance_0.9", "lora_sft")

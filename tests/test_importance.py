@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import Calls
+from measure import Operators
 from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
 
@@ -59,7 +59,7 @@ def test_the_sums_of_all_matrices_take_as_many_calls_as_those_of_one(tiny_model,
 
     def counted(sums):
         matrices = len(sums._waiting)
-        with Calls() as calls:
+        with Operators() as calls:
             add_up(sums)
         counts.append((matrices, sum(calls.names.values())))
 

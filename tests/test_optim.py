@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import Calls
+from measure import Operators
 from safetensors.torch import load_file, save_file
 
 from lorapar_utils.errors import InputError
@@ -90,7 +90,7 @@ def test_a_step_takes_as_many_calls_for_one_matrix_as_for_sixty():
         parameters = {str(i): torch.nn.Parameter(torch.randn(4, 5)) for i in range(count)}
         optimizer = ActiveAdamW(parameters.items(), {n: torch.rand(4, 5) < 0.5 for n in parameters}, **OPTIONS)
         run(parameters, optimizer, 1)
-        with Calls() as calls:
+        with Operators() as calls:
             optimizer.step()
         names[count] = calls.names
     assert names[1] == names[60]
