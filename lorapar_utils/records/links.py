@@ -32,8 +32,8 @@ def linked_text(text: str, record: Record, link: Callable[[Record], str] | None)
     return text if link is None else f'<a class="result" href="{link(record)}" title="{_told(record)}">{text}</a>'
 
 
-def linked_dots(values: Sequence[str], records: Sequence[Record], ends: tuple[float, float], link: Callable) -> str:
-    """HTML of a strip from the lower to the upper end, with a dot at each value that is a link to its record."""
+def linked_dots(seeds: Sequence[tuple[str, Record]], ends: tuple[float, float], link: Callable[[Record], str]) -> str:
+    """HTML of a strip from the lower to the upper end, with a dot at each seed's value that is a link to its record."""
     low, high = ends
     # Styles are inline, because JupyterLab does not have the book's.
     strip = "display: inline-block; position: relative; width: 6rem; height: 9px; border-bottom: 1px solid #999"
@@ -41,7 +41,7 @@ def linked_dots(values: Sequence[str], records: Sequence[Record], ends: tuple[fl
     dots = [
         f'<a href="{link(record)}" title="{value}: {_told(record)}" aria-label="{record.name}: {value}" '
         f'style="{dot}; background: currentColor; left: {90 * (float(value) - low) / (high - low):.0f}%"></a>'
-        for value, record in zip(values, records, strict=True)
+        for value, record in seeds
     ]
     return f'<span class="seeds" style="{strip}">{"".join(dots)}</span>'
 

@@ -17,9 +17,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lorapar_utils.records import Record, null_model
-from lorapar_utils.report.figures import REGION_COLOURS, REGION_LABELS
+from lorapar_utils.report.figures import MODULES, REGION_COLOURS, REGION_LABELS
 
-MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Puts the controls above the chart at any page width, in the chart's font.
 STYLE = (
     "<style>.vega-embed { display: flex !important; flex-direction: column-reverse !important; }"
@@ -174,7 +173,7 @@ def _layer_map(rows: alt.Chart) -> alt.Chart:
     axis, scale = alt.Axis(labelExpr="replace(datum.label, '_proj', '')"), alt.Scale(scheme="viridis", domain=[0, 1])
     cells = rows.transform_calculate(share="datum[shown] / datum.elements").mark_rect()
     layers = cells.encode(
-        x=alt.X("module:N", title=None, sort=MODULES, axis=axis),
+        x=alt.X("module:N", title=None, sort=list(MODULES), axis=axis),
         y=alt.Y("layer:O", title="layer", sort="ascending"),
         color=alt.Color("share:Q", title="share", scale=scale, legend=alt.Legend(format="%")),
         tooltip=["layer:O", "module:N", alt.Tooltip("share:Q", format=".1%")],

@@ -102,26 +102,31 @@ def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -
     if not of_seeds:
         cells["records"] = ["; ".join(_cited(group, settings)) or "–" for group in behind]
         return _as_html(cells)
+    published = frame[of_seeds[0]].map(lambda text: 0 if text == "–" else text.count(",") + 1)
     for column in of_seeds:
-        values = frame[column].map(lambda text: [value for value in text.split(", ") if value != "–"])
+        texts = frame[column].str.split(", ")
+        # A seed without this score has a dash.
+        pairs = [zip(*row, strict=False) for row in zip(texts, behind, strict=True)]
+        seeds = [[pair for pair in row if pair[0] != "–"] for row in pairs]
+        ends = _ends([[float(value) for value, _ in row] for row in seeds])
         mean = column.removesuffix(EACH_SEED)
-        cells[mean] = [_with_seeds(*row, _ends(values), link) for row in zip(cells[mean], values, behind, strict=True)]
-    _cite_own(cells, behind, values.map(len), link)
+        cells[mean] = [_with_seeds(*row, ends, link) for row in zip(cells[mean], seeds, strict=True)]
+    _cite_own(cells, behind, published, link)
     return _as_html(cells.drop(columns=[*of_seeds, "records", *({"seeds"} & set(cells))]))
 
 
-def _ends(values: pd.Series) -> tuple[float, float] | None:
+def _ends(rows: list[list[float]]) -> tuple[float, float] | None:
     """The least and greatest value of a column, or None if no row has two seeds."""
-    flat = [float(value) for row in values for value in row]
-    return (min(flat), max(max(flat), min(flat) + 1e-9)) if values.map(len).max() > 1 else None
+    if max(map(len, rows)) < 2:
+        return None
+    low, high = (end(value for row in rows for value in row) for end in (min, max))
+    return low, max(high, low + 1e-9)
 
 
-def _with_seeds(cell: str, values: list[str], behind: list[Record], ends: tuple | None, link: Callable) -> str:
-    if not values:
+def _with_seeds(cell: str, seeds: list[tuple[str, Record]], ends: tuple | None, link: Callable) -> str:
+    if not seeds:
         return cell
-    if ends is None:
-        return linked_text(cell, behind[0], link)
-    return f"{cell}<br>{linked_dots(values, behind[: len(values)], ends, link)}"
+    return linked_text(cell, seeds[0][1], link) if ends is None else f"{cell}<br>{linked_dots(seeds, ends, link)}"
 
 
 def _cite_own(cells: pd.DataFrame, behind: pd.Series, published: pd.Series, link: Callable) -> None:

@@ -72,7 +72,7 @@ def _trained(records: Iterable[Record]) -> dict[tuple, list[Record]]:
 def _seen(column: str, runs: list[Record], stage: str, system: int | None = None) -> dict[str, str]:
     """A column of the mean score over the seeds, and the column of each seed's."""
     means = [_mean([run], stage, system) for run in runs]
-    each = ", ".join(f"{100 * mean.value:.1f}" for mean in means if mean)
+    each = ", ".join(f"{100 * mean.value:.1f}" if mean else "–" for mean in means)
     return {column: _over_seeds(runs, stage, system) if runs else "not run", f"{column}, each seed": each or "–"}
 
 
@@ -98,8 +98,8 @@ def gain_table(records: Iterable[Record]) -> pd.DataFrame:
                 "profile": profile,
                 "experiment": title,
                 "of": "all" if system is None else f"System {system}",
-                "gain": _gained(runs, system),
-                "gain, each seed": ", ".join(_gained([run], system).split(" ")[0] for run in runs),
+                "gain": _gained(runs, system).gap(),
+                "gain, each seed": ", ".join(f"{100 * _gained([run], system).value:+.1f}" for run in runs),
                 "records": _labels(runs),
             }
             for (profile, title, system), runs in groups.items()
@@ -107,8 +107,8 @@ def gain_table(records: Iterable[Record]) -> pd.DataFrame:
     )
 
 
-def _gained(runs: list[Record], system: int | None) -> str:
-    return _paired([mean_outcomes(runs, stage, system) for stage in ("stage2", "stage1")])
+def _gained(runs: list[Record], system: int | None) -> Metric:
+    return _difference([mean_outcomes(runs, stage, system) for stage in ("stage2", "stage1")])
 
 
 def budget_table(records: Iterable[Record]) -> pd.DataFrame:
@@ -605,12 +605,15 @@ def _gap(runs: list[Record], control: list[Record], stage: str, system: int | No
 
 
 def _paired(sides: list[dict[str, float]]) -> str:
-    """Mean difference of two sides' outcomes over common items, with an interval."""
+    difference = _difference(sides)
+    return difference.gap() if difference else "no seed in common"
+
+
+def _difference(sides: list[dict[str, float]]) -> Metric | None:
+    """Mean difference of two sides' outcomes over common items, with an interval; None without a common item."""
     first, second = sides
     common = sorted(first.keys() & second.keys())
-    if not common:
-        return "no seed in common"
-    return intervals.mean([first[key] - second[key] for key in common]).gap()
+    return intervals.mean([first[key] - second[key] for key in common]) if common else None
 
 
 def label(record: Record) -> str:

@@ -67,7 +67,7 @@ class Progress(TrainerCallback):
 class Curve(TrainerCallback):
     """Draws one figure of the log into the notebook while a stage trains; it goes when the stage ends.
 
-    Validation accuracy stands beside it once it is known. At most one drawing every `SECONDS`, which takes 0.1 s.
+    Validation accuracy stands beside it once it is known. There is at most one drawing every `SECONDS`.
     """
 
     SECONDS = 3

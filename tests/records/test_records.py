@@ -365,6 +365,16 @@ def test_every_row_of_a_table_links_the_records_that_it_was_made_from():
     assert "none yet" in notebook.linked(tables.theta_table([]), [], load_profile("smoke")).to_html()
 
 
+def test_a_seed_without_a_score_has_no_dot_and_moves_none():
+    runs = [trained("lora", seed, ["sft_all"], right) for seed, right in ((0, 10), (1, 20), (2, 30))]
+    for item in runs[1].items:
+        item["stage"] = "elsewhere"
+    frame = tables.benchmark_table(runs)
+    assert frame.set_index("method").loc["LoRA", "ours, at the end, each seed"] == "25.0, –, 75.0"
+    page = notebook.linked(frame, runs, load_profile("smoke")).to_html()
+    assert re.findall(r'title="([\d.]+): (lora-seed.)', page) == [("25.0", "lora-seed0"), ("75.0", "lora-seed2")]
+
+
 def test_values_of_single_seeds_are_dots_that_are_links_and_columns_without_a_value_are_left_out():
     def arm(selection, seed, right):
         more = {"sweep": "theta", "selection": selection, "theta": 0.9, "modules": "GUD"}
