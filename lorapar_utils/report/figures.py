@@ -607,10 +607,11 @@ def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> 
         name, unit = units[in_nats]
         for place, (claim, one) in enumerate(group):
             colour, marker = VERDICTS[one.verdict]
-            for metric, thickness in ((one.over_items, 1.2), (one.effect, 4)):
+            # The thin one above the thick one, which is often the longer.
+            for metric, thickness, shade in ((one.effect, 4, colour), (one.over_items, 1.2, "black")):
                 if metric.low is not None:
                     ends = [unit * metric.low, unit * metric.high]
-                    axes.plot(ends, [place] * 2, color=colour, linewidth=_points(thickness))
+                    axes.plot(ends, [place] * 2, color=shade, linewidth=_points(thickness))
             axes.plot(unit * one.effect.value, place, marker, color=colour, markersize=_points(8), label=one.verdict)
             margin = [unit * claim["test"]["margin"]] * 2
             axes.plot(margin, [place - 0.4, place + 0.4], ":", color="black", linewidth=_points(1))
