@@ -1,7 +1,6 @@
-"""Figures from records, in one style, for a page or a column of a paper; without training and torch."""
+"""Figures from records, without training and torch."""
 
 import argparse
-import functools
 import itertools
 import math
 import sys
@@ -10,9 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure, SubFigure
@@ -22,6 +19,19 @@ from lorapar_utils.errors import InputError
 from lorapar_utils.records import Record, evidence, null_model, pooled, read_records, study
 from lorapar_utils.records.intervals import Metric
 from lorapar_utils.report import claims, tables
+from lorapar_utils.report.drawing import (
+    COLUMNS,
+    beside,
+    column_of_style,
+    fitted,
+    handles_of,
+    in_points,
+    label_ends,
+    legend,
+    new_figure,
+    of_each,
+    use_style,
+)
 
 SYSTEM_COLOURS = {1: "#0072B2", 2: "#D55E00"}
 MARKERS = "osD^vPX*"
@@ -62,154 +72,6 @@ STAGES = {"base": "base model", "stage1": "after stage 1", "stage2": "after stag
 SCORES = {"system1": ("System 1", 1), "system2": ("System 2", 2), "overlap": ("overlap with the reference", 1)}
 
 
-# Column of a paper -> its width in inches, and the size of its font in points.
-COLUMNS = {"single": (3.25, 7), "double": (6.75, 8)}
-PAGE_FONT = 11
-# Sizes in points; in a column they shrink with the font.
-SCALED = (
-    *("font.size", "axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"),
-    *("lines.linewidth", "lines.markersize", "errorbar.capsize", "axes.linewidth", "grid.linewidth"),
-    *("axes.titlepad", "axes.labelpad"),
-    *(f"{axis}tick.{kind}.{size}" for axis in "xy" for kind in ("major", "minor") for size in ("size", "width", "pad")),
-)
-
-
-def use_style(column: str | None = None) -> None:
-    """Set the style of all figures (`lorapar.mplstyle`), after a reset of matplotlib's defaults.
-
-    Parameters
-    ----------
-    column
-        A key of `COLUMNS`: figures are drawn as wide as this column of a paper. None: as for a page.
-    """
-    plt.style.use(["default", Path(__file__).with_name("lorapar.mplstyle")])
-    if column:
-        width, font = COLUMNS[column]
-        plt.rcParams["figure.figsize"] = (width, width)
-        plt.rcParams.update({size: plt.rcParams[size] * font / PAGE_FONT for size in SCALED})
-
-
-def _column() -> str | None:
-    """The column that figures are drawn for: the one of this width."""
-    return {width: column for column, (width, _) in COLUMNS.items()}.get(plt.rcParams["figure.figsize"][0])
-
-
-def _points(size: float) -> float:
-    """A width or size in points on a page, as it is here: in proportion to the font."""
-    column = _column()
-    return size * COLUMNS[column][1] / PAGE_FONT if column else size
-
-
-def _figure(width: float, height: float, rows: float = 1) -> Figure:
-    """An empty figure, of this size in inches on a page; a column sets the width, and the height follows its font.
-
-    In a single column there are `rows` times as many rows of panels as on a page.
-    """
-    if column := _column():
-        width, height = COLUMNS[column][0], _points(height) * (rows if column == "single" else 1)
-    return plt.figure(figsize=(width, height), layout="constrained")
-
-
-def _beside(count: int) -> tuple[int, int]:
-    """Rows and columns of panels that are beside each other; in a single column, one under another."""
-    return (count, 1) if _column() == "single" else (1, count)
-
-
-def _fitted(text: str, characters: int) -> str:
-    """`text`, in a single column in lines of so many characters."""
-    return textwrap.fill(text, characters) if _column() == "single" else text
-
-
-def _handles(axes: Axes) -> dict[str, Artist]:
-    """Label -> what it labels."""
-    handles, labels = axes.get_legend_handles_labels()
-    return dict(zip(labels, handles, strict=True))
-
-
-def _legend(part: Figure | SubFigure, handles: Mapping[str, Artist]) -> None:
-    """A legend to the right of all panels; in a single column below them, where the figure grows by it."""
-    if _column() != "single":
-        part.legend(handles.values(), handles.keys(), loc="outside right center")
-        return
-    width, height = part.get_figure(root=True).get_size_inches()
-    font = plt.rcParams["legend.fontsize"] / 72
-    # A letter is about 0.6 of the font's size wide; marker and gaps take as much as six.
-    columns = max(1, int(width / (0.6 * font * (max(map(len, handles)) + 6))))
-    part.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
-    part.get_figure(root=True).set_size_inches(width, height + 1.5 * font * math.ceil(len(handles) / columns))
-
-
-def _label(axes: Axes) -> None:
-    """Write the label of each line or row of bars beside its last point, in its colour; call it when all is drawn.
-
-    In a single column long labels would take the place of the lines: there they are a legend below.
-    """
-    handles = _handles(axes)
-    if _column() == "single" and max(map(len, handles)) > 12:
-        _legend(axes.figure, handles)
-        return
-    axes.get_ylim()  # settles the limits, which `transData` does not
-    to_axes = axes.transData + axes.transAxes.inverted()
-    ends = {textwrap.fill(label, 30): _end(handle) for label, handle in handles.items()}
-    places = pd.Series({label: to_axes.transform(point)[1] for label, (point, _) in ends.items()}).sort_values()
-    # In shares of the axes' height as it is here; the layout, which is still to come, does not make them lower.
-    line = 1.4 * plt.rcParams["legend.fontsize"] / 72 * axes.figure.dpi / axes.bbox.height
-    heights = line * np.array([label.count("\n") + 1 for label in places.index])
-    if (needed := heights.sum()) > 1:
-        root = axes.get_figure(root=True)
-        root.set_size_inches(root.get_figwidth(), root.get_figheight() * needed)
-        heights /= needed
-    for label, place in zip(places.index, _moved_apart(places.to_numpy(), heights), strict=True):
-        point, colour = ends[label]
-        axes.annotate(
-            label,
-            point,
-            (1.03, place),
-            textcoords="axes fraction",
-            color=colour,
-            fontsize=plt.rcParams["legend.fontsize"],
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linestyle": ":", "linewidth": _points(0.8)}
-            | {"relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 1},
-        )
-
-
-def _end(handle: Artist) -> tuple[tuple[float, float], str]:
-    """The last point of a line, a line with error bars or a row of bars, and its colour."""
-    if hasattr(handle, "patches"):
-        bar = handle.patches[-1]
-        return (bar.get_x() + bar.get_width(), bar.get_height()), bar.get_facecolor()[:3]
-    line = handle[0] if isinstance(handle, tuple) else handle
-    return tuple(line.get_xydata()[-1]), line.get_color()
-
-
-def _moved_apart(places: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """Rising `places` of texts of these heights, moved up and down alike until none covers another, within 0 to 1."""
-    steps = np.concatenate([[0], np.cumsum((heights[:-1] + heights[1:]) / 2)])
-    free = places - steps
-    up, down = np.maximum.accumulate(free), np.minimum.accumulate(free[::-1])[::-1]
-    return np.clip((up + down) / 2, heights[0] / 2, 1 - heights[-1] / 2 - steps[-1]) + steps
-
-
-def _of_each(width: float, height: float, rows: float = 1) -> Callable:
-    """Make a drawing of one record into one of several: one under the other, each under the name of its profile."""
-
-    def decorate(draw: Callable[[SubFigure, Record], None]) -> Callable[..., Figure]:
-        @functools.wraps(draw)
-        def drawn(*records: Record) -> Figure:
-            figure = _figure(width, height * len(records), rows)
-            for part, record in zip(figure.subfigures(len(records), squeeze=False).flat, records, strict=True):
-                draw(part, record)
-                if len(records) > 1:
-                    part.suptitle(f"profile {record.run['profile']}", x=0.01, ha="left", fontsize="medium")
-            return figure
-
-        return drawn
-
-    return decorate
-
-
 # Boxes of the pipeline: phase -> (step from left to right, lane from the middle up, text).
 PIPELINE = {
     "data": (0, 0, "training\nexamples"),
@@ -247,10 +109,10 @@ def pipeline(*here: str) -> Figure:
     """
     if unknown := set(here) - PIPELINE.keys():
         raise InputError(f"pipeline: no box {', '.join(sorted(unknown))}; use {', '.join(PIPELINE)}")
-    axes = _figure(10.5, 3.3, rows=2).subplots()
+    axes = new_figure(10.5, 3.3, rows=2).subplots()
     width, height = BOX
     centres = {
-        name: (-1.1 * lane, -1.35 * step) if _column() == "single" else (2.08 * step, 1.1 * lane)
+        name: (-1.1 * lane, -1.35 * step) if column_of_style() == "single" else (2.08 * step, 1.1 * lane)
         for name, (step, lane, _) in PIPELINE.items()
     }
     for name, (x, y) in centres.items():
@@ -263,7 +125,7 @@ def pipeline(*here: str) -> Figure:
             boxstyle="round,pad=0.05,rounding_size=0.12",
             facecolor=colour if filled else "white",
             edgecolor=colour,
-            linewidth=_points(1.6),
+            linewidth=in_points(1.6),
         )
         axes.add_patch(box)
         words = {"color": "white", "weight": "bold"} if filled else {"color": "#222222"}
@@ -271,7 +133,7 @@ def pipeline(*here: str) -> Figure:
     for start, end in (*ARROWS, *READS):
         look = {"color": "#888888", "linestyle": "dashed"} if (start, end) in READS else {"color": "#555555"}
         ends = _border(centres[end], centres[start]), _border(centres[start], centres[end])
-        look |= {"arrowstyle": "-|>", "linewidth": _points(1.4), "shrinkA": 0, "shrinkB": 0}
+        look |= {"arrowstyle": "-|>", "linewidth": in_points(1.4), "shrinkA": 0, "shrinkB": 0}
         axes.annotate("", *ends, arrowprops=look)
     axes.autoscale_view()
     axes.axis("off")
@@ -285,7 +147,7 @@ def _border(centre: tuple[float, float], other: tuple[float, float]) -> tuple[fl
     return centre[0] + share * x, centre[1] + share * y
 
 
-@_of_each(7, 3.8)
+@of_each(7, 3.8)
 def votes_by_steps(figure: SubFigure, record: Record) -> None:
     """Share of examples voted System 2 against reasoning steps by construction, for each teacher and the majority."""
     rows = pd.DataFrame(record.result["tables"]["by_steps"])
@@ -297,13 +159,13 @@ def votes_by_steps(figure: SubFigure, record: Record) -> None:
     for i, (name, points) in enumerate(rows[rows["teacher"] != "majority"].groupby("teacher", sort=False)):
         x = [panel.index.get_loc(steps) for steps in points["steps"]]
         marker = MARKERS[i % len(MARKERS)]
-        axes.plot(x, points["system2_share"], marker=marker, linewidth=_points(1.2), label=name)
+        axes.plot(x, points["system2_share"], marker=marker, linewidth=in_points(1.2), label=name)
     axes.set_xticks(range(len(panel)), panel.index)
     axes.set(xlabel="reasoning steps of the example", ylabel="share voted System 2", ylim=(0, 1.12))
-    _label(axes)
+    label_ends(axes)
 
 
-@_of_each(7, 4.2)
+@of_each(7, 4.2)
 def split_accuracy(figure: SubFigure, record: Record) -> None:
     """How often each teacher and each panel agrees with the construction labels; chance is one half."""
     metrics = record.metrics
@@ -320,27 +182,27 @@ def split_accuracy(figure: SubFigure, record: Record) -> None:
         colour = SYSTEM_COLOURS[1] if label in singles else SYSTEM_COLOURS[2]
         axes.errorbar(metric.value, y, xerr=errors, fmt="o" if label in singles else "s", color=colour)
     axes.set_yticks(range(len(singles) + len(panels)), [*singles, *panels])
-    axes.axvline(0.5, color="#555555", linestyle="--", linewidth=_points(1))
+    axes.axvline(0.5, color="#555555", linestyle="--", linewidth=in_points(1))
     axes.invert_yaxis()
-    axes.set(xlabel=_fitted("agreement with the construction labels (95 % interval)", 40), xlim=(0.2, 1))
+    axes.set(xlabel=fitted("agreement with the construction labels (95 % interval)", 40), xlim=(0.2, 1))
 
 
-@_of_each(6, 4)
+@of_each(6, 4)
 def reliability(figure: SubFigure, record: Record) -> None:
     """P(System 2) from the margin against the share of System 2; a calibrated teacher is on the diagonal."""
     rows = pd.DataFrame(record.result["tables"]["reliability"])
     if rows.empty:
         raise KeyError("voting: margins")
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="#555555", linestyle="--", linewidth=_points(1), label="calibrated")
+    axes.plot([0, 1], [0, 1], color="#555555", linestyle="--", linewidth=in_points(1), label="calibrated")
     for i, (name, points) in enumerate(rows.groupby("teacher", sort=False)):
         marker = MARKERS[i % len(MARKERS)]
-        axes.plot(points["said"], points["share"], marker=marker, linewidth=_points(1.2), label=name)
+        axes.plot(points["said"], points["share"], marker=marker, linewidth=in_points(1.2), label=name)
     axes.set(xlabel="P(System 2) from the calibrated margin", ylabel="share that is System 2", ylim=(0, 1), xlim=(0, 1))
-    _label(axes)
+    label_ends(axes)
 
 
-@_of_each(10, 6)
+@of_each(10, 6)
 def importance_map(figure: SubFigure, record: Record) -> None:
     """Mean importance by layer and module for System 1, System 2, and their difference."""
     rows = pd.DataFrame(record.result["tables"]["map"])
@@ -357,10 +219,10 @@ def importance_map(figure: SubFigure, record: Record) -> None:
     for axes, (title, values), look in zip(panels, maps.items(), looks, strict=True):
         axes.pcolormesh(range(len(order) + 1), [*layers, layers.stop], values.reindex(layers), **look)
         axes.grid(False)
-        axes.set_title(_fitted(title, 12))
+        axes.set_title(fitted(title, 12))
         axes.set_xticks([i + 0.5 for i in range(len(order))], map(_short, order), rotation=90)
     _layers_down(panels[0], layers)
-    place = "bottom" if _column() == "single" else "right"
+    place = "bottom" if column_of_style() == "single" else "right"
     for which, label in ((panels[:2], "importance / mean"), (panels[2:], "difference")):
         figure.colorbar(which[0].collections[0], ax=which, location=place, label=label, aspect=30)
 
@@ -392,7 +254,7 @@ PARTS = {
 }
 
 
-@_of_each(10, 4.6)
+@of_each(10, 4.6)
 def partition_map(figure: SubFigure, record: Record) -> None:
     """The partition: of each module's elements in each layer, the shares that one system, both or neither selects."""
     rows = pd.DataFrame(record.result["tables"]["map"])
@@ -419,7 +281,7 @@ def partition_map(figure: SubFigure, record: Record) -> None:
         panels[0].patches,
         [f"{words} {100 * overall[region]:.0f} %" for region, words in PARTS.items()],
         loc="outside upper center",
-        ncols=2 if _column() == "single" else 4,
+        ncols=2 if column_of_style() == "single" else 4,
         # Words in the bars' colours; the light grey of "neither" could not be read.
         labelcolor=[REGION_COLOURS[region] if region != "inactive" else "#767676" for region in PARTS],
         handlelength=0,
@@ -429,29 +291,29 @@ def partition_map(figure: SubFigure, record: Record) -> None:
     )
 
 
-@_of_each(9, 3.4, rows=2)
+@of_each(9, 3.4, rows=2)
 def importance_by_matrix(figure: SubFigure, record: Record) -> None:
     """Mean importance of A and of B by module, for each system; the average element has importance one."""
     rows = pd.DataFrame(record.result["tables"]["map"])
     order = list(dict.fromkeys(rows["module"]))
-    panels = figure.subplots(*_beside(2), sharey=True)
+    panels = figure.subplots(*beside(2), sharey=True)
     for axes, matrix in zip(panels, "AB", strict=True):
         means = rows[rows["matrix"] == matrix].groupby("module")[["system1", "system2"]].mean().loc[order]
         for system, offset in ((1, -0.2), (2, 0.2)):
             x = [i + offset for i in range(len(order))]
             axes.bar(x, means[f"system{system}"], 0.38, color=SYSTEM_COLOURS[system], label=f"System {system}")
         axes.set_xticks(range(len(order)), map(_short, order))
-        axes.axhline(1, color="#555555", linestyle="--", linewidth=_points(1))
+        axes.axhline(1, color="#555555", linestyle="--", linewidth=in_points(1))
         axes.set(title=f"matrix {matrix}", ylabel="importance / mean")
         axes.label_outer()
     panels[1].legend()
 
 
-@_of_each(9, 3, rows=2)
+@of_each(9, 3, rows=2)
 def importance_by_rank(figure: SubFigure, record: Record) -> None:
     """Mean importance of each rank of A and of B, for each system; the average element has importance one."""
     rows = pd.DataFrame(record.result["tables"]["by_rank"])
-    panels = figure.subplots(*_beside(2), sharey=True)
+    panels = figure.subplots(*beside(2), sharey=True)
     for axes, matrix in zip(panels, "AB", strict=True):
         means = rows[rows["matrix"] == matrix]
         for system in (1, 2):
@@ -462,11 +324,11 @@ def importance_by_rank(figure: SubFigure, record: Record) -> None:
                 color=SYSTEM_COLOURS[system],
                 label=f"System {system}",
             )
-        axes.axhline(1, color="#555555", linestyle="--", linewidth=_points(1))
+        axes.axhline(1, color="#555555", linestyle="--", linewidth=in_points(1))
         axes.set(title=f"matrix {matrix}", xlabel="rank", ylabel="importance / mean")
         axes.label_outer()
     axes.set_ylim(bottom=0)
-    _label(panels[1])
+    label_ends(panels[1])
 
 
 def stability(rows: pd.DataFrame) -> Figure:
@@ -479,8 +341,8 @@ def stability(rows: pd.DataFrame) -> Figure:
         "by_matrix": "rank correlation, matrix means",
         "jaccard": "Jaccard of selected sets",
     }
-    figure = _figure(10, 3.4, rows=len(agreements))
-    panels = figure.subplots(*_beside(len(agreements)), sharey=True)
+    figure = new_figure(10, 3.4, rows=len(agreements))
+    panels = figure.subplots(*beside(len(agreements)), sharey=True)
     for axes, (key, title) in zip(panels, agreements.items(), strict=True):
         for (differ, system), points in rows.groupby(["differ", "system"]):
             by_n = points.groupby("n")[key].agg(["mean", "min", "max"])
@@ -503,7 +365,7 @@ def stability(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-@_of_each(6, 5)
+@of_each(6, 5)
 def importance_scatter(figure: SubFigure, record: Record) -> None:
     """System 1 against System 2 importance of LoRA elements, coloured by region (the paper's figure)."""
     rows = pd.DataFrame(record.result["tables"]["scatter"])
@@ -515,7 +377,7 @@ def importance_scatter(figure: SubFigure, record: Record) -> None:
         axes.scatter(
             points["system1"],
             points["system2"],
-            s=_points(2.8) ** 2,
+            s=in_points(2.8) ** 2,
             alpha=0.6,
             color=REGION_COLOURS[region],
             label=f"{label} ({share:.1%})",
@@ -525,7 +387,7 @@ def importance_scatter(figure: SubFigure, record: Record) -> None:
     axes.legend(loc="lower right", markerscale=2)
 
 
-@_of_each(6, 3.6)
+@of_each(6, 3.6)
 def concentration(figure: SubFigure, record: Record) -> None:
     """Share of the total importance against share of elements, most important first."""
     rows = pd.DataFrame(record.result["tables"]["concentration"])
@@ -534,10 +396,10 @@ def concentration(figure: SubFigure, record: Record) -> None:
         look = {"marker": MARKERS[system - 1], "color": SYSTEM_COLOURS[system], "label": f"System {system}"}
         axes.plot(points["elements"], points["importance"], **look)
     axes.set(xlabel="share of LoRA elements, most important first", ylabel="share of importance", ylim=(0, 1.03))
-    _label(axes)
+    label_ends(axes)
 
 
-@_of_each(9, 3.6, rows=2)
+@of_each(9, 3.6, rows=2)
 def without_systems(figure: SubFigure, record: Record) -> None:
     """Selected share and overlap by theta: the record's, the paper's, and those of a model without two systems."""
     null = null_model.without_systems(record)
@@ -557,13 +419,13 @@ def without_systems(figure: SubFigure, record: Record) -> None:
         "jaccard": ([0.9] * len(overlaps), overlaps),
     }
     labels = {"active": "share of elements selected", "jaccard": "overlap of the two sets (Jaccard index)"}
-    for axes, (key, label) in zip(figure.subplots(*_beside(2)), labels.items(), strict=True):
+    for axes, (key, label) in zip(figure.subplots(*beside(2)), labels.items(), strict=True):
         ends = null.groupby("theta")[key].agg(["min", "max"])
         axes.fill_between(
             ends.index, ends["min"], ends["max"], color="#BBBBBB", alpha=0.6, label="independent systems, one phi"
         )
         axes.plot(ours[key].index, ours[key], marker="o", color="#009E73", label="this record")
-        axes.plot(*paper[key], "x", color="black", markersize=_points(7), label="the paper (LLaMA-2-7B)")
+        axes.plot(*paper[key], "x", color="black", markersize=in_points(7), label="the paper (LLaMA-2-7B)")
         axes.set(xlabel="theta", ylabel=label, ylim=(0, None))
     figure.axes[0].legend(loc="upper left")
 
@@ -589,7 +451,7 @@ def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> 
     ]
     if not rows:
         return _note("none of these claims has been run yet")
-    width = 30 if _column() == "single" else 58
+    width = 30 if column_of_style() == "single" else 58
     texts = {
         claim["claim"]: f"{textwrap.fill(claim['claim'], width)}\n{one.verdict}, {_blocks(one.seeds)}"
         for claim, one in rows
@@ -601,7 +463,7 @@ def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> 
     groups = {in_nats: group for in_nats, group in groups.items() if group}
     heights = [len(group) + 1 for group in groups.values()]
     lines = 1 + max(text.count("\n") for text in texts.values())
-    figure = _figure(9, 0.17 * lines * sum(heights) + 0.6)
+    figure = new_figure(9, 0.17 * lines * sum(heights) + 0.6)
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)
     for axes, (in_nats, group) in zip(panels[:, 0], groups.items(), strict=True):
         name, unit = units[in_nats]
@@ -611,12 +473,12 @@ def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> 
             for metric, thickness, shade in ((one.effect, 4, colour), (one.over_items, 1.2, "black")):
                 if metric.low is not None:
                     ends = [unit * metric.low, unit * metric.high]
-                    axes.plot(ends, [place] * 2, color=shade, linewidth=_points(thickness))
-            axes.plot(unit * one.effect.value, place, marker, color=colour, markersize=_points(8), label=one.verdict)
+                    axes.plot(ends, [place] * 2, color=shade, linewidth=in_points(thickness))
+            axes.plot(unit * one.effect.value, place, marker, color=colour, markersize=in_points(8), label=one.verdict)
             margin = [unit * claim["test"]["margin"]] * 2
-            axes.plot(margin, [place - 0.4, place + 0.4], ":", color="black", linewidth=_points(1))
-        axes.axvline(0, color="black", linewidth=_points(0.8))
-        axes.locator_params(axis="x", nbins=4 if _column() == "single" else 8)
+            axes.plot(margin, [place - 0.4, place + 0.4], ":", color="black", linewidth=in_points(1))
+        axes.axvline(0, color="black", linewidth=in_points(0.8))
+        axes.locator_params(axis="x", nbins=4 if column_of_style() == "single" else 8)
         axes.set(xlabel=f"effect, in {name}", yticks=range(len(group)), ylim=(len(group) - 0.4, -0.6))
         axes.set_yticklabels([texts[claim["claim"]] for claim, _ in group], fontsize="small")
     return figure
@@ -627,7 +489,7 @@ def _blocks(count: int) -> str:
 
 
 def _note(text: str) -> Figure:
-    axes = _figure(9, 1).subplots()
+    axes = new_figure(9, 1).subplots()
     axes.axis("off")
     axes.text(0.5, 0.5, text, ha="center", va="center")
     return axes.figure
@@ -668,18 +530,18 @@ def tuning(records: Sequence[Record]) -> Figure:
     )
     if rows.empty:
         return _note("no learning rate has been tried yet")
-    axes = _figure(8, 4.5).subplots()
+    axes = new_figure(8, 4.5).subplots()
     for (title, arm), points in rows.groupby(["title", "arm"], sort=False):
         points = points.sort_values("rate")
         least = points.loc[points["loss"].idxmin()]
         look = _look(axes, arm)
         axes.plot(points["rate"], points["loss"], marker=_marker(arm), label=title, alpha=0.8, **look)
-        circle = {"markersize": _points(14), "fillstyle": "none", "color": look["color"]}
+        circle = {"markersize": in_points(14), "fillstyle": "none", "color": look["color"]}
         axes.plot(least["rate"], least["loss"], "o", **circle)
     axes.set(xscale="log", yscale="log", xlabel="learning rate of stage 1", ylabel="validation loss, nats a token")
     axes.set_xticks(sorted(rows["rate"].unique()), [f"{rate:g}" for rate in sorted(rows["rate"].unique())])
     axes.xaxis.minorticks_off()
-    _label(axes)
+    label_ends(axes)
     return axes.figure
 
 
@@ -699,7 +561,7 @@ def arm_curves(records: Iterable[Record]) -> Figure:
             arms.setdefault((parameters["title"], arm_of(parameters)), []).append(losses.rolling(WINDOW).mean())
     if not arms:
         return _note("no arm of the study has been trained yet")
-    axes = _figure(8, 4.5).subplots()
+    axes = new_figure(8, 4.5).subplots()
     for (title, arm), losses in arms.items():
         blocks = pd.concat(losses, axis=1).dropna()
         look = _look(axes, arm)
@@ -707,7 +569,7 @@ def arm_curves(records: Iterable[Record]) -> Figure:
         band = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
         axes.fill_between(blocks.index, blocks.min(axis=1), blocks.max(axis=1), **band)
     axes.set(yscale="log", xlabel="step of stage 1", ylabel=f"training loss, mean of {WINDOW} steps")
-    _label(axes)
+    label_ends(axes)
     return axes.figure
 
 
@@ -719,8 +581,8 @@ def theta_curve(records: list[Record], own: list[Record] = ()) -> Figure:
     here = tables.theta_points(own)
     rows = pd.DataFrame([point | point["metric"]._asdict() for point in tables.theta_points(records)])
     modules = list(dict.fromkeys(rows["modules"]))
-    figure = _figure(max(6.5, 4.2 * len(modules)), 4, rows=len(modules))
-    panels = figure.subplots(*_beside(len(modules)), sharey=True, squeeze=False).ravel()
+    figure = new_figure(max(6.5, 4.2 * len(modules)), 4, rows=len(modules))
+    panels = figure.subplots(*beside(len(modules)), sharey=True, squeeze=False).ravel()
     for axes, which in zip(panels, modules, strict=True):
         for selection, points in rows[rows["modules"] == which].groupby("selection", sort=False):
             points = points.sort_values("active")
@@ -732,26 +594,26 @@ def theta_curve(records: list[Record], own: list[Record] = ()) -> Figure:
                 marker=_marker(selection),
                 color=ARM_COLOURS[selection],
                 linestyle="-" if len(points) > 1 else "none",
-                linewidth=_points(1),
+                linewidth=in_points(1),
                 label=selection,
             )
         points = [(p["active"], p["metric"].value) for p in here if p["modules"] == which]
         if points:
-            cross = {"markersize": _points(9), "markeredgewidth": _points(2)}
+            cross = {"markersize": in_points(9), "markeredgewidth": in_points(2)}
             axes.plot(*zip(*points, strict=True), "kx", label="this run", **cross)
         axes.set(title=which, xlabel="share of elements active in stage 1", ylim=(0, 1), xlim=(-0.03, 1.05))
         axes.set_ylabel("test accuracy")
         axes.label_outer()
-    drawn = [_handles(axes) for axes in panels]
+    drawn = [handles_of(axes) for axes in panels]
     everywhere = {label: handle for handles in drawn for label, handle in handles.items()}
     if everywhere.keys() == drawn[-1].keys():
-        _label(panels[-1])
+        label_ends(panels[-1])
     else:
-        _legend(figure, everywhere)
+        legend(figure, everywhere)
     return figure
 
 
-@_of_each(11, 5.5, rows=1.5)
+@of_each(11, 5.5, rows=1.5)
 def learning_curves(figure: SubFigure, record: Record) -> None:
     """Loss of SFT; reward, entropy, length and idle groups of GRPO; validation accuracy of both, by step."""
     histories = [rows for key, rows in sorted(record.result["tables"].items()) if key.startswith("history_") and rows]
@@ -760,12 +622,12 @@ def learning_curves(figure: SubFigure, record: Record) -> None:
     panels = [(sft, "loss", "SFT loss"), (grpo, "reward", "GRPO reward"), (grpo, "entropy", "GRPO entropy (nats)")]
     panels += [(grpo, "completions/mean_length", "completion length (tokens)")]
     panels += [(grpo, "frac_reward_zero_std", "groups without advantage")]
-    grid = figure.subplots(*((3, 2) if _column() == "single" else (2, 3)))
+    grid = figure.subplots(*((3, 2) if column_of_style() == "single" else (2, 3)))
     for axes, (stages, key, title) in zip(grid.flat, panels, strict=False):
         for rows in stages:
             points = [(row["step"], float(row[key])) for row in rows if key in row]
             axes.plot(*zip(*points, strict=True), color=SYSTEM_COLOURS[1 if stages is sft else 2])
-        axes.set(title=_fitted(title, 18), xlabel="step")
+        axes.set(title=fitted(title, 18), xlabel="step")
     _validation_curves(grid.flat[-1], histories)
 
 
@@ -775,7 +637,7 @@ def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
     for rows in histories:
         begins.append(begins[-1] + max(row["step"] for row in rows))
     for begin in begins[1:-1]:
-        axes.axvline(begin, color="0.6", linewidth=_points(1))
+        axes.axvline(begin, color="0.6", linewidth=in_points(1))
     for field, (label, system) in SCORES.items():
         key = f"validation/{field}"
         points = [
@@ -791,7 +653,7 @@ def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
                 color=SYSTEM_COLOURS[system],
                 label=label,
             )
-    if handles := _handles(axes):
+    if handles := handles_of(axes):
         axes.figure.legend(handles.values(), handles.keys(), loc="outside lower right", ncols=len(SCORES))
     axes.set(title="validation accuracy", xlabel="step, both stages", ylim=(0, 1))
 
@@ -812,7 +674,7 @@ def stage_accuracy(records: list[Record], own: list[Record] = ()) -> Figure:
         raise InputError("records: none has scores by stage; run the experiments first")
     frame = pd.DataFrame(rows)
     titles = list(dict.fromkeys(frame["title"] + "\n" + frame["stage"].map(STAGES)))
-    axes = _figure(8, 0.55 * len(titles) + 1.4).subplots()
+    axes = new_figure(8, 0.55 * len(titles) + 1.4).subplots()
     for field, offset in (("system1", -0.14), ("system2", 0.14), ("overlap", 0.0)):
         part, (label, colour) = frame[frame["field"] == field], SCORES[field]
         if part.empty:
@@ -842,8 +704,8 @@ def pareto(records: list[Record]) -> Figure:
         ("core_seconds", "training time, core-seconds"),
         ("peak_bytes", "peak memory of the run, GB"),
     ]
-    figure = _figure(8.4, 7.4, rows=1.5)
-    all_axes = figure.subplots(*((3, 1) if _column() == "single" else (2, 2)), sharey=True).ravel()
+    figure = new_figure(8.4, 7.4, rows=1.5)
+    all_axes = figure.subplots(*((3, 1) if column_of_style() == "single" else (2, 2)), sharey=True).ravel()
     all_axes, aside = all_axes[: len(panels)], all_axes[len(panels) :]
     for axes, (cost, label) in zip(all_axes, panels, strict=True):
         part = points.dropna(subset=[cost]).sort_values([cost, "value"], ascending=[True, False])
@@ -855,16 +717,16 @@ def pareto(records: list[Record]) -> Figure:
         if part.empty:
             axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
         front = part[part["value"] > part["value"].cummax().shift(fill_value=-1)]
-        axes.step(front[cost] / scale, front["value"], where="post", color="#666666", linewidth=_points(1), zorder=0)
+        axes.step(front[cost] / scale, front["value"], where="post", color="#666666", linewidth=in_points(1), zorder=0)
         axes.set(xlabel=label, ylim=(-0.02, 1.02))
     all_axes[0].set(xscale="log")
     figure.supylabel("accuracy at the end (95 % interval)", size=plt.rcParams["axes.labelsize"])
-    handles = _handles(all_axes[0])
+    handles = handles_of(all_axes[0])
     if len(aside):
         aside[0].axis("off")
         aside[0].legend(handles.values(), handles.keys(), loc="center", frameon=False)
     else:
-        _legend(figure, handles)
+        legend(figure, handles)
     return figure
 
 

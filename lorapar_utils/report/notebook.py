@@ -27,7 +27,7 @@ from lorapar_utils.records import (
     record_link,
     study,
 )
-from lorapar_utils.report import claims, figures, tables
+from lorapar_utils.report import claims, drawing, tables
 from lorapar_utils.settings import Settings, load_profile
 
 # What the name of a column of single seeds' values ends with.
@@ -52,7 +52,7 @@ def start(*, profile: str, **parameters) -> Settings:
     """
     _reject_unknown_parameters()
     _quiet()
-    figures.use_style()
+    drawing.use_style()
     settings = load_profile(profile, **parameters)
     claim_runs(settings)
     print(f"profile {settings.profile}: results under runs/{settings.profile}/")

@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import Record, evidence, pooled, study
-from lorapar_utils.report import figures, tables
+from lorapar_utils.report import drawing, figures, tables
 
 matplotlib.use("Agg")
 
@@ -24,9 +24,9 @@ def published():
 
 @pytest.fixture(autouse=True)
 def style():
-    figures.use_style()
+    drawing.use_style()
     yield
-    figures.use_style()  # not a column's, for other tests
+    drawing.use_style()  # not a column's, for other tests
     plt.close("all")
 
 
@@ -42,7 +42,7 @@ def error_bars(axes):
 
 def colours(figure):
     """Label -> colour of every line with a label, also of those with error bars."""
-    handles = {label: handle for axes in figure.axes for label, handle in figures._handles(axes).items()}
+    handles = {label: handle for axes in figure.axes for label, handle in drawing.handles_of(axes).items()}
     handles = {label: handle[0] if isinstance(handle, tuple) else handle for label, handle in handles.items()}
     return {label: to_hex(handle.get_color()) for label, handle in handles.items() if hasattr(handle, "get_color")}
 
@@ -188,12 +188,12 @@ def test_two_thetas_of_one_selection_differ_in_their_dashes():
     ["votes_by_steps", "reliability", "concentration", "importance_by_rank", "tuning", "theta_curve", "arm_curves"],
 )
 def test_each_line_has_its_label_beside_its_end(name, column, published):
-    figures.use_style(column)
+    drawing.use_style(column)
     figure = figures.FIGURES[name](published)
     figure.draw_without_rendering()
     axes = figure.axes[-1]
     labels = {text.get_text().replace("\n", " "): text for text in axes.texts if hasattr(text, "arrow_patch")}
-    assert labels.keys() == figures._handles(axes).keys() and len(labels) >= 2
+    assert labels.keys() == drawing.handles_of(axes).keys() and len(labels) >= 2
     for label, colour in colours(figure).items():
         assert to_hex(labels[label].get_color()) == colour
     assert covering(labels.values()) == []
@@ -203,7 +203,7 @@ def test_each_line_has_its_label_beside_its_end(name, column, published):
 @pytest.mark.parametrize("column", [None, "double"])
 @pytest.mark.parametrize("count", [9, 16])
 def test_labels_of_lines_that_end_in_one_point_are_moved_apart(count, column):
-    figures.use_style(column)
+    drawing.use_style(column)
     records = [arm(f"arm {'of a long name ' * (number % 4)}{number}", 0, [1, *[0.5] * 8]) for number in range(count)]
     figure = figures.arm_curves(records)
     figure.draw_without_rendering()
@@ -293,10 +293,10 @@ def test_the_same_records_give_the_same_bytes(published, tmp_path):
 
 def test_one_style_whatever_was_set_before():
     plt.rcParams.update({"font.size": 3, "axes.facecolor": "black", "font.family": "serif"})
-    figures.use_style()
+    drawing.use_style()
     assert plt.rcParams["font.size"] == 11 and plt.rcParams["axes.facecolor"] == "white"
     assert plt.rcParams["font.family"] == ["DejaVu Sans"]
-    assert [(figures.use_style(column), plt.rcParams["font.size"])[1] for column in ("single", "double", None)] == [
+    assert [(drawing.use_style(column), plt.rcParams["font.size"])[1] for column in ("single", "double", None)] == [
         7,
         8,
         11,
