@@ -99,19 +99,17 @@ if compute:
     model = models.attach_adapter(model, settings.changed(seed=0))
 moved = []
 if compute and len(kept) == 2:
-    drawn = {name.replace(".default", ""): p.detach() for name, p in lora_parameters(model).items()}
     stage1, stage2 = (load_peft_weights(str(folder)) for folder in own_stages.values())
-    moved = [
-        {
-            "module": name.split(".")[-3],
-            "stage 1": (stage1[name] != drawn[name]).float().mean().item(),
-            "stage 2": (stage2[name] != stage1[name]).float().mean().item(),
-            "neither": (stage2[name] == drawn[name]).float().mean().item(),
-        }
-        for name in drawn
-    ]
-by_module = pd.DataFrame(moved, columns=["module", "stage 1", "stage 2", "neither"]).groupby("module", sort=False)
-notebook.shown(by_module.mean().round(3).reset_index(), "This needs both stages of this run: `make book` trains them.")
+    for name, drawn in lora_parameters(model).items():
+        saved = name.replace(".default", "")  # PEFT's files leave it out
+        first, last = stage1[saved], stage2[saved]
+        shares = {"stage 1": first != drawn, "stage 2": last != first, "neither": last == drawn}
+        means = {by: which.float().mean().item() for by, which in shares.items()}
+        moved.append({"module": name.split(".")[-4], **means})
+by_module = pd.DataFrame(moved)
+if moved:
+    by_module = by_module.groupby("module", sort=False).mean().round(3).reset_index()
+notebook.shown(by_module, "This needs both stages of this run: `make book` trains them.")
 
 # %% [markdown]
 # ## Which elements matter to a few examples?

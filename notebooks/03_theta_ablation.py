@@ -99,15 +99,16 @@ figure = figures.theta_curve(records, own)
 # %% [markdown]
 # ## How to read it
 #
-# Each dot is a seed, and a link to its record. Compare rows of equal size only. An interval that covers another row's value leaves the two unranked; the claims below compare them item by
-# item and seed by seed, which is sharper. Ways of selecting at equal theta are of different size: the curve, not the table, compares those.
+# Each dot is a seed, and a link to its record. Compare rows of equal size only. An interval that covers another row's value leaves the two unranked;
+# the claims below compare them item by item and seed by seed, which is sharper. Ways of selecting at equal theta are of different size: the curve, not
+# the table, compares those.
 #
 # ## The study: every arm at its own rate
 #
 # The runs above share one learning rate, tuned for one of them, so they show how far an arm gets in so many steps. In [the study](protocol) each arm has
 # its own, chosen on validation. The table has a row for each arm whose blocks are published.
 
-# %% mystnb={"image": {"alt": "Validation loss of System 1 against the learning rate of stage 1, a line for each arm, the least value of each circled."}, "figure": {"caption": "The rates that were tried, at a seed that no block has; circles: what each arm trains with.", "name": "fig-tuning"}} tags=["remove-input"]
+# %% mystnb={"image": {"alt": "Validation loss of System 1 against the learning rate of stage 1, a line for each arm, the least value of each circled."}, "figure": {"caption": "The rates that were tried, at a seed that no block has; circles: the least loss of each arm.", "name": "fig-tuning"}} tags=["remove-input"]
 figure = figures.tuning(figures.tuned_records(study()))
 
 # %% mystnb={"image": {"alt": "Training loss against the step of stage 1 on a log scale, a line with a band for each arm of the study, all falling side by side."}, "figure": {"caption": "Training loss of every arm of the study: the mean over its blocks, smoothed over eight steps, between the lowest and the highest block.", "name": "fig-arm-curves"}} tags=["remove-input"]

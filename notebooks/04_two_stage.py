@@ -126,7 +126,7 @@ notebook.linked(tables.stage_table(records, own), [*records, *own], settings)
 # %% [markdown]
 # ## What stage 2 changed, item by item
 #
-# The difference of stage 2 and stage 1 over the same test items, with a bootstrap interval; each dot is a seed.
+# The difference of stage 2 and stage 1 over the same test items, with a bootstrap interval. Where there are several seeds, each is a dot.
 
 # %% tags=["remove-input"]
 notebook.linked(tables.gain_table([*records, *own]), [*records, *own], settings)

@@ -126,7 +126,10 @@ def _ends(rows: list[list[float]]) -> tuple[float, float] | None:
 def _with_seeds(cell: str, seeds: list[tuple[str, Record]], ends: tuple | None, link: Callable) -> str:
     if not seeds:
         return cell
-    return linked_text(cell, seeds[0][1], link) if ends is None else f"{cell}<br>{linked_dots(seeds, ends, link)}"
+    if ends is None:
+        value, interval = re.fullmatch(r"([^\[]*)(.*)", cell).groups()
+        return linked_text(value.strip(), seeds[0][1], link) + f" {interval}"
+    return f"{cell}<br>{linked_dots(seeds, ends, link)}"
 
 
 def _cite_own(cells: pd.DataFrame, behind: pd.Series, published: pd.Series, link: Callable) -> None:
