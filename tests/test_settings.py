@@ -231,12 +231,23 @@ def test_a_grid_is_one_experiment_for_each_combination(project):
 
 
 def test_every_arm_of_the_study_is_tuned_over_four_rates_on_validation():
-    tuned = {}
-    for name, spec in load_profile("study").experiments.items():
+    study, tuned = load_profile("study"), {}
+    for name, spec in study.experiments.items():
         if spec.sweep == "tuning" and name != "gate":
-            tuned.setdefault(name.rsplit("_", 1)[0], set()).add(spec.learning_rate)
-            assert spec.measured_on != "test" and not set(spec.seeds) & set(load_profile("study").seeds)
-    assert len(tuned) == 11 and all(len(rates) >= 4 for rates in tuned.values())
+            rate = spec.grpo_learning_rate if "grpo" in spec.stages else spec.learning_rate
+            tuned.setdefault(name.rsplit("_", 1)[0], set()).add(rate)
+            assert spec.measured_on != "test" and not set(spec.seeds) & set(study.seeds)
+    of_stage2 = {name for name in tuned if name.startswith("tune2")}
+    assert len(tuned) == 15 and len(of_stage2) == 4 and all(len(rates) >= 4 for rates in tuned.values())
+
+
+def test_stage_2_is_tuned_over_stage_1_at_its_frozen_rate():
+    study = load_profile("study").experiments
+    frozen = {"lora": "lora_sft", "lora_r3": "lora_r3_sft", "importance": "importance_0.9", "swapped": "swapped_0.9"}
+    for arm, after_stage1 in frozen.items():
+        tuned, chosen = study[f"tune2_{arm}_0.0001"], study[after_stage1]
+        for key in ("method", "selection", "r", "lora_alpha", "learning_rate"):
+            assert getattr(tuned, key) == getattr(chosen, key), (arm, key)
 
 
 def test_a_tuning_run_that_would_read_the_test_split_is_refused(tmp_path):
