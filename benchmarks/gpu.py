@@ -86,7 +86,10 @@ def random_examples(count: int, vocabulary: int) -> list[dict]:
 
 
 def scoring(model, examples, plan: Model) -> tuple[dict, dict]:
-    """Scores in batches, against one plain forward and backward of the same, and against one example at a time."""
+    """Scores in batches, against one plain forward and backward of the same, and against one example at a time.
+
+    The error is that to plain autograd of one example after the other, with adapters in fp32.
+    """
 
     def plain():
         for start in range(0, len(examples), BATCH):
@@ -105,6 +108,9 @@ def scoring(model, examples, plan: Model) -> tuple[dict, dict]:
     about |= planned(plan, [need], 8 * plan.elements)
     about["batched_over_plain"] = taken["batched"] / taken["plain_pass"]
     about["one_by_one_over_batched"] = taken["one_by_one"] / taken["batched"]
+    exact = importance.score_importance(model, examples, batch_size=1, in_batches=False)
+    error = sum((scores[name] - values).square().sum() for name, values in exact.items())
+    about["error_over_norm"] = float((error / sum(values.square().sum() for values in exact.values())).sqrt())
     return about, scores
 
 

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import parcel
@@ -60,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     packing.add_argument("--part-mb", type=float, default=60, help="size of a part; a transfer may have a limit (60)")
     packing.add_argument("--python", default="3.12", help="the version there, or an interpreter of it, which can build")
     packing.add_argument("--have", default=HAVE, help=f"packages that are there ({HAVE})")
+    packing.add_argument("--commit", action="store_true", help="only the commit's list of files, of what is packed")
     running = modes.add_parser("run", help="there, without network")
     running.add_argument("out", type=Path)
     running.add_argument("--seconds", type=float, default=600, help="the whole (600)")
@@ -84,7 +86,9 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         home = Path(".quarter/rehearsal" if options.rehearse else ".quarter")
         options.folder = (options.folder or ROOT / home).resolve()
-        if options.mode == "pack":
+        if options.mode == "pack" and options.commit:
+            parcel.write_tree(options.folder)
+        elif options.mode == "pack":
             pack(options.folder, options.rehearse, int(options.part_mb * 1e6), options.python, options.have)
         else:
             run(options)
@@ -219,10 +223,15 @@ def unpack(folder: Path, out: Path, summary: Summary, end: float) -> list[str]:
         return lost
     lost = parcel.joined(folder)
     status, note = int(bool(lost)), f"missing or damaged: {', '.join(lost)}" * bool(lost)
-    if not any(name.startswith(parcel.WHEELS) for name in lost):
+    installed, packed = folder / parcel.SITE / "installed", (folder / parcel.SUMS).read_text(encoding="utf-8")
+    is_installed = installed.is_file() and installed.read_text(encoding="utf-8") == packed
+    if not any(name.startswith(parcel.WHEELS) for name in lost) and not is_installed:
         log = out / "unpack.log"
         code = together({"unpack": parcel.install_command(folder)}, 1, end, {"unpack": log}, {})["unpack"]
         status, note = code or status, note or last_line(log) * bool(code)
+        if not code:
+            installed.parent.mkdir(exist_ok=True)
+            installed.write_text(packed, encoding="utf-8")  # a second run need not install again
     summary.add("unpack", start, status, note)
     return lost
 
@@ -400,11 +409,13 @@ def run_blocks(options: argparse.Namespace, out: Path, where: dict, end: float) 
     commands = {name: [*block, *cell] for name, cell in zip(names, cells, strict=True)}
     at_once = min(options.processes, len(commands))
     threads = str(max(1, (os.cpu_count() or 1) // at_once))
-    where = where | {"env": where["env"] | {"OMP_NUM_THREADS": threads}}
-    try:
-        statuses = together(commands, at_once, end, {name: logs / f"{name}.log" for name in names}, where, records.save)
-    finally:
-        records.write()  # with the logs of those that were not finished
+    files = {name: logs / f"{name}.log" for name in names}
+    with shared_card(options.folder / "mps") as shared:
+        env = where["env"] | shared | {"OMP_NUM_THREADS": threads}
+        try:
+            statuses = together(commands, at_once, end, files, where | {"env": env}, records.save)
+        finally:
+            records.write()  # with the logs of those that were not finished
     failed = {name: status for name, status in statuses.items() if status}
     whole = [
         seed
@@ -412,7 +423,33 @@ def run_blocks(options: argparse.Namespace, out: Path, where: dict, end: float) 
         if not any(name.endswith(f"-seed{seed}") for name in failed)
     ]
     told = f"{len(records.saved)} of {len(cells)} cells; whole blocks: {', '.join(whole) or 'none'}"
+    told += ", kernels side by side" * bool(shared)
     return max(failed.values(), default=0), "; ".join([told, *(f"{name}: {code}" for name, code in failed.items())])
+
+
+@contextmanager
+def shared_card(folder: Path) -> Iterator[dict[str, str]]:
+    """What lets kernels of several processes run side by side on one card (NVIDIA's MPS); nothing where there is none.
+
+    Without it the card gives each process its turn, and a small model leaves most of a turn unused.
+    """
+    control = shutil.which("nvidia-cuda-mps-control")
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {"CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
+    quiet = {"env": os.environ | told, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    if not control or subprocess.run([control, "-d"], **quiet).returncode:
+        yield {}
+        return
+    try:
+        probe = [sys.executable, "-c", "import torch; torch.ones(1, device='cuda').sum().item()"]
+        try:
+            works = not subprocess.run(probe, timeout=30, **quiet).returncode
+        except subprocess.TimeoutExpired:
+            works = False
+        yield told if works else {}
+    finally:
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run([control], input=b"quit\n", timeout=10, **quiet)
 
 
 STEPS = {"tests": run_tests, "gpu": run_figures, "laptop": run_laptop, "blocks": run_blocks}

@@ -146,10 +146,15 @@ def pack(folder: Path, weights: Path, part_bytes: int) -> list[Path]:
     parts = [*_split(folder / WHEELS, part_bytes), *_split(weights, part_bytes)]
     sums = [f"{_sha256(part)}  {part.relative_to(folder)}\n" for part in parts]
     (folder / SUMS).write_text("".join(sums), encoding="utf-8")
+    write_tree(folder)
+    return parts
+
+
+def write_tree(folder: Path) -> None:
+    """Write the commit's name and list of files into `folder`, for `stand_in_for_git`."""
     commit = _git("rev-parse", "HEAD")
     if commit:
         (folder / TREE).write_text(commit + _git("ls-tree", "-r", "HEAD"), encoding="utf-8")
-    return parts
 
 
 def uncommitted() -> bool:

@@ -7,16 +7,19 @@ For an element phi_j, with g_j the mean and F_jj the mean square of the per-exam
 Deviation from the paper's script: dropout is off, and examples are scored in batches. Per-example gradients stay exact,
 because a LoRA matrix computes W x: an example's gradient is the sum over tokens of (output gradient) x (input), and one
 batched matrix product gives this sum for every example. Two examples are compared with autograd first. If the gradients
-differ, the model is scored one example at a time.
+differ, the model is scored one example at a time. On a GPU, adapters over a bf16 or fp16 base compute in its dtype, as
+they do in training; gradients are summed in fp32 everywhere.
 
 Under `accelerate launch` each process scores a share of the examples, and every process returns the scores of all.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from accelerate.utils import reduce
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
@@ -88,8 +91,11 @@ def score_importance(
     parameters = {name: p for name, p in lora_parameters(model).items() if name.split(".")[-2] in active}
     if not parameters:
         raise InputError("model: it has no LoRA matrices; attach an adapter first")
-    gradient = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-    fisher = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    shapes = {name: p.shape for name, p in parameters.items()}
+    device = next(iter(parameters.values())).device
+    # One vector for all matrices: what is done to hundreds of small ones, a GPU would wait for.
+    totals = [torch.zeros(sum(shape.numel() for shape in shapes.values()), device=device) for _ in range(2)]
+    gradient, fisher = (_split(total, shapes) for total in totals)
     if score not in WITHOUT_GRADIENTS:
         was_training = model.training
         model.eval()
@@ -102,13 +108,18 @@ def score_importance(
             for p, requires_grad in trainable.items():
                 p.requires_grad_(requires_grad)
             model.train(was_training)
-    n = len(examples)
-    scores = {}
-    for name, phi in parameters.items():
-        g, f = (reduce(total, "sum") / n for total in (gradient[name], fisher[name]))
-        scores[name] = SCORES[score](g, f, phi.detach().float()).cpu()
-    _check_scores(scores)
-    return scores
+    g, f = (reduce(total, "sum") / len(examples) for total in totals)
+    phi = torch.cat([p.detach().flatten() for p in parameters.values()]).float()
+    scores = SCORES[score](g, f, phi)
+    _check_scores(scores, shapes)
+    # Matrices without shared memory, so that safetensors can write them.
+    return {name: values.to("cpu", copy=True) for name, values in _split(scores, shapes).items()}
+
+
+def _split(vector: torch.Tensor, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Views of a vector as matrices, one after the other."""
+    parts = vector.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def _add_gradients(
@@ -122,29 +133,24 @@ def _add_gradients(
     # With FSDP every process must take part in each all-gather. A process with fewer batches therefore makes extra
     # passes whose gradients are not counted.
     extra = batches[: -(-len(batches) // state.num_processes) - len(share)]
-    sums = ExampleSums(model, gradient, fisher) if in_batches else None
-    try:
-        for batch in tqdm(share, desc="importance", leave=False):
-            if sums:
-                _pass(model, batch)
-                sums.add_up()
-            else:
-                _accumulate(_example_gradients(model, parameters, batch[0]), gradient, fisher)
-    finally:
-        if sums:
-            sums.remove()
-    for batch in extra:
-        if in_batches:
+    progress = tqdm(share, desc="importance", leave=False)
+    if in_batches:
+        with ExampleSums(model, gradient, fisher) as sums:
+            for batch in progress:
+                sums.add(batch)
+        for batch in extra:
             _pass(model, batch)
-        else:
-            _example_gradients(model, parameters, batch[0])
+        return
+    for batch in progress:
+        _accumulate(_example_gradients(model, parameters, batch[0]), gradient, fisher)
+    for batch in extra:
+        _example_gradients(model, parameters, batch[0])
 
 
 class ExampleSums:
-    """Hooks that add every example's gradient and squared gradient of every matrix to sums.
+    """Add every example's gradient and squared gradient of every matrix to sums; a context, in which hooks are set.
 
-    Hundreds of matrices are added up in a few calls: on a GPU the calls would take longer than the sums. `add_up` is
-    called after each pass, `remove` at the end.
+    Hundreds of matrices are added up in a few calls: on a GPU the calls would take longer than the sums.
 
     Parameters
     ----------
@@ -156,18 +162,35 @@ class ExampleSums:
     WAITING = 16 << 20
 
     def __init__(self, model: PeftModel, gradient: dict[str, torch.Tensor], fisher: dict[str, torch.Tensor]):
-        self.gradient, self.fisher = gradient, fisher
+        self.model, self.gradient, self.fisher = model, gradient, fisher
         self._waiting: dict[str, torch.Tensor] = {}
-        self._hooks = [
-            model.get_submodule(name.removesuffix(".weight")).register_forward_hook(_capture(name, self._keep))
-            for name in gradient
-        ]
+        self._undo = ExitStack()
+
+    def __enter__(self) -> "ExampleSums":
+        for name in self.gradient:
+            layer = self.model.get_submodule(name.removesuffix(".weight"))
+            self._undo.callback(layer.register_forward_hook(_capture(name, self._keep)).remove)
+        # PEFT casts a layer's input to the adapter's fp32, and autocast casts it back.
+        self._undo.enter_context(disable_input_dtype_casting(self.model, active=_is_low(self.model)))
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._undo.close()
+
+    def add(self, batch: list[dict[str, list[int]]]) -> None:
+        """Pass a batch through the model, and add its examples up."""
+        _pass(self.model, batch)
+        self.add_up()
 
     def _keep(self, name: str, inputs: torch.Tensor, grad_output: torch.Tensor) -> None:
         if name in self._waiting:  # a layer that the model calls twice
             self.add_up()
-        # [batch, out, tokens] @ [batch, tokens, in]: one gradient per example.
-        self._waiting[name] = torch.bmm(grad_output.transpose(1, 2).float(), inputs.float()).flatten(1)
+        # [batch, out, tokens] @ [batch, tokens, in]: one gradient per example, in fp32.
+        if inputs.is_cuda and inputs.dtype == grad_output.dtype != torch.float32:
+            product = torch.bmm(grad_output.transpose(1, 2), inputs, out_dtype=torch.float32)
+        else:
+            product = torch.bmm(grad_output.transpose(1, 2).float(), inputs.float())
+        self._waiting[name] = product.flatten(1)
         if sum(gradients.numel() for gradients in self._waiting.values()) >= self.WAITING:
             self.add_up()
 
@@ -179,10 +202,6 @@ class ExampleSums:
         for sums, added in (self.gradient, per_example.sum(0)), (self.fisher, per_example.square_().sum(0)):
             torch._foreach_add_([sums[name].view(-1) for name in self._waiting], added.split(sizes))
         self._waiting.clear()
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
 
 def _capture(name, accumulate):
@@ -217,18 +236,15 @@ def _batches_are_exact(model: PeftModel, parameters: dict, examples: Sequence[di
     )
     for example in pair:
         _accumulate(_example_gradients(model, parameters, example), *alone)
-    sums = ExampleSums(model, *batched)
     try:
-        _pass(model, pair)
-        sums.add_up()
+        with ExampleSums(model, *batched) as sums:
+            sums.add(pair)
         rounding = ROUNDING.get(base.dtype, LOW_PRECISION)
         exact = all(_near(total, expected, rounding) for total, expected in zip(batched, alone, strict=True))
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a model's own code may raise anything on a padded batch
         exact = False
-    finally:
-        sums.remove()
     exact = distributed.by_first(lambda: exact)  # every process must make the same passes
     if not exact:
         print(f"{type(base).__name__}: importance is scored one example at a time, because padded batches differ there")
@@ -266,9 +282,17 @@ def _example_gradients(model: PeftModel, parameters: dict, example: dict) -> dic
 
 def _pass(model: PeftModel, batch: list[dict[str, list[int]]]) -> None:
     """Forward and backward, for the hooks. Returning from the function frees the graph before the next batch."""
-    loss, embedded = _summed_loss(model, batch)
+    base, device = model.get_base_model(), next(model.parameters()).device.type
+    with torch.autocast(device, dtype=base.dtype, enabled=_is_low(model)):
+        loss, embedded = _summed_loss(model, batch)
     # Only activations get gradients here; the hooks compute those of the weights.
     torch.autograd.grad(loss, embedded)
+
+
+def _is_low(model: PeftModel) -> bool:
+    """Whether adapters compute in bf16 or fp16: on a GPU, if the base does."""
+    on_gpu = next(model.parameters()).is_cuda
+    return on_gpu and model.get_base_model().dtype in (torch.bfloat16, torch.float16)
 
 
 def _summed_loss(model: PeftModel, batch: list[dict[str, list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -326,11 +350,11 @@ def _check_examples(examples: Sequence[dict], context: int | None) -> None:
             raise InputError(f"examples[{number}]: no answer token has a label; was the answer truncated away?")
 
 
-def _check_scores(scores: dict[str, torch.Tensor]) -> None:
-    for name, values in scores.items():
-        if not torch.isfinite(values).all():
-            raise InputError(f"scores of {name} hold NaN or infinity; load the model in float32 or check its weights")
-    if not any(bool(values.any()) for values in scores.values()):
+def _check_scores(scores: torch.Tensor, shapes: dict[str, torch.Size]) -> None:
+    if not torch.isfinite(scores).all():
+        name = next(name for name, values in _split(scores, shapes).items() if not torch.isfinite(values).all())
+        raise InputError(f"scores of {name} hold NaN or infinity; load the model in float32 or check its weights")
+    if not scores.any():
         raise InputError(
             "scores: every one is 0, as with B = 0 (init 'lora' or 'gaussian'); "
             "use adapter.init: normal, pissa or olora"

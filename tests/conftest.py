@@ -31,8 +31,8 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "test_end_to_end" not in item.nodeid)
 
 
-def make_tiny_model():
-    """Two layers, fp32, A and B large enough that the second-order term shows in every matrix."""
+def make_tiny_model(dtype=torch.float32):
+    """Two layers of `dtype`, A and B (fp32) large enough that the second-order term shows in every matrix."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -42,7 +42,7 @@ def make_tiny_model():
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    base = LlamaForCausalLM(config)
+    base = LlamaForCausalLM(config).to(dtype)
     base.requires_grad_(False)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(base, lora)

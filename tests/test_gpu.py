@@ -30,6 +30,14 @@ def test_scores_are_those_of_the_cpu():
         torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-7)
 
 
+def test_scores_of_a_bf16_base_are_near_those_of_one_example_at_a_time_in_fp32():
+    model = make_tiny_model(torch.bfloat16).to(DEVICE)
+    exact = score_importance(model, make_tiny_examples(), batch_size=1, in_batches=False)
+    found = score_importance(model, make_tiny_examples(), batch_size=4)
+    error = sum((found[name] - values).square().sum() for name, values in exact.items())
+    assert 0 < error.sqrt() < 0.05 * sum(values.square().sum() for values in exact.values()).sqrt()
+
+
 def test_greedy_and_drawn_completions_are_those_of_the_cpu():
     prompts = ["1 + 2", "2 + 2", "3 + 1", "1", "2 + 3", "1 + 1 + 1", "3"]
     chosen = settings().changed(evaluation={"batch_size": 4, "max_new_tokens": 9})

@@ -178,6 +178,14 @@ def test_a_step_that_fails_leaves_the_results_of_the_others(start, tmp_path, bro
     assert left(out) == LEFT - lost
 
 
+def test_what_is_installed_is_not_installed_again(start, rehearsed, tmp_path):
+    shutil.copytree(rehearsed[1] / parcel.SITE, tmp_path / "packed" / parcel.SITE)
+    assert start(FAILS="unpack").wait() == 0 and statuses(tmp_path / "out") == ALL_WELL
+    sums = tmp_path / "packed" / parcel.SUMS
+    sums.write_text("".join(reversed(sums.read_text().splitlines(keepends=True))))  # as if packed anew
+    assert start(FAILS="unpack").wait() == 0 and statuses(tmp_path / "out")["unpack"] == "1"
+
+
 def test_the_time_that_is_up_ends_a_step_and_leaves_the_results_of_the_others(start, tmp_path):
     began = time.monotonic()
     assert start(seconds=5, HANGS="gpu importance_0.9").wait() == 0

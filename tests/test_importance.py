@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import make_tiny_model
 from measure import Operators
 from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
@@ -72,6 +73,13 @@ def test_the_sums_of_all_matrices_take_as_many_calls_as_those_of_one(tiny_model,
     alone = score_importance(tiny_model, tiny_examples, batch_size=4)
     assert {matrices for matrices, _ in counts} == {0, 1} and max(calls for _, calls in counts) == calls_of_all
     assert all(torch.equal(values, alone[name]) for name, values in together.items())
+
+
+def test_what_is_made_once_a_call_is_made_of_all_matrices_at_once(tiny_model, tiny_examples):
+    with Operators() as calls:
+        score_importance(tiny_model, tiny_examples, batch_size=4, score="magnitude")
+    for_each = {"aten.view.default", "aten.detach.default", "aten._to_copy.default"}
+    assert {name: count for name, count in calls.names.items() if count > 2}.keys() <= for_each
 
 
 @pytest.mark.parametrize(
@@ -151,6 +159,17 @@ def test_bf16_keeps_the_ranks(smollm):
     rough = score_importance(models.attach_adapter(base, settings), examples, batch_size=3)
     flat = [torch.cat([v.flatten() for v in s.values()])[::97] for s in (exact, rough)]
     assert spearmanr(*flat).statistic > 0.9
+
+
+def test_adapters_in_the_arithmetic_of_a_bf16_base_as_on_a_gpu(tiny_examples, monkeypatch):
+    model = make_tiny_model(torch.bfloat16)
+    exact = score_importance(model, tiny_examples, batch_size=1, in_batches=False)
+    monkeypatch.setattr(importance, "_is_low", lambda model: True)
+    scores = score_importance(model, tiny_examples, batch_size=4)
+    error = sum((scores[name] - values).square().sum() for name, values in exact.items()).sqrt()
+    assert 0 < error < 0.05 * sum(values.square().sum() for values in exact.values()).sqrt()
+    layers = [module for module in model.modules() if hasattr(module, "cast_input_dtype_enabled")]
+    assert layers and all(layer.cast_input_dtype_enabled for layer in layers)
 
 
 def test_independent_of_order(tiny_model, tiny_examples):
