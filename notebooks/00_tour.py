@@ -39,12 +39,14 @@ settings = notebook.start(profile=profile)
 from peft import PeftModel, load_peft_weights
 
 from lorapar_utils import evaluation, models
+from lorapar_utils.data import load_pool
 from lorapar_utils.data.encoding import encode_examples
 from lorapar_utils.importance import lora_parameters, score_importance
-from lorapar_utils.models.published import fits_published, published_adapters, published_items
+from lorapar_utils.models.published import TRAINED_BY, fits_published, published_adapters, published_items
 from lorapar_utils.partition import Partition, build_partition
 from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.records.from_scores import importance_record
+from lorapar_utils.settings import load_profile, project_root
 
 # %% [markdown]
 # ## The idea
@@ -85,7 +87,11 @@ if compute:
         answers[name] = [text for [(text, _)] in evaluation.generate(model, tokenizer, asked, settings)]
         model = model.unload()
 else:
-    answers = {name: pd.Series(published_items(folder)).str["completion"] for name, folder in adapters.items()}
+    items = {name: published_items(folder) for name, folder in adapters.items()}
+    two_of_each = pd.DataFrame(items["lorapar"].values()).groupby("system")["id"].head(2)
+    prompts = {row["id"]: row["prompt"] for row in load_pool(load_profile(project_root() / TRAINED_BY))}
+    answers = {"question": [prompts[item] for item in two_of_each]}
+    answers |= {name: [said[item]["completion"] for item in two_of_each] for name, said in items.items()}
 notebook.shown(pd.DataFrame(answers).head(4))
 
 # %% [markdown]
