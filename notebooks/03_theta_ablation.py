@@ -109,7 +109,7 @@ figure = figures.theta_curve(records, own)
 # its own, chosen on validation. The table has a row for each arm whose blocks are published.
 
 # %% mystnb={"image": {"alt": "Validation loss of System 1 against the learning rate of stage 1, a line for each arm, the least value of each circled."}, "figure": {"caption": "The rates that were tried, at a seed that no block has; circles: the least loss of each arm.", "name": "fig-tuning"}} tags=["remove-input"]
-figure = figures.tuning(figures.tuned_records(study()))
+figure = figures.tuning(figures.tuned_records(study(), "sft"))
 
 # %% mystnb={"image": {"alt": "Training loss against the step of stage 1 on a log scale, a line with a band for each arm of the study, all falling side by side."}, "figure": {"caption": "Training loss of every arm of the study: the mean over its blocks, smoothed over eight steps, between the lowest and the highest block.", "name": "fig-arm-curves"}} tags=["remove-input"]
 figure = figures.arm_curves(study().values())

@@ -29,7 +29,7 @@ profile = "laptop"  # a file of profiles/, or a path
 import pandas as pd
 import torch
 
-from lorapar_utils.records import evidence, own_records, pooled
+from lorapar_utils.records import evidence, own_records, pooled, study
 from lorapar_utils.report import figures, notebook, tables
 
 settings = notebook.start(profile=profile)
@@ -114,9 +114,21 @@ group = {"completion": completions, "reward": rewards, "advantage": advantages}
 notebook.shown(pd.DataFrame(group).round(2))
 
 # %% [markdown]
-# ## What the stages did
+# ## The study: each arm at its own rates
 #
-# Accuracy on the pool's test split after each stage.
+# [The study](protocol) chose each arm's rate of stage 2, and whether a KL term helps, on validation, at a seed that no block has. Stage 1 has the rates
+# of the [chapter on theta](03_theta_ablation). Then every arm answered the test split once a block.
+
+# %% mystnb={"image": {"alt": "Validation accuracy of System 2 against the learning rate of stage 2, a line for each arm, the best value of each circled, crosses for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried; circles: the best of each arm; crosses: the same rate without KL.", "name": "fig-tuning-of-stage2"}} tags=["remove-input"]
+figure = figures.tuning_of_stage2(figures.tuned_records(study(), "sft", "grpo"))
+
+# %% tags=["remove-input"]
+notebook.linked(tables.reinforced_table(study().values()), study().values(), settings)
+
+# %% [markdown]
+# ## What the stages did in the first runs
+#
+# What follows was made before the study, from another pool and at one learning rate for every arm: accuracy on that pool's test split after each stage.
 
 # %% tags=["remove-input"]
 published, here = evidence(), own_records(settings)

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -517,32 +518,62 @@ def _marker(arm: str) -> str:
 
 def tuning(records: Sequence[Record]) -> Figure:
     """Validation loss of System 1 against the learning rate of stage 1: a line per arm, its least value marked."""
-    rows = pd.DataFrame(
+    rows = _tried(records, "learning_rate", "stage1/loss1")
+    if rows.empty:
+        return _note("no learning rate has been tried yet")
+    axes = _rates_against(rows, "learning rate of stage 1", "validation loss, nats a token", pd.Series.idxmin)
+    axes.set(yscale="log")
+    return axes.figure
+
+
+def tuning_of_stage2(records: Sequence[Record]) -> Figure:
+    """Validation accuracy of System 2 against the learning rate of stage 2: a line per arm, its best value marked.
+
+    Crosses are the runs without KL, each at its arm's best rate.
+    """
+    rows = _tried(records, "grpo_learning_rate", "stage2/system2")
+    if rows.empty:
+        return _note("no learning rate of stage 2 has been tried yet")
+    rows["value"] *= 100
+    without = rows[rows["kl"] == 0]
+    rows = rows[rows["kl"] > 0]
+    axes = _rates_against(rows, "learning rate of stage 2", "System 2, % of the validation split", pd.Series.idxmax)
+    for arm, points in without.groupby("arm", sort=False):
+        axes.plot(points["rate"], points["value"], "x", color=ARM_COLOURS[arm], label="_without KL")
+    return axes.figure
+
+
+def _tried(records: Sequence[Record], rate: str, metric: str) -> pd.DataFrame:
+    """Arm, rate and metric of the runs that chose a learning rate."""
+    return pd.DataFrame(
         [
             {
-                "title": record.run["parameters"]["title"].rpartition(", rate ")[0],
+                "title": re.sub(r", (rate|KL).*", "", record.run["parameters"]["title"]),
                 "arm": arm_of(record.run["parameters"]),
-                "rate": record.run["parameters"]["learning_rate"],
-                "loss": record.metric("stage1/loss1").value,
+                "rate": record.run["parameters"][rate],
+                "kl": record.run["parameters"]["kl"],
+                "value": record.metric(metric).value,
             }
             for record in records
         ]
     )
-    if rows.empty:
-        return _note("no learning rate has been tried yet")
+
+
+def _rates_against(rows: pd.DataFrame, of: str, value: str, best: Callable[[pd.Series], int]) -> Axes:
+    """A line per arm of a value against the rate, the best of each circled."""
     axes = new_figure(8, 4.5).subplots()
     for (title, arm), points in rows.groupby(["title", "arm"], sort=False):
         points = points.sort_values("rate")
-        least = points.loc[points["loss"].idxmin()]
+        marked = points.loc[best(points["value"])]
         look = _look(axes, arm)
-        axes.plot(points["rate"], points["loss"], marker=_marker(arm), label=title, alpha=0.8, **look)
+        axes.plot(points["rate"], points["value"], marker=_marker(arm), label=title, alpha=0.8, **look)
         circle = {"markersize": in_points(14), "fillstyle": "none", "color": look["color"]}
-        axes.plot(least["rate"], least["loss"], "o", **circle)
-    axes.set(xscale="log", yscale="log", xlabel="learning rate of stage 1", ylabel="validation loss, nats a token")
+        axes.plot(marked["rate"], marked["value"], "o", **circle)
+    axes.set(xscale="log", xlabel=of, ylabel=value)
     axes.set_xticks(sorted(rows["rate"].unique()), [f"{rate:g}" for rate in sorted(rows["rate"].unique())])
     axes.xaxis.minorticks_off()
     label_ends(axes)
-    return axes.figure
+    return axes
 
 
 WINDOW = 8  # steps of a running mean
@@ -553,16 +584,15 @@ def arm_curves(records: Iterable[Record]) -> Figure:
 
     Bands reach from the lowest to the highest block. Records that were not measured on the test split are left out.
     """
-    arms: dict[tuple[str, str], list[pd.Series]] = {}
-    for record in records:
-        parameters, log = record.run["parameters"], record.result["tables"].get("history_stage1")
-        if log and parameters.get("measured_on") == "test":
-            losses = pd.Series({row["step"]: row["loss"] for row in log if "loss" in row})
-            arms.setdefault((parameters["title"], arm_of(parameters)), []).append(losses.rolling(WINDOW).mean())
+    arms = tables.study_arms(records, "sft")
     if not arms:
         return _note("no arm of the study has been trained yet")
     axes = new_figure(8, 4.5).subplots()
-    for (title, arm), losses in arms.items():
+    for title, runs in arms.items():
+        arm = arm_of(runs[0].run["parameters"])
+        logs = [run.result["tables"]["history_stage1"] for run in runs]
+        losses = [pd.Series({row["step"]: row["loss"] for row in log if "loss" in row}) for log in logs]
+        losses = [series.rolling(WINDOW).mean() for series in losses]
         blocks = pd.concat(losses, axis=1).dropna()
         look = _look(axes, arm)
         axes.plot(blocks.index, blocks.mean(axis=1), label=f"{title} ({_blocks(len(losses))})", **look)
@@ -749,10 +779,10 @@ def stage1_records(records: dict[str, Record]) -> list[Record]:
     return [r for r in experiments if r.run["parameters"]["sweep"] in ("theta", "two_stage")]
 
 
-def tuned_records(records: dict[str, Record]) -> list[Record]:
-    """The runs that chose the learning rates of stage 1, on validation."""
+def tuned_records(records: dict[str, Record], *stages: str) -> list[Record]:
+    """The runs of these stages that chose learning rates, on validation."""
     tuned = [record for record in records.values() if record.run["parameters"].get("sweep") == "tuning"]
-    return [record for record in tuned if "grpo" not in record.run["parameters"].get("stages", ())]
+    return [record for record in tuned if tuple(record.run["parameters"].get("stages", ())) == stages]
 
 
 # The figures of `make figures` and the book: name -> function from records by name.
@@ -772,7 +802,8 @@ FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "learning_curves": lambda records: learning_curves(records["lorapar-seed0"]),
     "stage_accuracy": lambda records: stage_accuracy(main_records(records)),
     "forest": lambda records: forest(study()),
-    "tuning": lambda records: tuning(tuned_records(study())),
+    "tuning": lambda records: tuning(tuned_records(study(), "sft")),
+    "tuning_of_stage2": lambda records: tuning_of_stage2(tuned_records(study(), "sft", "grpo")),
     "arm_curves": lambda records: arm_curves(study().values()),
     "without_systems": lambda records: without_systems(records["importance"]),
     "pareto": lambda records: pareto(list(records.values())),

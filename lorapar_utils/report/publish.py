@@ -93,8 +93,11 @@ def _copy_adapter(adapter: Path, target: Path) -> None:
 
 def readme_with_results(readme: str, records: Iterable[Record]) -> str:
     """`readme` with the block between its `results` marks filled from the study's records."""
-    arms = tables.arms_table(records).drop(columns=["loss of System 1, each seed", "records"])
-    block = f"<!-- results:begin -->\n{to_markdown(arms)}\n<!-- results:end -->"
+    records = list(records)
+    made = [table(records) for table in (tables.arms_table, tables.reinforced_table)]
+    shown = [frame[[column for column in frame if column != "records" and "each seed" not in column]] for frame in made]
+    parts = [to_markdown(frame) for frame in shown if not frame.empty]
+    block = "\n\n".join(["<!-- results:begin -->", *parts, "<!-- results:end -->"])
     return re.sub(r"<!-- results:begin -->.*<!-- results:end -->", lambda _: block, readme, flags=re.S)
 
 

@@ -5,7 +5,7 @@ is, in the records' order; `notebook.linked` makes links and dots of them. A tab
 those of a reader's run, has their numbers in columns of their own.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -166,41 +166,66 @@ def _this_run(own: Iterable[Record], metric: Metric | None) -> dict[str, str]:
     return {"this run": written(metric, missing="–")} if own else {}
 
 
+def study_arms(records: Iterable[Record], *stages: str) -> dict[str, list[Record]]:
+    """The study's arms of these stages that answered the test split: title -> records, one for each block (seed)."""
+    arms: dict[str, list[Record]] = {}
+    for record in records:
+        parameters = record.run["parameters"]
+        if parameters.get("measured_on") == "test" and tuple(parameters.get("stages", ())) == stages:
+            arms.setdefault(parameters["title"], []).append(record)
+    return arms
+
+
 def arms_table(records: Iterable[Record]) -> pd.DataFrame:
-    """The study's arms after stage 1: elements, loss and accuracy on the test split, means over blocks (seeds).
+    """The study's arms after stage 1 alone: elements, loss and accuracy on the test split, means over blocks (seeds).
 
     Each value has Student's 95 % interval over blocks from two blocks on. Losses are in nats a token.
     """
-    arms: dict[str, list[Record]] = {}
-    for record in records:
-        if record.run["parameters"].get("measured_on") == "test" and "stage1/loss1" in record.metrics:
-            arms.setdefault(record.run["parameters"]["title"], []).append(record)
-
-    def over_blocks(runs: list[Record], key: str, unit: float, form: str) -> str:
-        values = [record.metric(key).value for record in runs]
-        metric = intervals.over_seeds(values) if len(values) > 1 else Metric(values[0], 1)
-        reach = "" if metric.low is None else f" [{unit * metric.low:{form}}, {unit * metric.high:{form}}]"
-        return f"{unit * metric.value:{form}}{reach}"
-
     rows = [
         (
             title,
             f"{runs[0].metric('active/stage1').value * runs[0].metric('active/stage1').n / 1e6:.2f} M",
             f"{runs[0].run['parameters']['learning_rate']:g}",
-            over_blocks(runs, "stage1/loss1", 1, ".4f"),
+            _over_blocks(runs, "stage1/loss1", 1, ".4f"),
             ", ".join(f"{record.metric('stage1/loss1').value:.4f}" for record in runs),
-            over_blocks(runs, "stage1/system1", 100, ".1f"),
-            over_blocks(runs, "stage1/lenient1", 100, ".1f"),
-            over_blocks(runs, "stage1/system2", 100, ".1f"),
+            _over_blocks(runs, "stage1/system1", 100, ".1f"),
+            _over_blocks(runs, "stage1/lenient1", 100, ".1f"),
+            _over_blocks(runs, "stage1/system2", 100, ".1f"),
             len(runs),
             _labels(runs),
         )
-        for title, runs in arms.items()
+        for title, runs in study_arms(records, "sft").items()
     ]
     loss = "loss of System 1"
     columns = ["arm", "elements", "rate", loss, f"{loss}, each seed", "System 1, %", "leniently, %", "System 2, %"]
     columns += ["seeds", "records"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def reinforced_table(records: Iterable[Record]) -> pd.DataFrame:
+    """The study's arms after both stages: rates, accuracy on the test split and what stage 2 gained on System 2.
+
+    Means over blocks (seeds) with Student's 95 % interval, in percent and points.
+    """
+    rows = []
+    for title, runs in study_arms(records, "sft", "grpo").items():
+        parameters = runs[0].run["parameters"]
+        row = {"arm": title, "rate, KL of stage 2": f"{parameters['grpo_learning_rate']:g}, {parameters['kl']:g}"}
+        row["System 1, %"] = _over_blocks(runs, "stage2/system1", 100, ".1f")
+        row["System 2, %"] = _over_blocks(runs, "stage2/system2", 100, ".1f")
+        row["System 2, %, each seed"] = ", ".join(f"{100 * run.metric('stage2/system2').value:.1f}" for run in runs)
+        row["both, %"] = _over_blocks(runs, "stage2/accuracy", 100, ".1f")
+        row["gained on System 2"] = _over_blocks(runs, "gain/system2", 100, "+.1f")
+        rows.append(row | {"seeds": len(runs), "records": _labels(runs)})
+    return pd.DataFrame(rows)
+
+
+def _over_blocks(runs: Sequence[Record], key: str, unit: float, form: str) -> str:
+    """The mean of a metric over blocks, with Student's interval from two blocks on."""
+    values = [record.metric(key).value for record in runs]
+    metric = intervals.over_seeds(values) if len(values) > 1 else Metric(values[0], 1)
+    reach = "" if metric.low is None else f" [{unit * metric.low:{form}}, {unit * metric.high:{form}}]"
+    return f"{unit * metric.value:{form}}{reach}"
 
 
 def _published_point(modules: str, theta: float, selection: str) -> dict[str, float]:

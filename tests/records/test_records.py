@@ -553,7 +553,8 @@ def test_readme_shows_what_the_published_records_say():
 
 def test_arms_of_the_study_are_means_over_blocks_and_tuning_runs_are_none_of_them():
     def arm(seed, loss, **more):
-        parameters = {"title": "LoRA", "measured_on": "test", "learning_rate": 0.002, "sweep": "regions"} | more
+        parameters = {"title": "LoRA", "measured_on": "test", "learning_rate": 0.002, "sweep": "regions"}
+        parameters |= {"stages": ["sft"], "method": "lora", "kl": 0.04} | more
         metrics = {"stage1/loss1": Metric(loss, 400), "active/stage1": Metric(1.0, 8)}
         metrics |= {f"stage1/{key}": Metric(0.5, 400) for key in ("system1", "lenient1", "system2")}
         return record(f"lora-seed{seed}", seed=seed, parameters=parameters, **metrics)
@@ -565,7 +566,7 @@ def test_arms_of_the_study_are_means_over_blocks_and_tuning_runs_are_none_of_the
     reach = scipy.stats.t.ppf(0.975, 1) * np.std([0.1, 0.2], ddof=1) / 2**0.5
     assert table["loss of System 1"].tolist() == [f"0.1500 [{0.15 - reach:.4f}, {0.15 + reach:.4f}]"]
     assert tables.arms_table([tuned]).empty
-    assert [r.name for r in figures.tuned_records({"a": tuned, "b": arm(0, 0.1)})] == ["lora-seed100"]
+    assert [r.name for r in figures.tuned_records({"a": tuned, "b": arm(0, 0.1)}, "sft")] == ["lora-seed100"]
     assert "no learning rate" in figures.tuning([]).axes[0].texts[0].get_text()
 
 
@@ -578,3 +579,19 @@ def test_the_forest_shows_every_claim_that_was_run_with_both_intervals():
     widths = sorted(line.get_linewidth() for line in axes.lines)
     assert {1.2, 4.0} <= set(widths)
     assert "none of these claims has been run" in figures.forest({}, [sides()]).axes[0].texts[0].get_text()
+
+
+def test_arms_after_both_stages_are_means_over_blocks_and_no_arms_of_stage_1():
+    def arm(seed, system2, stages=("sft", "grpo")):
+        parameters = {"title": "LoRA", "measured_on": "test", "learning_rate": 0.002, "grpo_learning_rate": 1e-4}
+        parameters |= {"kl": 0.04, "stages": list(stages)}
+        metrics = {f"stage2/{key}": Metric(0.5, 400) for key in ("system1", "accuracy")}
+        metrics |= {"stage2/system2": Metric(system2, 400), "gain/system2": Metric(system2 - 0.1, 400)}
+        return record(f"lora_rl-seed{seed}", seed=seed, parameters=parameters, **metrics)
+
+    blocks = [arm(0, 0.2), arm(1, 0.3)]
+    (row,) = tables.reinforced_table([*blocks, arm(2, 0.9, ("sft",))]).to_dict("records")
+    reach = 100 * scipy.stats.t.ppf(0.975, 1) * np.std([0.2, 0.3], ddof=1) / 2**0.5
+    assert row["System 2, %"] == f"25.0 [{25 - reach:.1f}, {25 + reach:.1f}]" and row["seeds"] == 2
+    assert row["System 2, %, each seed"] == "20.0, 30.0" and row["rate, KL of stage 2"] == "0.0001, 0.04"
+    assert row["gained on System 2"].startswith("+15.0 [") and tables.arms_table(blocks).empty

@@ -65,7 +65,7 @@ def covering(texts):
 
 def arm(title, seed, losses, **parameters):
     """A record of one block of an arm, with these losses of steps 1, 2, …"""
-    usual = {"title": title, "method": "lorapar", "selection": "importance", "measured_on": "test"}
+    usual = {"title": title, "method": "lorapar", "selection": "importance", "measured_on": "test", "stages": ["sft"]}
     log = [{"step": step, "loss": float(loss)} for step, loss in enumerate(losses, 1)]
     run = {"seed": seed, "parameters": usual | parameters}
     return Record(run=run, result={"metrics": {}, "tables": {"history_stage1": log}}, environment={})
@@ -149,7 +149,7 @@ def test_arm_curves_are_the_mean_over_blocks_of_running_means_between_the_extrem
 
 
 def test_an_arm_has_the_same_colour_in_every_figure(published):
-    found = colours(figures.tuning(figures.tuned_records(study())))
+    found = colours(figures.tuning(figures.tuned_records(study(), "sft")))
     found |= {
         label.partition(" (")[0]: colour for label, colour in colours(figures.arm_curves(study().values())).items()
     }
@@ -174,6 +174,22 @@ def test_an_arm_has_the_same_colour_in_every_figure(published):
     assert others and not others & same.keys()
     looks = {(figures.ARM_COLOURS[row.title], figures._marker(row.title)) for row in tables.METHOD_ROWS}
     assert len(looks) == len(tables.METHOD_ROWS)
+
+
+def test_rates_of_stage_2_are_drawn_with_the_best_circled_and_those_without_kl_as_crosses():
+    def tried(rate, accuracy, kl=0.04):
+        title = f"LoRA, r = 8, {f'rate of stage 2 {rate}' if kl else 'KL 0'}"
+        values = {"title": title, "method": "lora", "stages": ["sft", "grpo"], "grpo_learning_rate": rate, "kl": kl}
+        metrics = {"stage2/system2": {"value": accuracy, "n": 200}}
+        return Record(
+            run={"seed": 100, "parameters": values}, result={"metrics": metrics, "tables": {}}, environment={}
+        )
+
+    records = [tried(1e-4, 0.25), tried(2e-4, 0.5), tried(4e-4, 0.125), tried(2e-4, 0.375, kl=0.0)]
+    line, circle, cross = figures.tuning_of_stage2(records).axes[0].lines
+    assert line.get_xydata().tolist() == [[1e-4, 25], [2e-4, 50], [4e-4, 12.5]] and line.get_label() == "LoRA, r = 8"
+    assert circle.get_xydata().tolist() == [[2e-4, 50]] and cross.get_xydata().tolist() == [[2e-4, 37.5]]
+    assert "no learning rate" in figures.tuning_of_stage2([]).axes[0].texts[0].get_text()
 
 
 def test_two_thetas_of_one_selection_differ_in_their_dashes():
