@@ -247,8 +247,8 @@ def environment(folder: Path, rehearse: bool) -> dict[str, str]:
         changed["CUDA_VISIBLE_DEVICES"] = ""
     elif (folder / "cache").is_dir():
         changed["LORAPAR_CACHE"] = str(folder / "cache")
-    has_history = (ROOT / ".git").exists() and shutil.which("git")
-    if (rehearse or not has_history) and (git := parcel.stand_in_for_git(folder)):
+    # What was packed is believed before a history that is there: it may be that of another commit.
+    if git := parcel.stand_in_for_git(folder):
         changed["PATH"] = f"{git}{os.pathsep}{os.environ['PATH']}"
     return os.environ | changed
 

@@ -5,7 +5,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from lorapar_utils import distributed, training
 from lorapar_utils.cache import completed, fingerprint, is_whole, origin, write_atomically
 from lorapar_utils.data import learnt_from
 from lorapar_utils.data.encoding import encode_examples
+from lorapar_utils.machine import lock
 from lorapar_utils.partition import Partition
 from lorapar_utils.pipeline.adapted import AdaptedModel
 from lorapar_utils.pipeline.inputs import common_inputs
@@ -77,7 +79,8 @@ def train(
 ) -> None:
     """Train a stage of `kind` and keep adapter and outcome in `folder`, unless they are there, whole.
 
-    A stage that was interrupted goes on from its last checkpoint, to the same end.
+    A stage that was interrupted goes on from its last checkpoint, to the same end. One that another run is training is
+    waited for, and read back.
 
     Parameters
     ----------
@@ -88,9 +91,34 @@ def train(
     watch
         See `training.run_sft`.
     """
-    # One process decides for all, because another one could look when the folder has already been made.
-    if distributed.by_first(lambda: is_whole(folder)):
-        return
+    with _alone_at(folder):
+        # One process decides for all, because another one could look when the folder has already been made.
+        if not distributed.by_first(lambda: is_whole(folder)):
+            _train(kind, inputs, folder, adapted, previous, systems, partition, settings, watch)
+
+
+@contextmanager
+def _alone_at(folder: Path) -> Iterator[None]:
+    """No other run trains this stage meanwhile: both would write the same checkpoints."""
+    if distributed.state().is_main_process:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with lock(folder.with_name(f".{folder.name}.lock")):
+            yield
+    else:
+        yield
+
+
+def _train(
+    kind: str,
+    inputs: dict,
+    folder: Path,
+    adapted: AdaptedModel,
+    previous: Path | None,
+    systems: dict[int, list[dict]],
+    partition: Callable[[], Partition] | None,
+    settings: Settings,
+    watch: Callable[[], dict] | None,
+) -> None:
     model, tokenizer = adapted.after(previous)
     if partition is None:
         parameters = dict(model.named_parameters())

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
+import filelock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +15,7 @@ from lorapar_utils import data, evaluation, training
 from lorapar_utils.errors import InputError
 from lorapar_utils.models.identity import model_identity
 from lorapar_utils.partition import Partition
-from lorapar_utils.pipeline import block, inputs
+from lorapar_utils.pipeline import block, inputs, train
 from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.experiment import experiment
 from lorapar_utils.pipeline.measure import measure_inputs
@@ -381,6 +383,38 @@ def test_a_record_names_what_it_was_trained_on(project, saved_model):
     plain, flipped = (experiment(chosen, name, 0).environment["hashes"] for name in cells)
     assert plain["weights"] == flipped["weights"] and plain["data"] == flipped["data"]
     assert plain["D1"] != flipped["D1"] and plain["D2"] != flipped["D2"]
+
+
+def test_a_stage_is_locked_while_it_is_trained(project, saved_model, monkeypatch):
+    chosen, real, held = settings(saved_model).changed(experiments={"a": CELL}), training.run_sft, []
+
+    def trained(*arguments):
+        (path,) = (chosen.runs / "stages").glob(".*.lock")
+        with pytest.raises(filelock.Timeout):
+            block.lock(path, timeout=0)
+        held.append(path)
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "run_sft", trained)
+    experiment(chosen, "a", 0)
+    with block.lock(*held, timeout=0):
+        pass
+
+
+def test_a_stage_that_another_run_is_training_is_waited_for_and_read_back(project, saved_model, trained, monkeypatch):
+    chosen, real, others = settings(saved_model).changed(experiments={"a": CELL}), train._alone_at, []
+
+    @contextmanager
+    def waited(folder):
+        if not others:
+            others.append(folder)
+            experiment(chosen, "a", 0)
+        with real(folder):
+            yield
+
+    monkeypatch.setattr(train, "_alone_at", waited)
+    experiment(chosen, "a", 0)
+    assert others and trained == ["run_sft"]
 
 
 def test_a_block_takes_what_no_other_process_has_and_goes_on_where_it_was(project, saved_model, trained, capsys):
