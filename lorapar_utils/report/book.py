@@ -153,6 +153,7 @@ def page_context(settings: Settings) -> dict:
         "status": lambda: status_table(own or records, link),
         "gpu": lambda: gpu_table("gpu-h100.json"),
         "gpu_second": lambda: gpu_table("gpu-h100-second.json"),
+        "gpu_third": lambda: gpu_table("gpu-h100-third.json"),
     }
     return {
         "settings": settings,
@@ -184,9 +185,12 @@ def status_table(records: dict[str, Record], link: Callable[[Record], str]) -> p
 
 
 def gpu_table(name: str) -> pd.DataFrame:
-    """Measurements of `benchmarks/gpu.py`: seconds and peak memory of each part, beside a plain implementation's."""
+    """Measurements of `benchmarks/gpu.py`: seconds and peak memory of each part, beside a plain implementation's.
+
+    A run that was stopped has only its first parts.
+    """
     measured = json.loads((project_root() / "book" / "_static" / name).read_text(encoding="utf-8"))
-    scoring, step, rollout = measured["scoring"], measured["training"], measured["rollout"]
+    scoring, step, rollout = (measured.get(part) for part in ("scoring", "training", "rollout"))
     rows = [
         (
             f"importance of {scoring['examples']} examples, in batches",
@@ -201,13 +205,15 @@ def gpu_table(name: str) -> pd.DataFrame:
             step["seconds"]["lora_par"],
             f"LoRA with fused AdamW {step['seconds']['lora']:.3f} s",
         ),
-        (
+    ]
+    if rollout:
+        row = (
             f"{rollout['completions']} completions of {rollout['tokens_each']} tokens",
             rollout,
             rollout["seconds"]["complete"],
             f"`model.generate` {rollout['seconds']['generate']:.2f} s",
-        ),
-    ]
+        )
+        rows.append(row)
     for stage in ("sft", "grpo"):
         rows += [
             (
@@ -217,7 +223,7 @@ def gpu_table(name: str) -> pd.DataFrame:
                 part["seconds_a_step"],
                 "",
             )
-            for part in measured[stage]
+            for part in measured.get(stage, ())
         ]
     return pd.DataFrame(
         [
