@@ -527,17 +527,17 @@ def tuning(records: Sequence[Record]) -> Figure:
 
 
 def tuning_of_stage2(records: Sequence[Record]) -> Figure:
-    """Validation accuracy of System 2 against the learning rate of stage 2: a line per arm, its best value marked.
+    """Validation accuracy on both systems against the learning rate of stage 2: a line per arm, its best value marked.
 
     Crosses are the runs without KL, each at its arm's best rate.
     """
-    rows = _tried(records, "grpo_learning_rate", "stage2/system2")
+    rows = _tried(records, "grpo_learning_rate", "stage2/accuracy")
     if rows.empty:
         return _note("no learning rate of stage 2 has been tried yet")
     rows["value"] *= 100
     without = rows[rows["kl"] == 0]
     rows = rows[rows["kl"] > 0]
-    axes = _rates_against(rows, "learning rate of stage 2", "System 2, % of the validation split", pd.Series.idxmax)
+    axes = _rates_against(rows, "learning rate of stage 2", "both systems, % of the validation split", pd.Series.idxmax)
     for arm, points in without.groupby("arm", sort=False):
         axes.plot(points["rate"], points["value"], "x", color=ARM_COLOURS[arm], label="_without KL")
     return axes.figure

@@ -180,7 +180,7 @@ def test_rates_of_stage_2_are_drawn_with_the_best_circled_and_those_without_kl_a
     def tried(rate, accuracy, kl=0.04):
         title = f"LoRA, r = 8, {f'rate of stage 2 {rate}' if kl else 'KL 0'}"
         values = {"title": title, "method": "lora", "stages": ["sft", "grpo"], "grpo_learning_rate": rate, "kl": kl}
-        metrics = {"stage2/system2": {"value": accuracy, "n": 200}}
+        metrics = {"stage2/accuracy": {"value": accuracy, "n": 400}}
         return Record(
             run={"seed": 100, "parameters": values}, result={"metrics": metrics, "tables": {}}, environment={}
         )
