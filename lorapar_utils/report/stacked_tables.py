@@ -8,7 +8,7 @@ import re
 from bs4 import BeautifulSoup, Tag
 from sphinx.application import Sphinx
 
-NARROW = 3  # columns that fit a phone side by side
+NARROW = 2  # columns that fit a phone side by side
 ROLES = {"table": "table", "thead": "rowgroup", "tbody": "rowgroup", "tr": "row", "td": "cell"}
 
 
