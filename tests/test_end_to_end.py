@@ -189,6 +189,9 @@ LAYERS = [str(layer) for layer in range(30)]
 # Bytes of a page and of all that it loads.
 WEIGHT = """() => ["navigation", "resource"].flatMap(kind => performance.getEntriesByType(kind))
   .reduce((sum, entry) => sum + entry.decodedBodySize, 0)"""
+SCROLLING_TABLES = """() => [...document.querySelectorAll('article table')]
+  .filter(table => table.scrollWidth > table.clientWidth + 1 || table.getBoundingClientRect().right > innerWidth + 1)
+  .map(table => table.innerText.slice(0, 60))"""
 
 
 def commands():
@@ -288,6 +291,10 @@ def test_the_book_in_a_browser(built):
             page = chromium.new_page()
             found[name] = browser.problems_of(page, f"{address}/{name}")
             weight[name] = page.evaluate(WEIGHT)
+            page.set_viewport_size({"width": 390, "height": 800})
+            if page.evaluate("document.documentElement.scrollWidth") > 390:
+                found[name].append("wider than a phone")
+            found[name] += [f"scrolls on a phone: {head}" for head in page.evaluate(SCROLLING_TABLES)]
             page.close()
         for name in DARK:
             page = chromium.new_page(color_scheme="dark")
