@@ -32,7 +32,8 @@ test-slurm: $(VENV)/.installed
 	$(PY) -m pytest tests/cluster
 
 lab: $(VENV)/.installed
-	JUPYTER_CONFIG_PATH="$$PWD/.jupyter" $(VENV)/bin/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb
+	JUPYTER_CONFIG_PATH="$$PWD/.jupyter" $(VENV)/bin/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb \
+		$(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 # Figures for pages, figures for a paper's columns, and tables: at once, because each keeps only one core busy.
 figures: $(VENV)/.installed

@@ -129,9 +129,13 @@ def _read(reader, source: str, settings: Settings, what: str, **options):
     except (torch.OutOfMemoryError, MemoryError, InputError):
         raise
     except Exception as error:  # each file format raises other errors
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # A line that ends in a colon introduces the next ones.
+        reason = " ".join(lines[:3] if lines[0].endswith(":") else lines[:1])
+        if not Path(settings.model.source).is_dir() and settings.model.source != "packaged":
+            reason = f"no such folder beside the profile or in the clone, and as a hub id: {reason}"
         raise InputError(
-            f"model.source = {settings.model.source!r}: its {what} could not be loaded: {reason.strip()[:300]} "
+            f"model.source = {settings.model.source!r}: its {what} could not be loaded: {reason[:300]} "
             "Give 'packaged', a folder with config.json, tokenizer and weights, or a hub id that you can reach."
         ) from error
 

@@ -460,6 +460,7 @@ def configuration(settings: Settings) -> AutoConfig:
         return AutoConfig.from_pretrained(settings.model.source, revision=settings.model.revision)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"model.source = {settings.model.source!r}: no configuration there ({str(error).splitlines()[0]}) and no "
+            f"model.source = {settings.model.source!r}: no such folder beside the profile or in the clone, "
+            f"as a hub id no configuration ({str(error).splitlines()[0]}), and no "
             f"{kept.relative_to(project_root())}; put the model's config.json at that place to plan without the model"
         ) from None

@@ -141,7 +141,9 @@ def page_context(settings: Settings) -> dict:
         title = html.escape(f"seeds {seeds} of {', '.join(sides)}; commit {commits}")
         count = f"{one.seeds} block{'s' * (one.seeds != 1)}"
         text = f"{claims.written(declaration, one, items=False)} ({count})"
-        return f'<a class="result" href="06_claims.html" title="{title}">{text}</a>: *{one.verdict}*'
+        # An interval without 0 and "inconclusive" beside it want a reason.
+        why = f" ({one.why})" if one.verdict == "inconclusive" and one.p_value is not None and one.why else ""
+        return f'<a class="result" href="06_claims.html" title="{title}">{text}</a>: *{one.verdict}*{why}'
 
     def within(claim: str, reach: float) -> bool:
         """Whether the effect's interval over blocks lies within `reach` of 0; false without an interval."""
@@ -176,7 +178,7 @@ def status_table(records: dict[str, Record], link: Callable[[Record], str]) -> p
             {
                 "record": f'<a class="result" href="{link(r)}">{r.name}</a>',
                 "made": r.run["created"],
-                "seconds": r.run["seconds"],
+                "seconds": "–" if r.run["seconds"] is None else r.run["seconds"],
                 "commit": (r.run["commit"] or "no git")[:10] + ("+changes" if r.run["dirty"] else ""),
             }
             for r in records.values()

@@ -862,9 +862,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not records:
         print(f"{options.records or 'results'}: no records; run `make book` and `make publish` first", file=sys.stderr)
         return 2
-    for path in save_all(records, options.figures, options.only, options.formats):
+    paths = save_all(records, options.figures, options.only, options.formats)
+    for path in paths:
         print(path)
-    return 0
+    return int(not paths)
 
 
 if __name__ == "__main__":
