@@ -119,7 +119,7 @@ notebook.shown(pd.DataFrame(group).round(2))
 # [The study](protocol) chose each arm's rate of stage 2, and whether a KL term helps, on validation, at a seed that no block has. Stage 1 has the rates
 # of the [chapter on theta](03_theta_ablation). Then every arm answered the test split once a block.
 
-# %% mystnb={"image": {"alt": "Validation accuracy on both systems against the learning rate of stage 2, a line for each arm, the best value of each circled, crosses for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried; circles: the best of each arm; crosses: the same rate without KL.", "name": "fig-tuning-of-stage2"}} tags=["remove-input"]
+# %% mystnb={"image": {"alt": "Validation accuracy on both systems against the learning rate of stage 2, a line for each arm, the best value of each circled, crosses for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried; circles: the best of each arm so far (one with a single point is still being tuned); crosses: the same rate without KL.", "name": "fig-tuning-of-stage2"}} tags=["remove-input"]
 figure = figures.tuning_of_stage2(figures.tuned_records(study(), "sft", "grpo"))
 
 # %% tags=["remove-input"]
