@@ -154,7 +154,7 @@ figure = figures.importance_by_rank(published, record)
 # %% [markdown]
 # ## Two systems, four regions
 
-# %% mystnb={"image": {"alt": "One panel for each module with a bar for each layer: blue, elements of System 1 alone; green, of both; orange, of System 2 alone; grey, of neither."}, "figure": {"caption": "The partition at theta 0.9. Each bar is a layer's elements of one module: blue and green are what System 1 selects, green and orange what System 2 does.", "name": "fig-partition"}} tags=["remove-input"]
+# %% mystnb={"image": {"alt": "One panel for each module with a bar for each layer: blue, elements of System 1 alone; green, of both; orange, of System 2 alone; grey, of neither."}, "figure": {"caption": "The partition. Each bar is a layer's elements of one module: blue and green are what System 1 selects, green and orange what System 2 does.", "name": "fig-partition"}} tags=["remove-input"]
 figure = figures.partition_map(published, record)
 
 # %% mystnb={"image": {"alt": "Scatter of System 1 against System 2 importance of LoRA elements, coloured by region."}, "figure": {"caption": "Elements near the diagonal serve both systems. Two random sets of these sizes would overlap by chance as the title says; the next section has the fairer comparison.", "name": "fig-importance-scatter"}} tags=["remove-input"]

@@ -145,8 +145,15 @@ def _moved_apart(places: np.ndarray, heights: np.ndarray) -> np.ndarray:
     return np.clip((up + down) / 2, heights[0] / 2, 1 - heights[-1] / 2 - steps[-1]) + steps
 
 
+def _of_run(record: Record) -> str:
+    """The profile of a record, and what an exploration changed in it."""
+    run = record.run
+    explored = run["parameters"] if run["name"].startswith("importance-") else {}
+    return ", ".join([f"profile {run['profile']}", *(f"{name} {value}" for name, value in explored.items())])
+
+
 def of_each(width: float, height: float, rows: float = 1) -> Callable:
-    """Make a drawing of one record into one of several: one under the other, each under the name of its profile."""
+    """Make a drawing of one record into one of several: one under the other, each under the name of its run."""
 
     def decorate(draw: Callable[[SubFigure, Record], None]) -> Callable[..., Figure]:
         @functools.wraps(draw)
@@ -155,7 +162,7 @@ def of_each(width: float, height: float, rows: float = 1) -> Callable:
             for part, record in zip(figure.subfigures(len(records), squeeze=False).flat, records, strict=True):
                 draw(part, record)
                 if len(records) > 1:
-                    part.suptitle(f"profile {record.run['profile']}", x=0.01, ha="left", fontsize="medium")
+                    part.suptitle(_of_run(record), x=0.01, ha="left", fontsize="medium")
             return figure
 
         return drawn

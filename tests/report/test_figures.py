@@ -92,13 +92,14 @@ def test_importance_map_is_the_mean_of_a_and_b_and_their_difference(published):
     np.testing.assert_allclose(np.ravel(gap), np.ravel(second) - np.ravel(first))
 
 
-def test_a_second_record_is_drawn_under_the_first_with_both_profiles_named(published):
+def test_a_second_record_is_drawn_under_the_first_with_both_runs_named(published):
     record = published["importance"]
-    other = Record(run={**record.run, "profile": "mine"}, result=record.result, environment=record.environment)
+    run = record.run | {"profile": "mine", "name": "importance-theta_0.8", "parameters": {"theta": 0.8}}
+    other = Record(run=run, result=record.result, environment=record.environment)
     figure = figures.importance_map(record, other)
     assert len(figure.subfigs) == 2 and len(figure.axes) == 2 * len(figures.importance_map(record).axes)
     titles = [part._suptitle.get_text() for part in figure.subfigs]
-    assert titles == ["profile cpu", "profile mine"]
+    assert titles == ["profile cpu", "profile mine, theta 0.8"]
 
 
 def test_partition_map_stacks_what_each_layer_selects_up_to_one(published):
