@@ -15,7 +15,7 @@ from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.measure import measure, measure_inputs
 from lorapar_utils.pipeline.record import experiment_record
 from lorapar_utils.pipeline.scores import partition, scores, scores_folder
-from lorapar_utils.pipeline.train import check_rows, stage_inputs, train
+from lorapar_utils.pipeline.train import alone_at, check_rows, stage_inputs, train
 from lorapar_utils.records import Record, read_record, write_record
 from lorapar_utils.settings import ExperimentSection, Settings
 
@@ -65,7 +65,8 @@ def experiment(settings: Settings, name: str, seed: int) -> Record:
         outcomes[stage] = {"history": []}
         if stage in trained:
             kind, (stage_input, stage_folder) = spec.stages[int(stage[-1]) - 1], trained[stage]
-            train(kind, stage_input, stage_folder, adapted, previous, systems, select, settings, watch)
+            with alone_at(stage_folder):
+                train(kind, stage_input, stage_folder, adapted, previous, systems, select, settings, watch)
             _show(settings.runs / "experiments" / run / stage, stage_folder)
             outcomes[stage] |= _outcome(stage_folder)
             folders.append(stage_folder)

@@ -15,6 +15,7 @@ from lorapar_utils import distributed, training
 from lorapar_utils.cache import completed, fingerprint, is_whole, origin, write_atomically
 from lorapar_utils.data import learnt_from
 from lorapar_utils.data.encoding import encode_examples
+from lorapar_utils.errors import InputError
 from lorapar_utils.machine import lock
 from lorapar_utils.partition import Partition
 from lorapar_utils.pipeline.adapted import AdaptedModel
@@ -79,8 +80,7 @@ def train(
 ) -> None:
     """Train a stage of `kind` and keep adapter and outcome in `folder`, unless they are there, whole.
 
-    A stage that was interrupted goes on from its last checkpoint, to the same end. One that another run is training is
-    waited for, and read back.
+    A stage that was interrupted goes on from its last checkpoint, to the same end.
 
     Parameters
     ----------
@@ -91,34 +91,9 @@ def train(
     watch
         See `training.run_sft`.
     """
-    with _alone_at(folder):
-        # One process decides for all, because another one could look when the folder has already been made.
-        if not distributed.by_first(lambda: is_whole(folder)):
-            _train(kind, inputs, folder, adapted, previous, systems, partition, settings, watch)
-
-
-@contextmanager
-def _alone_at(folder: Path) -> Iterator[None]:
-    """No other run trains this stage meanwhile: both would write the same checkpoints."""
-    if distributed.state().is_main_process:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with lock(folder.with_name(f".{folder.name}.lock")):
-            yield
-    else:
-        yield
-
-
-def _train(
-    kind: str,
-    inputs: dict,
-    folder: Path,
-    adapted: AdaptedModel,
-    previous: Path | None,
-    systems: dict[int, list[dict]],
-    partition: Callable[[], Partition] | None,
-    settings: Settings,
-    watch: Callable[[], dict] | None,
-) -> None:
+    # One process decides for all, because another one could look when the folder has already been made.
+    if distributed.by_first(lambda: is_whole(folder)):
+        return
     model, tokenizer = adapted.after(previous)
     if partition is None:
         parameters = dict(model.named_parameters())
@@ -155,6 +130,29 @@ def _train(
             shutil.rmtree(checkpoints, ignore_errors=True)
 
     distributed.by_first(keep)
+
+
+@contextmanager
+def alone_at(folder: Path) -> Iterator[None]:
+    """No other run trains this stage meanwhile: both would write the same checkpoints.
+
+    Raises
+    ------
+    InputError
+        The lock cannot be written.
+    """
+    if not distributed.state().is_main_process:
+        yield
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        held = lock(folder.with_name(f".{folder.name}.lock"))
+    except OSError as error:
+        raise InputError(
+            f"runs: {folder.parent} cannot be written ({error}); free space or change its rights"
+        ) from None
+    with held:
+        yield
 
 
 def check_rows(kinds: Sequence[str], systems: dict[int, list[dict]], tokenizer, settings: Settings) -> None:

@@ -401,8 +401,14 @@ def test_a_stage_is_locked_while_it_is_trained(project, saved_model, monkeypatch
         pass
 
 
+def test_a_stage_whose_lock_cannot_be_written_is_an_error_that_names_the_folder(tmp_path):
+    (tmp_path / "stages").write_text("a file in the folder's place")
+    with pytest.raises(InputError, match="runs: .*stages cannot be written"), train.alone_at(tmp_path / "stages" / "a"):
+        pass
+
+
 def test_a_stage_that_another_run_is_training_is_waited_for_and_read_back(project, saved_model, trained, monkeypatch):
-    chosen, real, others = settings(saved_model).changed(experiments={"a": CELL}), train._alone_at, []
+    chosen, real, others = settings(saved_model).changed(experiments={"a": CELL}), train.alone_at, []
 
     @contextmanager
     def waited(folder):
@@ -412,7 +418,7 @@ def test_a_stage_that_another_run_is_training_is_waited_for_and_read_back(projec
         with real(folder):
             yield
 
-    monkeypatch.setattr(train, "_alone_at", waited)
+    monkeypatch.setattr("lorapar_utils.pipeline.experiment.alone_at", waited)
     experiment(chosen, "a", 0)
     assert others and trained == ["run_sft"]
 
