@@ -123,7 +123,7 @@ def test_unknown_machines_and_models_are_named(monkeypatch):
     with pytest.raises(InputError, match="MACHINE = 'abacus': choose one of here, H200, H100"):
         plan.machine_named("abacus")
     lost = load_profile("smoke", model={"source": "nobody/nothing-7b"})
-    with pytest.raises(InputError, match=r"no configuration there .* no profiles/architectures/nothing-7b.json"):
+    with pytest.raises(InputError, match=r"as a hub id no configuration .* no profiles/architectures/nothing-7b.json"):
         plan.configuration(lost)
 
 

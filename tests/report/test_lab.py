@@ -27,11 +27,11 @@ def lab(tmp_path):
     # Under `make test` this is a make within a make, which would name its folder after the recipe.
     asked = ["make", "--no-print-directory", "-n", "lab"]
     recipe = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    setting, _, *arguments = shlex.split(recipe.splitlines()[-1])
+    setting, _, *arguments = shlex.split(recipe.replace("\\\n", "").splitlines()[-1])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyter", *arguments, "--no-browser", "--allow-root", "--ip=127.0.0.1"]
+    command = [sys.executable, "-m", "jupyter", *arguments, "--no-browser", "--ip=127.0.0.1"]
     command += [f"--port={port}", f"--IdentityProvider.token={TOKEN}", "--ServerApp.port_retries=0"]
     name, _, _ = setting.partition("=")
     environment = os.environ | {name: str(tmp_path / ".jupyter"), "HOME": str(tmp_path)}
