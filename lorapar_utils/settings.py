@@ -599,7 +599,7 @@ def load_profile(name_or_path: str | os.PathLike = "laptop", **overrides: Any) -
     merged |= {"profile": path.stem, "profile_file": _shown(path)}
     merged["experiments"] = _with_grids(merged.get("experiments") or {}, merged.pop("grids", None) or [], str(path))
     over = _with_paths(_expand(overrides), (Path.cwd(), root))
-    return _validate(_merge(merged, over), where=str(path))
+    return _validate(_merge(merged, over), where=str(path), over=over)
 
 
 def profile_files(name_or_path: str | os.PathLike) -> list[Path]:
@@ -832,11 +832,22 @@ def _expand(overrides: dict) -> dict:
     return nested
 
 
-def _validate(content: dict, where: str) -> Settings:
+def _validate(content: dict, where: str, over: dict | None = None) -> Settings:
+    """The settings; an error names `where` the content is from, or for a value of `over`, that it is a parameter."""
     try:
         return Settings.model_validate(content)
     except ValidationError as error:
-        raise InputError("\n".join(_explain(item, where) for item in error.errors())) from None
+        given = f"parameter over {where}"
+        explained = [_explain(item, given if _holds(over, item["loc"]) else where) for item in error.errors()]
+        raise InputError("\n".join(explained)) from None
+
+
+def _holds(content: Any, location: tuple) -> bool:
+    for part in location:
+        if not isinstance(content, dict) or part not in content:
+            return False
+        content = content[part]
+    return bool(location)
 
 
 def _explain(item: dict, where: str) -> str:

@@ -298,6 +298,15 @@ def test_bad_settings_name_key_value_and_remedy(override, message):
         load_profile("smoke", **override)
 
 
+def test_a_parameter_that_is_bad_is_not_called_the_files(tmp_path):
+    with pytest.raises(InputError, match=r"^parameter over .*smoke\.yaml: partition\.theta = 1\.8: "):
+        load_profile("smoke", theta=1.8)
+    profile = tmp_path / "mine.yaml"
+    profile.write_text("extends: smoke\npartition: {theta: 1.8}\n")
+    with pytest.raises(InputError, match=rf"^{profile}: partition\.theta = 1\.8: "):
+        load_profile(profile, alpha=0.5)
+
+
 def test_unknown_profile_lists_those_there_are():
     with pytest.raises(InputError, match="no 'gpu'; choose one of gemma3-270m, laptop, llama2-7b"):
         load_profile("gpu")

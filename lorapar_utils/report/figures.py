@@ -440,6 +440,11 @@ VERDICTS = {
 }
 
 
+def _wrapped(text: str, width: int) -> str:
+    """Lines of at most `width` characters, none of which ends within "r = 3"."""
+    return textwrap.fill(text.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"), width)
+
+
 def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> Figure:
     """Each claim's effect with its interval over blocks (thick) and over test questions (thin), beside its margin."""
     declared = claims.load_claims() if judged is None else judged
@@ -454,7 +459,7 @@ def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> 
         return _note("none of these claims has been run yet")
     width = 30 if column_of_style() == "single" else 58
     texts = {
-        claim["claim"]: f"{textwrap.fill(claim['claim'], width)}\n{one.verdict}, {_blocks(one.seeds)}"
+        claim["claim"]: f"{_wrapped(claim['claim'], width)}\n{one.verdict}, {_blocks(one.seeds)}"
         for claim, one in rows
     }
     units = {True: ("nats a token", 1), False: ("points", 100)}
