@@ -216,7 +216,18 @@ def as_text(settings: Settings, machine: Machine, table: list[Row]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     most, seconds = max(row.bytes for row in table) / 1e9, sum(row.seconds for row in table)
     sentence = f"{settings.profile} needs {most:.1f} GB a job and about {_length(seconds)} on {machine.name}."
-    return "\n".join([*lines, "", sentence])
+    return "\n".join([*lines, "", _who_splits(settings), sentence])
+
+
+def _who_splits(settings: Settings) -> str:
+    """Who puts the training examples into the two systems."""
+    voting = settings.voting
+    if voting.split_by != "votes":
+        return f"Training examples are split by {voting.split_by}, not by votes."
+    panel = f" (panel {voting.panel})" if voting.panel else ""
+    quorum = f", quorum {voting.quorum}" if voting.quorum else ""
+    tie = f", a tie is {voting.tie}" if voting.tie else ""
+    return f"Training examples are split by votes of {', '.join(voting.members())}{panel}{quorum}{tie}."
 
 
 def _length(seconds: float) -> str:

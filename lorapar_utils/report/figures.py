@@ -459,8 +459,7 @@ def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> 
         return _note("none of these claims has been run yet")
     width = 30 if column_of_style() == "single" else 58
     texts = {
-        claim["claim"]: f"{_wrapped(claim['claim'], width)}\n{one.verdict}, {_blocks(one.seeds)}"
-        for claim, one in rows
+        claim["claim"]: f"{_wrapped(claim['claim'], width)}\n{one.verdict}, {_blocks(one.seeds)}" for claim, one in rows
     }
     units = {True: ("nats a token", 1), False: ("points", 100)}
     groups = {

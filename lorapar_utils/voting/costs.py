@@ -13,10 +13,11 @@ CHARACTERS_PER_TOKEN = 4  # a rule of thumb for English, used by the dry run onl
 
 
 def plan(pool: datasets.Dataset, teachers: Sequence[Teacher], cache: diskcache.Cache) -> pd.DataFrame:
-    """The cost of `vote` without asking: one row per teacher, with calls, tokens and maximal cost.
+    """The cost of `vote` without asking: one row per teacher, with questions to ask, tokens and maximal cost.
 
-    Prompt tokens are estimated from characters. Completion tokens are bounded by `max_tokens`, and estimated from the
-    teacher's cached answers, if any. A question that two examples or teachers share counts once.
+    Votes that are read from a file are no questions, and a local model's tokens cost nothing. Prompt tokens are
+    estimated from characters. Completion tokens are bounded by `max_tokens`, and estimated from the teacher's cached
+    answers, if any. A question that two examples or teachers share counts once.
     """
     rows = []
     planned: set[str] = set()
@@ -37,8 +38,8 @@ def plan(pool: datasets.Dataset, teachers: Sequence[Teacher], cache: diskcache.C
                 "teacher": teacher.name,
                 "examples": len(keys),
                 "already answered": len(answers),
-                "calls": len(texts) if teacher.max_tokens else 0,
-                "prompt tokens, about": prompts if teacher.max_tokens else 0,
+                "to ask": len(texts) if teacher.key else 0,
+                "prompt tokens, about": prompts,
                 "completion tokens, at most": bound,
                 "completion tokens, likely": round(len(texts) * float(mean)),
                 "cost, at most": round((prompts * teacher.price_in + bound * teacher.price_out) / 1e6, 4),

@@ -1,7 +1,7 @@
 """The voting phase: which training examples are System 1 (D1), which System 2 (D2) (paper, section 3.1).
 
-`python -m lorapar_utils.voting.split PROFILE` asks the profile's teachers; with `--dry-run` it prints calls, tokens and
-cost instead.
+`python -m lorapar_utils.voting.split PROFILE` asks the profile's teachers; with `--dry-run` it prints questions,
+tokens, cost and a prompt instead.
 """
 
 import argparse
@@ -27,6 +27,8 @@ from lorapar_utils.machine import lock
 from lorapar_utils.models.identity import model_identity
 from lorapar_utils.settings import Settings, load_profile, working_root
 from lorapar_utils.voting import teachers
+
+DECISIONS = {1: "System 1", 2: "System 2", 0: "undecided and left out"}
 
 
 def votes(settings: Settings, *, pool: datasets.Dataset | None = None, retry: bool = False) -> datasets.Dataset:
@@ -64,10 +66,21 @@ def votes_folder(settings: Settings, pool: datasets.Dataset | None = None) -> Pa
 
 
 def voting_plan(settings: Settings) -> pd.DataFrame:
-    """Calls, tokens and cost of `votes` by teacher; see `voting.plan`."""
+    """Questions, tokens and cost of `votes` by teacher; see `voting.plan`."""
     questions = _training_rows(settings, None)
     with _vote_cache() as cache:
         return voting.plan(questions, teachers.build_teachers(settings, list(questions)), cache)
+
+
+def first_prompt(settings: Settings) -> str:
+    """What the first teacher that is asked anything would be asked about the first training example."""
+    questions = list(_training_rows(settings, None))
+    prompts = (
+        f"{teacher.name}: {teacher.prompt(questions[0])}"
+        for teacher in teachers.build_teachers(settings, questions)
+        if teacher.key
+    )
+    return next(prompts, "every vote is read from a file")
 
 
 def _decided(voted: datasets.Dataset, settings: Settings) -> datasets.Dataset:
@@ -156,15 +169,17 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m lorapar_utils.voting.split", description="Ask a profile's teachers."
     )
     parser.add_argument("profile")
-    parser.add_argument("--dry-run", action="store_true", help="print calls, tokens and cost; ask nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print questions, tokens, cost and a prompt; ask nothing"
+    )
     options = parser.parse_args(arguments)
     try:
         settings = load_profile(options.profile)
         if options.dry_run:
-            print(voting_plan(settings).to_string(index=False))
+            print(voting_plan(settings).to_string(index=False), first_prompt(settings), sep="\n\n")
         else:
             counts = pd.Series(votes(settings, retry=True)["system"]).value_counts()
-            print(", ".join(f"System {system or 'undecided'}: {count}" for system, count in counts.items()))
+            print(", ".join(f"{DECISIONS[system]}: {count}" for system, count in counts.items()))
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

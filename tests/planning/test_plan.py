@@ -158,7 +158,12 @@ def test_a_plan_has_a_row_for_each_phase_with_a_job_and_tells_what_is_read_back(
     }
     assert rows[0].seconds == 0 and rows[2].seconds > 40
     text = plan.as_text(settings, LAPTOP, rows)
-    assert len(text.splitlines()) == 9 and max(map(len, text.splitlines())) < 120
+    assert len(text.splitlines()) == 10 and max(map(len, text.splitlines())) < 120
+    assert "split by votes of psychologist, tutor, examiner.\n" in text
+    fewer = settings.changed(voting={"panels": {"two": ["tutor", "examiner"]}, "panel": "two", "tie": "system2"})
+    assert "split by votes of tutor, examiner (panel two), a tie is system2.\n" in plan.as_text(fewer, LAPTOP, rows)
+    constructed = settings.changed(voting={"split_by": "construction"})
+    assert "split by construction, not by votes" in plan.as_text(constructed, LAPTOP, rows)
 
 
 def test_a_plan_of_nothing_measures_nothing(monkeypatch, capsys):

@@ -321,7 +321,7 @@ def test_the_dry_run_counts_a_question_of_two_names_once(cache):
     with Server().running() as server:
         twice = settings_for(api(server.address), api(server.address, name="second"), tie="undecided")
         pool = datasets.Dataset.from_list(EXAMPLES[:6])
-        assert plan(pool, build_teachers(twice, EXAMPLES[:6]), cache)["calls"].tolist() == [6, 0]
+        assert plan(pool, build_teachers(twice, EXAMPLES[:6]), cache)["to ask"].tolist() == [6, 0]
         assert not server.asked
 
 
@@ -776,7 +776,15 @@ def test_a_damaged_cache_of_votes_is_named(project, damage):
         with pytest.raises(InputError, match="vote_cache is damaged .*answers in it are lost: move that folder away"):
             split.voting_plan(settings)
         database.parent.rename(project / "damaged")
-        assert split.voting_plan(settings)["calls"].tolist() == [48]
+        assert split.voting_plan(settings)["to ask"].tolist() == [48]
+
+
+def test_a_dry_run_counts_what_is_asked_of_local_teachers_and_shows_a_prompt(project, capsys):
+    assert split.main(["smoke", "--dry-run"]) == 0
+    table, prompt = capsys.readouterr().out.split("\n\n", maxsplit=1)
+    questions = {line.split()[0]: line.split()[3] for line in table.splitlines()[1:]}
+    assert questions == {"psychologist": "48", "tutor": "48", "examiner": "48"}
+    assert prompt.startswith("psychologist: ") and "Question: " in prompt
 
 
 def test_after_kill_9_only_what_is_missing_is_asked(project, monkeypatch):

@@ -110,7 +110,7 @@ def test_a_question_is_asked_once_however_many_teachers_and_examples_have_it(poo
     one, other = (teacher(name, lambda a: Ballot(system=2), asked, max_tokens=9) for name in ("a", "b"))
     other = dataclasses.replace(other, key=one.key)
     twins = datasets.concatenate_datasets([pool, pool.map(lambda row: {"id": f"again-{row['id']}"})])
-    assert plan(twins, [one, other], cache)["calls"].tolist() == [6, 0]
+    assert plan(twins, [one, other], cache)["to ask"].tolist() == [6, 0]
     assert vote(twins, [one, other], cache)["votes"] == [[2, 2]] * 12
     assert asked == list("012345")
 
@@ -165,7 +165,7 @@ def test_the_dry_run_counts_what_is_missing_and_asks_nothing(pool, cache):
     vote(pool.select(range(2)), [paid], cache)
     asked.clear()
     row = plan(pool, [paid], cache).iloc[0]
-    assert not asked and row["calls"] == 4 and row["already answered"] == 2
+    assert not asked and row["to ask"] == 4 and row["already answered"] == 2
     assert row["completion tokens, at most"] == 400 and row["completion tokens, likely"] == 28
     prompts = row["prompt tokens, about"]
     assert prompts == round(4 * len("What is 0?") / 4)
