@@ -71,6 +71,10 @@ def main(out: str, architecture: str = "Llama-2-7b-hf") -> None:
     note(scoring=scored, partition_seconds=median(taken))
     partition = build_partition(scores, scores, theta=0.9)
     note(training=one_step(model, some[:BATCH], partition, settings))
+    # As many as the profile scores in one call, which pays once for what a call costs besides its passes.
+    many = random_examples(BATCH * (2 if REHEARSED else settings.importance.examples // BATCH), kept["vocab_size"])
+    taken = in_turns(scored_and_plain(model, many))
+    note(scoring_as_the_profile={"examples": len(many), "batched_over_plain": taken["batched"] / taken["plain_pass"]})
     note(rollout=rollout(model, kept["vocab_size"], plan))
     for stage, variants in VARIANTS.items():
         rows = []
@@ -90,17 +94,8 @@ def scoring(model, examples, plan: Model) -> tuple[dict, dict]:
 
     The error is that to plain autograd of one example after the other, with adapters in fp32.
     """
-
-    def plain():
-        for start in range(0, len(examples), BATCH):
-            one_pass(model, examples[start : start + BATCH]).backward()
-        model.zero_grad(set_to_none=True)
-
-    ways = {
-        "batched": lambda: importance.score_importance(model, examples, batch_size=BATCH),
-        "one_by_one": lambda: importance.score_importance(model, examples, batch_size=1),
-        "plain_pass": plain,
-    }
+    ways = scored_and_plain(model, examples)
+    ways["one_by_one"] = lambda: importance.score_importance(model, examples, batch_size=1)
     taken = in_turns(ways)
     scores, peak = with_peak(ways["batched"])
     about = {"examples": len(examples), "seconds": taken, "peak_bytes": peak}
@@ -112,6 +107,17 @@ def scoring(model, examples, plan: Model) -> tuple[dict, dict]:
     error = sum((scores[name] - values).square().sum() for name, values in exact.items())
     about["error_over_norm"] = float((error / sum(values.square().sum() for values in exact.values())).sqrt())
     return about, scores
+
+
+def scored_and_plain(model, examples) -> dict[str, Callable]:
+    """Importance in batches, and one plain forward and backward of the same."""
+
+    def plain():
+        for start in range(0, len(examples), BATCH):
+            one_pass(model, examples[start : start + BATCH]).backward()
+        model.zero_grad(set_to_none=True)
+
+    return {"batched": lambda: importance.score_importance(model, examples, batch_size=BATCH), "plain_pass": plain}
 
 
 def one_step(model, batch, partition, settings) -> dict:
