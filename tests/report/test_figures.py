@@ -2,12 +2,14 @@
 
 import itertools
 import re
+import shutil
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from matplotlib.colors import to_hex
 
 from lorapar_utils.errors import InputError
@@ -339,3 +341,13 @@ def test_one_figure_in_another_format(tmp_path, capsys):
     with pytest.raises(SystemExit):
         figures.main([*command[:2], "theta_curv"])
     assert "invalid choice: 'theta_curv'" in capsys.readouterr().err
+
+
+def test_a_command_that_draws_nothing_fails_and_says_which_record_is_missing(tmp_path, capsys):
+    records = tmp_path / "records"
+    records.mkdir()
+    shutil.copy(ROOT / "results" / "laptop" / "base-seed0.json", records)
+    command = [str(tmp_path / "figures"), "--records", str(records), "--only", "importance_map"]
+    assert figures.main(command) == 1
+    assert "importance_map: skipped, there is no record 'importance'" in capsys.readouterr().out
+    assert not list((tmp_path / "figures").iterdir())
