@@ -48,10 +48,11 @@ LENGTHS, ASSUMED_LENGTHS, TEACHER_TOKENS = (
 # What Python and the libraries take: resident memory on a CPU, the context and kernels on a GPU.
 LIBRARIES = {"cpu": 0.58e9, "cuda": 0.8e9}
 # A pass in forward passes: its arithmetic (frozen weights have no gradient), and the time in which Python calls a GPU's
-# kernels, `CALLS` seconds a layer; `AGAIN` where activations are computed again. Beside a base in bf16 adapters are
-# scored in fp32: `ROUNDED`. Fitted, as the cards' rates are, to LLaMA-2-7B on an H100 (`book/_static/gpu-h100.json`).
+# kernels, `CALLS` seconds a layer; `AGAIN` where activations are computed again; `SCORED`, what scores take beside a
+# base in bf16, on a CPU with adapters in fp32. Fitted, as the cards' rates are, to LLaMA-2-7B on H100s
+# (`book/_static/gpu-h100.json`, scores to `gpu-h100-third.json`).
 FORWARDS = {"read": (1, 1), "decode": (1, 1), "score": (2, 4), "sft": (2, 4), "grpo": (2, 4)}
-AGAIN, CALLS, ROUNDED = (1, 2.6), 1.37e-3, 1.6
+AGAIN, CALLS, SCORED = (1, 2.6), 1.37e-3, {"cpu": 1.6, "cuda": 1.28}
 ENOUGH, TOO_MANY = 8e6, 2e8  # weights: of the layers that are run here, two at least, and of which none are
 SHARED_WORK = 0.85  # threads to this power are so many times as fast as one (assumed)
 clock = timeit.default_timer
@@ -381,7 +382,7 @@ class Model:
         weights = self.inside * inside + self.outside * each
         again = learns and getattr(self.settings, kind).gradient_checkpointing
         arithmetic, calls = (of + again * more for of, more in zip(FORWARDS[kind], AGAIN, strict=True))
-        arithmetic *= ROUNDED if kind == "score" and low else 1
+        arithmetic *= SCORED["cpu" if machine.cpu else "cuda"] if kind == "score" and low else 1
         width, bundles, cached = length, rows, 2 * self.layers * rows * self.keys * each  # of each token before
         if machine.cpu and kind not in ("score", "decode"):
             # A bundle reads once what its sequences share, GRPO's completions their prompt.
@@ -403,9 +404,9 @@ class Model:
             moving = (weights + 3 * before * cached) / machine.bandwidth
             seconds = max(computing, moving, self.layers * calls * CALLS)
         # What a layer keeps of a token: two norms their input in fp32; attention its queries, keys, values, result; a
-        # gated layer three inner vectors; adapters their input, with dropout each its own and a mask, scored in fp32.
+        # gated layer three inner vectors; adapters their input (in a CPU's scores fp32), with dropout each and a mask.
         layer = 8 * self.hidden + each * (4 * self.queries + 3 * self.inner)
-        layer += 4 * self.inputs if kind == "score" and low else each * self.inputs_once
+        layer += 4 * self.inputs if kind == "score" and low and machine.cpu else each * self.inputs_once
         if kind == "sft" and self.settings.adapter.dropout:
             layer += each * (2 * self.inputs - self.inputs_once)
         held = tokens * self.layers * (each * self.hidden if again else layer)
