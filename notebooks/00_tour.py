@@ -68,7 +68,7 @@ notebook.linked(tables.stage_table(published, own), [*published, *own], settings
 # ## Ask the model, before and after
 #
 # The same questions, side by side: the model without an adapter, LoRA-PAR after stage 1 and after stage 2 as this run has trained it, and the adapters of
-# `results/study/adapters/`, LoRA-PAR after both stages and LoRA with all elements. Set `questions` in the parameters cell to ask your own; an answer
+# `results/study/adapters/`, LoRA-PAR after both stages and LoRA with all elements (a page that computes nothing has the last two alone). Set `questions` in the parameters cell to ask your own; an answer
 # ends after `evaluation.max_new_tokens`.
 
 # %% tags=["remove-input"]
@@ -115,7 +115,7 @@ if compute and len(kept) == 2:
 by_module = pd.DataFrame(moved)
 if moved:
     by_module = by_module.groupby("module", sort=False).mean().round(3).reset_index()
-notebook.shown(by_module, "This needs both stages of this run: `make book` trains them.")
+notebook.shown(by_module, "This needs both stages of this run, which make book trains.")
 
 # %% [markdown]
 # ## Which elements matter to a few examples?
@@ -136,7 +136,8 @@ if compute:
 # %% [markdown]
 # ## Change theta
 #
-# This cell takes a second: change `theta`, `alpha` or `beta` and run it again. Or drag the slider below, which moves over the same scores.
+# This cell takes a second: change `theta`, `alpha` or `beta` and run it again. Or drag the slider below, which moves over
+# the same scores (over those of the study, where nothing is computed and the numbers here are a published adapter's).
 
 # %%
 if compute:
@@ -147,7 +148,8 @@ print(
     f"Jaccard index {partition.jaccard:.2f}; active: "
     + ", ".join(f"{k} {v:.1%}" for k, v in partition.active_share.items())
 )
-partition.summary().groupby("module")[["system1_only", "system2_only", "shared", "inactive"]].mean().round(3)
+regions = ["system1_only", "system2_only", "shared", "inactive"]
+notebook.shown(partition.summary().groupby("module", sort=False)[regions].mean().round(3))
 
 # %% tags=["remove-input"]
 record = importance_record(scores, partition, settings) if compute else evidence()["importance"]

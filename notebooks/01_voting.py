@@ -21,7 +21,7 @@
 # - **Paper.** Section 3.1 and Table 1.
 # - **Inputs.** The training split of the profile's pool; its teachers: local models, OpenAI-compatible servers, or recorded votes.
 # - **Outputs.** `runs/<profile>/votes/`, record `voting`; every answer is kept in `runs/vote_cache`.
-# - **Cost.** One forward pass a local teacher and example; one call a server's. The first cell below says how many before any is made.
+# - **Cost.** One forward pass a local teacher and example; one call a server's; *What will be asked* says how many before any is made.
 
 # %% tags=["parameters", "remove-input"]
 profile = "laptop"  # a file of profiles/, or a path
@@ -55,7 +55,8 @@ figure = figures.pipeline("voting", "system1", "system2")
 # Nothing is asked twice: an answer is kept under teacher, prompt and example, as soon as it comes in.
 
 # %% tags=["remove-input"]
-split.voting_plan(settings) if compute else None
+to_ask = split.voting_plan(settings) if compute else pd.DataFrame()
+notebook.shown(to_ask, "Nothing: this page reads the published votes.")
 
 # %% [markdown]
 # ## Ask
@@ -80,10 +81,10 @@ n1, n2 = (ballots == 1).sum(axis=1), (ballots == 2).sum(axis=1)
 larger = [(n1 > n2) & (n1 >= 2), (n2 > n1) & (n2 >= 2)]
 assert system.tolist() == np.select(larger, [1, 2], 0).tolist()
 decided = {"system": system, "agreement": agreement.round(2)}
-pd.DataFrame({"votes": ballots.tolist()} | decided)
+notebook.shown(pd.DataFrame({"votes": ballots.tolist()} | decided))
 
 # %% [markdown]
-# ### All examples
+# ### Eight of the examples
 
 # %% tags=["remove-input"]
 record = record_votes(settings, Examples(settings), retry=retry) if compute else notebook.published(settings, "voting")
@@ -99,7 +100,7 @@ notebook.shown(
 # Kappa and alpha are 0 for votes cast at random and 1 for unanimity. Intervals are bootstrapped over examples.
 
 # %% tags=["remove-input"]
-tables.agreement_table(published, record)
+notebook.shown(tables.agreement_table(published, record))
 
 # %% [markdown]
 # ## Are they right?
@@ -108,7 +109,7 @@ tables.agreement_table(published, record)
 # means that a teacher's leaning carries no information about the steps.
 
 # %% tags=["remove-input"]
-tables.teacher_table(published, record)
+notebook.shown(tables.teacher_table(published, record))
 
 # %% mystnb={"image": {"alt": "Line and bar chart of the share of examples voted System 2 for each number of reasoning steps, by teacher and for the majority."}, "figure": {"caption": "A teacher that sees the steps rises from left to right. Bars: the majority of the panel.", "name": "fig-votes-by-steps"}} tags=["remove-input"]
 figure = figures.votes_by_steps(published, record)
@@ -125,7 +126,7 @@ figure = figures.votes_by_steps(published, record)
 figure = figures.reliability(*(r for r in (published, record) if r.result["tables"]["reliability"]))
 
 # %% tags=["remove-input"]
-tables.certain_table(published, record)
+notebook.shown(tables.certain_table(published, record))
 
 # %% [markdown]
 # ## Who is asked, and how
@@ -136,7 +137,7 @@ tables.certain_table(published, record)
 figure = figures.split_accuracy(published, record)
 
 # %% tags=["remove-input"]
-tables.panel_table(published, record)
+notebook.shown(tables.panel_table(published, record))
 
 # %% [markdown]
 # ## Where they differ
@@ -145,10 +146,11 @@ tables.panel_table(published, record)
 
 # %% tags=["remove-input"]
 confusion = pd.DataFrame(record.result["tables"]["confusion"]).query("teacher == 'majority'")
-confusion.pivot(index="construction", columns="votes", values="examples")
+by_votes = confusion.pivot(index="construction", columns="votes", values="examples")
+notebook.shown(by_votes.rename(index="System {}".format, columns="voted {}".format))
 
 # %% tags=["remove-input"]
-pd.DataFrame(record.result["tables"]["disputed"])
+notebook.shown(pd.DataFrame(record.result["tables"]["disputed"]))
 
 # %% [markdown]
 # ## Table 1: does a better split train a better model?
@@ -168,7 +170,7 @@ notebook.linked(tables.voting_table(splits_compared, own), [*splits_compared, *o
 # %% [markdown]
 # ## What would change our mind
 #
-# A stronger teacher. The paper votes with reasoning models that are thousands of times larger. Where a small teacher's AUC stays near one
+# A stronger teacher. The paper votes with reasoning models that are hundreds to thousands of times larger. Where a small teacher's AUC stays near one
 # half, its split is close to a random one, and everything downstream inherits that.
 #
 # ## Try it yourself

@@ -105,9 +105,9 @@ for example in two:
     for name, gradient in zip(phi, gradients, strict=True):
         g[name] += gradient / len(two)
         F[name] += gradient**2 / len(two)
-I = {}  # noqa: E741
+score = {}
 for name, p in phi.items():
-    I[name] = (g[name] * p - F[name] * p**2 / 2).abs().detach()
+    score[name] = (g[name] * p - F[name] * p**2 / 2).abs().detach()
 
 # %% [markdown]
 # The package scores whole batches in one pass, without keeping any example's gradient. It has to come to the same numbers.
@@ -115,13 +115,15 @@ for name, p in phi.items():
 # %%
 batched = importance.score_importance(model, two, batch_size=2)
 fast = torch.cat([batched[name].flatten() for name in phi])
-plain = torch.cat([I[name].flatten() for name in phi])
+plain = torch.cat([score[name].flatten() for name in phi])
 difference = float((fast - plain).norm() / plain.norm())
 assert difference < 1e-5
 print(f"relative difference over {len(plain):,} elements: {difference:.1e}")
 
 # %% [markdown]
-# ### All examples
+# ### The partition, matrix by matrix
+#
+# Shares of a matrix's elements in each region, and of those that each stage trains: means over the layers.
 
 # %% tags=["remove-input"]
 published = evidence()["importance"]
@@ -133,9 +135,9 @@ else:
 
 # %% tags=["remove-input"]
 shares = pd.DataFrame(record.result["tables"]["map"])
-shares.groupby(["module", "matrix"])[
-    ["system1_only", "system2_only", "shared", "inactive", "stage1", "stage2"]
-].mean().round(3)
+regions = ["system1_only", "system2_only", "shared", "inactive", "stage1", "stage2"]
+means = shares.groupby(["module", "matrix"], sort=False)[regions].mean().round(3)
+notebook.shown(means.rename(columns=lambda name: name.replace("_", " ")))
 
 # %% [markdown]
 # ## Layer by layer
@@ -167,8 +169,9 @@ figure = figures.concentration(published, record)
 #
 # Let the two systems share the initial values $\phi$, draw their gradients independently, and keep only how the mean score differs from matrix to
 # matrix. Nothing then tells the systems apart element by element. The score $|g \phi|$ alone makes theta 0.9 select nearly half of the elements, and makes
-# the two sets overlap by nearly half: an element with a large $|\phi|$ is important to both. The paper's shares and overlaps are what this model gives, so
-# neither is evidence of two systems. What it does not give is our overlap at small theta: the most important elements are common to both systems.
+# the two sets overlap by nearly half: an element with a large $|\phi|$ is important to both. The paper's shares and overlaps
+# lie near what this model gives, some below it and one above, so they are no evidence of two systems. What it does not give is our overlap, at small theta
+# above all: the most important elements are common to both systems.
 
 # %% mystnb={"image": {"alt": "Two panels against theta: the share of elements that a system selects, and the overlap of both sets; a grey band for a model without two systems, a line for this record, crosses for the paper."}, "figure": {"caption": "The share of elements and the overlap of the two sets, beside a model in which nothing tells the systems apart. The band spans three distributions of gradients.", "name": "fig-without-systems"}} tags=["remove-input"]
 figure = figures.without_systems(published)
@@ -201,14 +204,19 @@ steady = pd.DataFrame(stable.result["tables"]["stability"])
 figure = figures.stability(steady)
 
 # %% tags=["remove-input"]
-agreements = ["rank_correlation", "by_matrix", "jaccard"]
-steady.groupby(["differ", "n", "system"])[agreements].mean().round(3).unstack()
+agreements = {
+    "rank_correlation": "rank correlation",
+    "by_matrix": "of matrix means",
+    "jaccard": "Jaccard index",
+}
+means = steady.groupby(["differ", "n", "system"])[list(agreements)].mean().round(3)
+notebook.shown(means.rename(columns=agreements).unstack().rename(columns="System {}".format, level="system"))
 
 # %% [markdown]
 # ## What would change our mind
 #
 # A Jaccard index far below that of the model without two systems would mean that each system has elements of its own; ours is above it. Whether it
-# matters whose elements are trained is a question to training: [the protocol](protocol) has each system's stage train the other's.
+# matters whose elements are trained is a question to training, and five blocks have asked it: [what they found](findings).
 #
 # ## Try it yourself
 #

@@ -74,7 +74,8 @@ after = elements.data
 torch.testing.assert_close(after, expected)
 untouched = after[~active].numpy().tobytes()
 assert untouched == values[~active].numpy().tobytes()  # to the bit
-pd.DataFrame({"active": active, "before": values, "after": after})
+columns = {"active": active, "before": values, "after": after}
+notebook.shown(pd.DataFrame(columns).round(3))
 
 # %% [markdown]
 # ## The advantage of eight completions
@@ -116,8 +117,8 @@ notebook.shown(pd.DataFrame(group).round(2))
 # %% [markdown]
 # ## The study: each arm at its own rates
 #
-# [The study](protocol) chose each arm's rate of stage 2, and whether a KL term helps, on validation, at a seed that no block has. Stage 1 has the rates
-# of the [chapter on theta](03_theta_ablation). Then every arm answered the test split once a block.
+# [The study](protocol) chooses each arm's rate of stage 2, and whether a KL term helps, on validation, at a seed that no block has. Stage 1 has the rates
+# of the [chapter on theta](03_theta_ablation). Then every arm answers the test split once a block; arms that have done so are in the table.
 
 # %% mystnb={"image": {"alt": "Validation accuracy on both systems against the learning rate of stage 2, a line for each arm, the best value of each circled, crosses for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried; circles: the best of each arm so far (one with a single point is still being tuned); crosses: the same rate without KL.", "name": "fig-tuning-of-stage2"}} tags=["remove-input"]
 figure = figures.tuning_of_stage2(figures.tuned_records(study(), "sft", "grpo"))
@@ -163,19 +164,19 @@ figure = figures.learning_curves(*reinforced)
 # Sampled pass@1 against pass@k on validation prompts: GRPO needs answers that the model finds sometimes.
 
 # %% tags=["remove-input"]
-pd.DataFrame(
-    [
-        {
-            "profile": record.run["profile"],
-            "experiment": record.run["parameters"]["title"],
-            "stage and metric": key,
-            "value": metric.percent(),
-        }
-        for record in (*records, *own)
-        for key, metric in record.metrics.items()
-        if "/pass@" in key
-    ]
-)
+sampled = [
+    {
+        "profile": record.run["profile"],
+        "experiment": record.run["parameters"]["title"],
+        "seed": record.run["seed"],
+        "stage and metric": key,
+        "value": metric.percent(),
+    }
+    for record in (*records, *own)
+    for key, metric in record.metrics.items()
+    if "/pass@" in key
+]
+notebook.shown(pd.DataFrame(sampled))
 
 # %% [markdown]
 # ## The same prompts, stage by stage
@@ -192,7 +193,7 @@ shown.pivot_table(index="id", columns="stage", values="completion", aggfunc="fir
 # %% [markdown]
 # ## Where stage 1 has seen no chain
 #
-# The votes above put chains into System 1 too, so stage 1 learns to write them, and what is left to stage 2 are slips of arithmetic. Here
+# [The votes](01_voting) put chains into System 1 too, so stage 1 learns to write them, and what is left to stage 2 are slips of arithmetic. Here
 # (records of the profile `cpu-chains`) the systems are told apart by construction, and System 1 asks enough short sums that the arithmetic holds. Stage 1
 # then stops chains too early, and most of what GRPO teaches is how many lines to write. In two of three seeds LoRA-PAR learns to write too many, also
 # where one is enough; a chain that is right up to there counts as wrong here. Three seeds of two commits: [withdrawn as a verdict](lab_log), the study
@@ -249,4 +250,4 @@ notebook.linked(tables.order_table(chains), chains, settings)
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
 # %% tags=["remove-input"]
-notebook.sources([*records, *own, *chains, *grid, *own_grid], settings)
+notebook.sources([*records, *own, *chains, *grid, *own_grid, *study().values()], settings)

@@ -34,7 +34,7 @@ settings = notebook.start(profile=profile)
 # %% [markdown]
 # ## The idea
 #
-# LoRA trains every element of the adapter on all examples. LoRA-PAR trains fewer, each on what it matters to. Both are asked the same
+# LoRA trains every element of the adapter, in the table below on all examples, in the study on the same ones. LoRA-PAR trains fewer, each on what it matters to. Both are asked the same
 # questions, and compared question by question.
 
 # %% mystnb={"image": {"alt": "The pipeline from left to right: training examples; teachers vote; System 1 and System 2 examples; scores of LoRA elements; the fewest that hold theta; stage 1, SFT; stage 2, GRPO. Filled: everything from the examples to stage 2."}, "figure": {"caption": "The whole method; this page is about the filled boxes.", "name": "fig-pipeline-05_benchmarks"}} tags=["remove-input"]
@@ -71,13 +71,21 @@ figure = figures.pareto(records)
 #
 # Scored by `lm-eval`'s definitions (GSM8K and MMLU five-shot; HumanEval greedy, its tests in a sandbox), of models that were trained on this
 # book's pool: what training on one thing does elsewhere. The paper trains on GSM8K, Dolly-15k and CodeAlpaca, each for its own benchmark.
+#
+# ### GSM8K
 
 # %% tags=["remove-input"]
 elsewhere = [record for name, record in published.items() if name.startswith("cpu-elsewhere/")]
 notebook.linked(tables.benchmark_table(elsewhere, "gsm8k", own), [*elsewhere, *own], settings)
 
+# %% [markdown]
+# ### MMLU
+
 # %% tags=["remove-input"]
 notebook.linked(tables.benchmark_table(elsewhere, "mmlu", own), [*elsewhere, *own], settings)
+
+# %% [markdown]
+# ### HumanEval
 
 # %% tags=["remove-input"]
 notebook.linked(tables.benchmark_table(elsewhere, "humaneval", own), [*elsewhere, *own], settings)

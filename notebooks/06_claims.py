@@ -37,7 +37,7 @@ settings = notebook.start(profile=profile)
 # A claim becomes a comparison with a margin, written down in `book/claims.yaml` before anything is run, as [the protocol](protocol) says. Records decide
 # it, block by block; nobody reads a table and judges.
 
-# %% mystnb={"image": {"alt": "One row per claim that was run: the effect with its interval over blocks, thick, and over test questions, thin, beside zero and the margin."}, "figure": {"caption": "What has been run so far. Thick: 95 % over blocks, which the verdict rests on; thin and black: over test questions; dotted: the margin. Green: reproduced; orange: not; grey: undecided.", "name": "fig-forest"}} tags=["remove-input"]
+# %% mystnb={"image": {"alt": "One row per claim that was run: the effect with its interval over blocks, thick, and over test questions, thin, beside zero."}, "figure": {"caption": "What has been run so far. Thick: 95 % over blocks, which the verdict rests on; thin and black: over test questions; dotted: a margin that is not zero; grey band: \u00b10.01 nats, within which the protocol calls arms equal. Green would be reproduced, orange not; grey is undecided.", "name": "fig-forest"}} tags=["remove-input"]
 figure = figures.forest(study())
 
 # %% tags=["remove-input"]
@@ -49,9 +49,10 @@ notebook.scoreboard(settings)
 # A block is a seed: all of its arms come from one commit, one dtype and one kind of machine, and are compared with each other alone. The effect is the
 # mean over blocks of the paired difference; its interval is Student's over blocks, and fewer than five blocks decide nothing.
 #
-# *Reproduced*: the effect lies beyond the margin, significantly after Holm's correction over the claims of one table. *Not reproduced*: it lies on the
-# other side. *Inconclusive*: neither, or too few blocks. *Could not fail*: a model without two systems passes too. *No headroom*: the base model is at
-# chance. *Not run*: the study has no such record yet. A verdict rests on the study's published records alone; the effect in this run stands beside it.
+# *Reproduced*: the effect lies beyond the margin, significantly after Holm's correction over the comparisons of one table, where one that has not been run
+# counts with p = 1. So an effect whose interval leaves out zero can be inconclusive. *Not reproduced*: it lies on the other side. *Inconclusive*: neither,
+# or too few blocks. *Could not fail*: a model without two systems passes too. *No headroom*: the base model is at chance or at the floor. *Not run*: no
+# record yet, or not planned, with the reason beside it. A verdict rests on the study's published records alone; the effect in this run stands beside it.
 #
 # ## What would change our mind
 #

@@ -20,7 +20,7 @@
 # - **Paper.** None: this is about this book.
 # - **Inputs.** This run's records, the published records of the same profile, the published adapters.
 # - **Outputs.** The comparisons below.
-# - **Cost.** None here: `make book` has asked the published adapters again.
+# - **Cost.** None here: `make book` asks the published adapters again.
 
 # %% tags=["parameters", "remove-input"]
 profile = "laptop"  # a file of profiles/, or a path
@@ -53,7 +53,7 @@ notebook.shown(agreement.verdicts(settings), "There is nothing to compare yet: `
 # ## Votes, teacher by teacher
 
 # %% tags=["remove-input"]
-notebook.shown(agreement.votes(own.get("voting"), published.get("voting")))
+notebook.shown(agreement.votes(own.get("voting"), published.get("voting")), "")
 
 # %% [markdown]
 # ## Importance, system by system
@@ -62,7 +62,7 @@ notebook.shown(agreement.votes(own.get("voting"), published.get("voting")))
 # profile has published its partition.
 
 # %% tags=["remove-input"]
-notebook.shown(agreement.importance(own.get("importance"), published.get("importance"), own.get("again")).round(4))
+notebook.shown(agreement.importance(own.get("importance"), published.get("importance"), own.get("again")).round(4), "")
 
 # %% [markdown]
 # ## The published adapters, asked again
@@ -70,7 +70,7 @@ notebook.shown(agreement.importance(own.get("importance"), published.get("import
 # *Same*: questions that are right or wrong as they were when published. *Identical*: the completions are equal, letter by letter.
 
 # %% tags=["remove-input"]
-notebook.shown(agreement.adapters(own.get("again")))
+notebook.shown(agreement.adapters(own.get("again")), "")
 
 # %% [markdown]
 # ## Training, inside the spread of the published seeds?
@@ -78,7 +78,7 @@ notebook.shown(agreement.adapters(own.get("again")))
 # *One more seed* is the range in which another seed of the published machine would lie, 19 times in 20.
 
 # %% tags=["remove-input"]
-notebook.shown(agreement.training(own.values(), published.values()))
+notebook.shown(agreement.training(own.values(), published.values()), "")
 
 # %% [markdown]
 # ## What would change our mind
@@ -94,7 +94,7 @@ notebook.shown(agreement.training(own.values(), published.values()))
 # %% [markdown]
 # ## The records behind this page
 #
-# Every number above is drawn from these files. Hovering tells commit and date.
+# What this run is held against, and its own. Hovering tells commit and date.
 
 # %% tags=["remove-input"]
 notebook.sources([*own.values(), *published.values()], settings)

@@ -145,8 +145,9 @@ def page_context(settings: Settings) -> dict:
         why = f" ({one.why})" if one.verdict == "inconclusive" and one.p_value is not None and one.why else ""
         return f'<a class="result" href="06_claims.html" title="{title}">{text}</a>: *{one.verdict}*{why}'
 
-    def within(claim: str, reach: float) -> bool:
-        """Whether the effect's interval over blocks lies within `reach` of 0; false without an interval."""
+    def equal(claim: str) -> bool:
+        """Whether the interval of a loss over blocks lies within `EQUAL_WITHIN` of 0; false without an interval."""
+        reach = claims.EQUAL_WITHIN
         metric = judged[claim][1].effect
         return metric is not None and metric.low is not None and -reach < metric.low and metric.high < reach
 
@@ -163,8 +164,9 @@ def page_context(settings: Settings) -> dict:
         "own": own,
         "effect": effect,
         "compared": any(one.over_items for _, one in judged.values()),
-        "within": within,
+        "equal": equal,
         "verdict": lambda claim: f"*{judged[claim][1].verdict}*",
+        "testable": sum(claim["test"]["kind"] != "none" for claim in declared),
         "verdicts": Counter(one.verdict for _, one in judged.values()).most_common(),
         "table": lambda name: to_markdown(makers[name]()),
         "environment": next(iter((own or records).values())).environment,

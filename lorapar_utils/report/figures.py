@@ -208,7 +208,7 @@ def importance_map(figure: SubFigure, record: Record) -> None:
     """Mean importance by layer and module for System 1, System 2, and their difference."""
     rows = pd.DataFrame(record.result["tables"]["map"])
     grid = rows.groupby(["layer", "module"], sort=False)[["system1", "system2"]].mean().reset_index()
-    order = list(dict.fromkeys(rows["module"]))
+    order = _modules(rows)
     panels = figure.subplots(1, 3, sharey=True)
     maps = {f"System {s}": grid.pivot(index="layer", columns="module", values=f"system{s}")[order] for s in (1, 2)}
     layers = _layers(rows)
@@ -230,6 +230,11 @@ def importance_map(figure: SubFigure, record: Record) -> None:
 
 def _short(module: str) -> str:
     return module.removesuffix("_proj")
+
+
+def _modules(rows: pd.DataFrame) -> list[str]:
+    """The modules of the table `map`, those of a transformer in the order of `MODULES`."""
+    return [module for module in dict.fromkeys([*MODULES, *rows["module"]]) if module in set(rows["module"])]
 
 
 def _layers(rows: pd.DataFrame) -> range:
@@ -262,7 +267,7 @@ def partition_map(figure: SubFigure, record: Record) -> None:
     counts = rows[list(PARTS)].mul(rows["elements"], axis=0).assign(module=rows["module"], layer=rows["layer"])
     counts = counts.groupby(["module", "layer"])[list(PARTS)].sum()  # over A and B
     shares = counts.div(counts.sum(axis=1), axis=0)
-    order = [module for module in dict.fromkeys([*MODULES, *rows["module"]]) if module in set(rows["module"])]
+    order = _modules(rows)
     layers = _layers(rows)
     panels = figure.subplots(1, len(order), sharey=True, sharex=True)
     for axes, module in zip(panels, order, strict=True):
@@ -296,7 +301,7 @@ def partition_map(figure: SubFigure, record: Record) -> None:
 def importance_by_matrix(figure: SubFigure, record: Record) -> None:
     """Mean importance of A and of B by module, for each system; the average element has importance one."""
     rows = pd.DataFrame(record.result["tables"]["map"])
-    order = list(dict.fromkeys(rows["module"]))
+    order = _modules(rows)
     panels = figure.subplots(*beside(2), sharey=True)
     for axes, matrix in zip(panels, "AB", strict=True):
         means = rows[rows["matrix"] == matrix].groupby("module")[["system1", "system2"]].mean().loc[order]
@@ -446,7 +451,10 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> Figure:
-    """Each claim's effect with its interval over blocks (thick) and over test questions (thin), beside its margin."""
+    """Each claim's effect with its interval over blocks (thick) and over test questions (thin), beside its margin.
+
+    Losses also have a band of `claims.EQUAL_WITHIN` around zero.
+    """
     declared = claims.load_claims() if judged is None else judged
     # Holm's correction is over these alone, so no verdict depends on the others.
     declared = [claim for claim in declared if claim["test"]["kind"] in claims.SIDES]
@@ -480,9 +488,12 @@ def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> 
                     ends = [unit * metric.low, unit * metric.high]
                     axes.plot(ends, [place] * 2, color=shade, linewidth=in_points(thickness))
             axes.plot(unit * one.effect.value, place, marker, color=colour, markersize=in_points(8), label=one.verdict)
-            margin = [unit * claim["test"]["margin"]] * 2
-            axes.plot(margin, [place - 0.4, place + 0.4], ":", color="black", linewidth=in_points(1))
+            if claim["test"]["margin"]:
+                margin = [unit * claim["test"]["margin"]] * 2
+                axes.plot(margin, [place - 0.4, place + 0.4], ":", color="black", linewidth=in_points(1))
         axes.axvline(0, color="black", linewidth=in_points(0.8))
+        if in_nats:
+            axes.axvspan(-claims.EQUAL_WITHIN, claims.EQUAL_WITHIN, color="#000000", alpha=0.06, linewidth=0)
         axes.locator_params(axis="x", nbins=4 if column_of_style() == "single" else 8)
         axes.set(xlabel=f"effect, in {name}", yticks=range(len(group)), ylim=(len(group) - 0.4, -0.6))
         axes.set_yticklabels([texts[claim["claim"]] for claim, _ in group], fontsize="small")

@@ -76,15 +76,20 @@ def published(settings: Settings, name: str) -> Record:
 
 
 def shown(frame: pd.DataFrame, otherwise: str = "Nothing to show yet.") -> Styler | None:
-    """A table with its texts whole, or, of an empty one, a line that says so."""
+    """A table with its texts whole, or, of an empty one, a line that says so; an index with a name is a column."""
     if frame.empty:
-        print(otherwise)
+        if otherwise:
+            print(otherwise)
         return None
+    if any(frame.index.names):
+        frame = frame.reset_index()
+    if frame.columns.nlevels > 1:
+        frame = frame.set_axis([", ".join(filter(None, map(str, names))) for names in frame.columns], axis=1)
     cells = frame.map(lambda cell: html.escape(cell).replace("\n", "<br>") if isinstance(cell, str) else cell)
     return _as_html(cells)
 
 
-def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -> Styler:
+def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -> Styler | None:
     """A table of `tables` with links to records, whose tooltips have commit and date.
 
     Under the mean of a column that has each seed's values is a strip with a dot for each; a single seed's value is
@@ -92,7 +97,8 @@ def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -
     value are left out.
     """
     if frame.empty:
-        return _as_html(pd.DataFrame({"records": ["none yet"]}))
+        print("No record yet.")
+        return None
     frame = frame.loc[:, (frame.astype(str) != "–").any()]
     by_label = {tables.label(record): record for record in records}
     cells = frame.astype(object).map(lambda cell: html.escape(cell) if isinstance(cell, str) else cell)

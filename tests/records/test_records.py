@@ -238,7 +238,7 @@ def test_what_a_model_without_two_systems_passes_could_not_fail():
 
     assert judged().verdict == "reproduced"
     could_not = judged(without_systems="jaccard", theta=0.9)
-    assert could_not.verdict == "could not fail" and "which passes too" in could_not.why
+    assert could_not.verdict == "could not fail" and "and so passes too" in could_not.why
     # At theta 0.1 such a model has almost no overlap, so the claim could have failed there.
     assert judged(without_systems="jaccard", theta=0.1).verdict == "reproduced"
     assert judged(high=0.35).verdict == "not reproduced"
@@ -348,7 +348,7 @@ def test_cells_of_table_2_are_compared_with_the_whole_shared_region_at_common_se
     assert rows.loc[(0.5, 1.0), "paper, after RL %"] == 31.01
 
 
-def test_every_row_of_a_table_links_the_records_that_it_was_made_from():
+def test_every_row_of_a_table_links_the_records_that_it_was_made_from(capsys):
     runs = [trained("lora", seed, ["sft_all"], 20) for seed in (0, 1)] + [trained("ia3", 0, ["sft_all"], 10)]
     frame = tables.benchmark_table(runs)
     page = notebook.linked(frame, runs, load_profile("smoke")).to_html()
@@ -362,7 +362,8 @@ def test_every_row_of_a_table_links_the_records_that_it_was_made_from():
     assert "ia3-seed0.json" in rows["IA3"] and "href" not in rows["PiSSA"]
     titled = record("a", parameters={"title": "r < 8"}, **{"base/accuracy": intervals.proportion([True])})
     assert "r &lt; 8" in notebook.linked(tables.stage_table([titled]), [titled], load_profile("smoke")).to_html()
-    assert "none yet" in notebook.linked(tables.theta_table([]), [], load_profile("smoke")).to_html()
+    assert notebook.linked(tables.theta_table([]), [], load_profile("smoke")) is None
+    assert capsys.readouterr().out == "No record yet.\n"
 
 
 def test_a_seed_without_a_score_has_no_dot_and_moves_none():
@@ -517,7 +518,9 @@ def test_an_effect_on_a_page_tells_interval_blocks_verdict_and_commit(monkeypatc
     assert "+25.5 points, [+21.5, +29.5] over blocks (5 blocks)</a>: *reproduced*, *reproduced*, not run yet" in text
     commit = str(records["a-seed0"].run["commit"])[:10]
     assert f'title="seeds 0, 1, 2, 3, 4 of a, b; commit {commit}"' in text and context["compared"]
-    assert context["within"]("c", 0.3) and not context["within"]("c", 0.29) and not context["within"]("d", 1.0)
+    for reach, equal in ((0.3, True), (0.29, False)):
+        monkeypatch.setattr(claims, "EQUAL_WITHIN", reach)
+        assert context["equal"]("c") == equal and not context["equal"]("d")
 
 
 def test_the_page_on_gpus_shows_every_part_that_was_measured():
