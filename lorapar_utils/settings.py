@@ -77,8 +77,8 @@ SHORTCUTS = ("importance", "answer_head", "shared_prefix", "completions", "grpo_
 # Names become file and folder names, parts of shell commands, and Snakemake's wildcards.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 NAME_RULE = "use up to 100 of a-z, A-Z, 0-9, '_', '.' and '-', with neither '.' nor '-' at the beginning"
-# Folders of runs/ that belong to no profile.
-RESERVED = ("vote_cache", "file_hashes", "slurm")
+# Folders of runs/ that belong to no profile, and what the names of those of rehearsals begin with.
+RESERVED, REHEARSAL = ("vote_cache", "file_hashes", "slurm", "read"), "rehearsal-"
 
 # Short names of settings, for notebook parameters and keyword arguments.
 SHORT_NAMES = {
@@ -253,6 +253,8 @@ class VotingSection(Section):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) != len(names):
             raise ValueError(f"teacher names must differ, got {names}")
+        if "majority" in names:
+            raise ValueError("teachers: 'majority' is what the panel decides; give the teacher another name")
         for panel, members in self.panels.items():
             if panel in ("votes", "construction", "random"):
                 raise ValueError(f"panels: {panel!r} is a value of split_by; give the panel another name")
@@ -430,6 +432,14 @@ class ExperimentSection(Section):
     title: str
 
     @model_validator(mode="after")
+    def _method_sets_no_other_init(self):
+        if self.init not in (None, METHODS[self.method].get("init", self.init)):
+            raise ValueError(
+                f"init = {self.init!r}: method {self.method} has its own; leave init out, or take method lora"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _selection_is_of_a_partition(self):
         if self.selection != "importance" and self.method != "lorapar":
             raise ValueError(
@@ -448,7 +458,7 @@ class Settings(Section):
     profile: str
     profile_file: str  # from the project's root, else from the home directory (`~/…`), else in full
     publishable: bool
-    seed: int
+    seed: Seed
     seeds: tuple[Seed, ...]
     threads: Positive
     processes: Positive
@@ -466,6 +476,13 @@ class Settings(Section):
     grpo: GrpoSection
     evaluation: EvaluationSection
     experiments: Annotated[dict[str, ExperimentSection], BeforeValidator(_check_names)]
+
+    @model_validator(mode="after")
+    def _panels_split_by_votes(self):
+        for name, spec in self.experiments.items():
+            if spec.panel and (split_by := spec.split_by or self.voting.split_by) != "votes":
+                raise ValueError(f"experiments.{name}.panel = {spec.panel!r}: split_by is {split_by}; set it to votes")
+        return self
 
     @model_validator(mode="after")
     def _base_can_be_had(self):
@@ -532,7 +549,11 @@ class Settings(Section):
 
     def experiment_runs(self) -> list[tuple[str, int]]:
         """Every (experiment name, seed) of this profile, in order."""
-        return [(name, seed) for name, spec in self.experiments.items() for seed in spec.seeds or self.seeds]
+        return [(name, seed) for name, spec in self.experiments.items() for seed in self.seeds_of(spec)]
+
+    def seeds_of(self, experiment: ExperimentSection) -> tuple[int, ...]:
+        """The experiment's own seeds, of which there may be none, else the profile's."""
+        return self.seeds if experiment.seeds is None else experiment.seeds
 
     def for_experiment(self, name: str, seed: int) -> "Settings":
         """The settings of one experiment: the profile's, with the experiment's own values and `seed` in place."""
@@ -667,12 +688,14 @@ def _known_profiles() -> list[str]:
 
 def _check_file_name(path: Path) -> None:
     """Refuse a file name that cannot name the folder `runs/<name>/`, or that another profile has."""
-    if not NAME.fullmatch(path.stem) or path.stem in RESERVED:
-        reserved = "runs/ has something else of that name; " if path.stem in RESERVED else ""
+    # Some file systems ignore case.
+    folded = path.stem.casefold()
+    is_reserved = folded in RESERVED or (folded.startswith(REHEARSAL) and not path.parent.name.startswith("."))
+    if not NAME.fullmatch(path.stem) or is_reserved:
+        reserved = "runs/ has something else of that name; " if is_reserved else ""
         raise InputError(f"profile: {path} would be run in runs/{path.stem}: {reserved}rename the file; {NAME_RULE}")
     for other in sorted((project_root() / "profiles").glob("*.y*ml")):
-        # Some file systems ignore case.
-        if other.is_file() and other.stem.casefold() == path.stem.casefold() and not other.samefile(path):
+        if other.is_file() and other.stem.casefold() == folded and not other.samefile(path):
             raise InputError(
                 f"profile: {path} and {other} have one name, and both would be run in runs/{path.stem}; rename one"
             )
@@ -777,8 +800,8 @@ def _merge(base: dict, over: dict) -> dict:
     merged = {key: value for key, value in base.items() if key != "grids" or "experiments" not in over}
     for key, value in over.items():
         longer = key[:-1] if str(key).endswith("+") else None
-        if longer and isinstance(value, list) and isinstance(merged.get(longer), list):
-            merged[longer] = merged[longer] + value
+        if longer and isinstance(value, list | tuple) and isinstance(merged.get(longer), list | tuple):
+            merged[longer] = [*merged[longer], *value]
             continue
         whole = key in ("experiments", "panels") or not isinstance(value, dict) or not isinstance(base.get(key), dict)
         merged[key] = value if whole else _merge(base[key], value)

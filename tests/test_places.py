@@ -144,7 +144,19 @@ def test_outside_of_every_clone_the_package_is_the_root(home, monkeypatch):
     assert project_root() == ROOT and load_profile("mine.yaml").runs == ROOT / "runs" / "mine"
 
 
-@pytest.mark.parametrize("name", ["my run.yaml", "größe.yaml", "-x.yaml", ".yaml", "a{b}.yaml", "vote_cache.yaml"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "my run.yaml",
+        "größe.yaml",
+        "-x.yaml",
+        ".yaml",
+        "a{b}.yaml",
+        "Vote_Cache.yaml",
+        "read.yaml",
+        "rehearsal-laptop.yaml",
+    ],
+)
 def test_a_profile_whose_name_cannot_be_a_folders_is_refused(home, name):
     path = home / "experiments" / name
     path.write_text("extends: smoke\n")

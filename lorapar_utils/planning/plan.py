@@ -262,7 +262,8 @@ def _smaller(settings: Settings, phase: Phase) -> str:
 
     def value(name: str) -> object:
         section, _, field = name.partition(".")
-        return getattr(getattr(settings, section), field)
+        # A rollout batch that is not set is the whole step's.
+        return getattr(getattr(settings, section), "rows_at_once" if field == "rollout_batch" else field)
 
     lower = "lower " + " and ".join(f"{name} ({value(name)})" for name in names)
     return lower if checkpointed else f"{lower}, set {names[0].partition('.')[0]}.gradient_checkpointing"

@@ -33,7 +33,7 @@ from lorapar_utils.errors import InputError
 from lorapar_utils.models.files import source_of
 from lorapar_utils.pipeline.experiment import experiment
 from lorapar_utils.planning import preflight
-from lorapar_utils.settings import ExperimentSection, Settings, load_profile, project_root, working_root
+from lorapar_utils.settings import REHEARSAL, ExperimentSection, Settings, load_profile, project_root, working_root
 from lorapar_utils.voting import teachers
 
 WIDTH, LAYERS, HEADS = 64, 2, 4
@@ -95,7 +95,7 @@ def _toy_profile(settings: Settings, durations: list) -> Iterator[tuple[Settings
     """A small copy of the profile, with model and votes, and the copy's file; removed after the block."""
     runs = working_root() / "runs"
     runs.mkdir(exist_ok=True)
-    name = f"rehearsal-{settings.profile}"
+    name = f"{REHEARSAL}{settings.profile}"
     shutil.rmtree(runs / name, ignore_errors=True)  # files of an interrupted rehearsal
     with tempfile.TemporaryDirectory(dir=runs, prefix=f".{name}-") as scratch:
         try:

@@ -53,7 +53,7 @@ def voting_record(voted: datasets.Dataset, settings: Settings, origin: dict | No
         "confusion": _confusion(frame["system"].to_numpy(), ballots, truth),
         "reliability": _reliability(frame, names, truth),
         "certain": [] if summed is None else _certain(summed, truth),
-        "disputed": _disputed(frame, members),
+        "disputed": _disputed(frame),
     }
     return new_record(
         "voting",
@@ -188,7 +188,7 @@ def _certain(margins: np.ndarray, truth: np.ndarray) -> list[dict]:
     return rows
 
 
-def _disputed(frame: pd.DataFrame, members: list[str]) -> list[dict]:
+def _disputed(frame: pd.DataFrame) -> list[dict]:
     """The examples with the least agreement; first one of each task and number of steps, then the second of each."""
     split = frame.sort_values("agreement", kind="stable")
     split = split.assign(turn=split.groupby(["task", "steps"]).cumcount()).sort_values(

@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lorapar_utils.cache import PACKAGE, code_of, write_atomically
@@ -129,21 +129,20 @@ def _write_if_changed(path: Path, text: str) -> None:
 
 def read_record(path: Path) -> Record:
     """The record in `path`, with items."""
+    items = _items_path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        record = Record(**content)
+        lines = items.read_text(encoding="utf-8").splitlines() if items.is_file() else []
+        return Record(**content | {"items": [json.loads(line) for line in lines]})
     except FileNotFoundError:
         raise InputError(f"record {path}: not there; run the notebook that makes it") from None
     except (json.JSONDecodeError, TypeError) as error:
         raise InputError(f"record {path}: not a record ({error}); delete it and run its notebook again") from None
-    items = _items_path(path)
-    lines = items.read_text(encoding="utf-8").splitlines() if items.is_file() else []
-    return replace(record, items=[json.loads(line) for line in lines])
 
 
 def read_records(folder: Path) -> dict[str, Record]:
     """Every record of a folder by name, in name order."""
-    return {record.name: record for record in map(read_record, sorted(folder.glob("*.json")))}
+    return {record.name: record for record in map(read_record, sorted(folder.glob("[!.]*.json")))}
 
 
 def claim_runs(settings: Settings) -> None:

@@ -40,12 +40,11 @@ def verdicts(settings: Settings) -> pd.DataFrame:
         agrees = row.same == row.questions
         rows.append(_row(f"published adapter {row.adapter}", said, agrees, own["again"], trained, more))
     live = training(own.values(), published.values())
-    for name, group in live.groupby("experiment", sort=False) if len(live) else ():
+    for name, group in live.groupby("record", sort=False) if len(live) else ():
         inside, count = int(group["inside"].sum()), len(group)
         said = f"{inside} of {count} accuracies inside the spread of the published seeds"
-        record = next(r for r in own.values() if r.run["parameters"].get("title") == name)
-        beside = next(r for r in published.values() if r.run["parameters"].get("title") == name)
-        rows.append(_row(f"training, {name}", said, inside == count, record, beside))
+        record, beside = own[name], next(r for r in published.values() if _experiment(r) == _experiment(own[name]))
+        rows.append(_row(f"training, {group['experiment'].iloc[0]}", said, inside == count, record, beside))
     return pd.DataFrame(rows, columns=["compared", "agreement", "verdict", "because"])
 
 
@@ -149,6 +148,10 @@ def adapters(again: Record | None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _experiment(record: Record) -> str:
+    return record.name.rsplit("-seed", 1)[0]
+
+
 def training(own: Iterable[Record], published: Iterable[Record]) -> pd.DataFrame:
     """One row per accuracy that this run trained: beside the published seeds' mean and the range for one more seed.
 
@@ -156,10 +159,10 @@ def training(own: Iterable[Record], published: Iterable[Record]) -> pd.DataFrame
     """
     seeds: dict[str, list[Record]] = {}
     for record in published:
-        seeds.setdefault(record.name.rsplit("-seed", 1)[0], []).append(record)
+        seeds.setdefault(_experiment(record), []).append(record)
     rows = []
     for record in own:
-        runs = seeds.get(record.name.rsplit("-seed", 1)[0], [])
+        runs = seeds.get(_experiment(record), [])
         stages = [f"stage{k}" for k in range(1, 1 + len(record.run["parameters"].get("stages", ())))]
         for key in [f"{stage}/system{k}" for stage in stages for k in (1, 2)]:
             values = pd.Series([run.metrics[key].value for run in runs if key in run.metrics])
@@ -170,6 +173,7 @@ def training(own: Iterable[Record], published: Iterable[Record]) -> pd.DataFrame
             low, high = max(0.0, values.mean() - reach), min(1.0, values.mean() + reach)
             rows.append(
                 {
+                    "record": record.name,
                     "experiment": record.run["parameters"]["title"],
                     "after": key.split("/")[0],
                     "system": key[-1],

@@ -219,12 +219,20 @@ def scoreboard(
                 "paper": claim["paper"],
                 "verdict": f"{judged.verdict}: {judged.why}" if judged.why else judged.verdict,
                 "effect": written(claim, judged),
-                **({"this run": written(claim, judge(claim, own))} if own else {}),
+                **({"this run": _written_of_own(claim, own)} if own else {}),
                 "blocks": judged.seeds or "–",
                 "evidence": "; ".join(cite(name, runs, link) for name, runs in evidence.items()) or "–",
             }
         )
     return pd.DataFrame(rows)
+
+
+def _written_of_own(claim: dict, own: dict[str, Record]) -> str:
+    """The effect in a reader's run, whose arms may be of several commits: then they are not compared."""
+    try:
+        return written(claim, judge(claim, own))
+    except InputError as error:
+        return f"– ({error})"
 
 
 def written(claim: dict, judged: Judgement, *, items: bool = True) -> str:

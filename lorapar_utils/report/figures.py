@@ -152,16 +152,19 @@ def _border(centre: tuple[float, float], other: tuple[float, float]) -> tuple[fl
 def votes_by_steps(figure: SubFigure, record: Record) -> None:
     """Share of examples voted System 2 against reasoning steps by construction, for each teacher and the majority."""
     rows = pd.DataFrame(record.result["tables"]["by_steps"])
-    panel = rows[rows["teacher"] == "majority"].set_index("steps")
+    # The majority may have decided no example of some number of steps.
+    steps = sorted(rows["steps"].unique())
+    panel = rows[rows["teacher"] == "majority"]
     axes = figure.subplots()
-    axes.bar(range(len(panel)), panel["system2_share"], color=SYSTEM_COLOURS[2], alpha=0.45, label="majority")
-    for i, row in enumerate(panel.itertuples()):
-        axes.text(i, 1.03, f"n={row.n}", ha="center", fontsize="small")
+    x = [steps.index(step) for step in panel["steps"]]
+    axes.bar(x, panel["system2_share"], color=SYSTEM_COLOURS[2], alpha=0.45, label="majority")
+    for i, count in zip(x, panel["n"], strict=True):
+        axes.text(i, 1.03, f"n={count}", ha="center", fontsize="small")
     for i, (name, points) in enumerate(rows[rows["teacher"] != "majority"].groupby("teacher", sort=False)):
-        x = [panel.index.get_loc(steps) for steps in points["steps"]]
+        x = [steps.index(step) for step in points["steps"]]
         marker = MARKERS[i % len(MARKERS)]
         axes.plot(x, points["system2_share"], marker=marker, linewidth=in_points(1.2), label=name)
-    axes.set_xticks(range(len(panel)), panel.index)
+    axes.set_xticks(range(len(steps)), steps)
     axes.set(xlabel="reasoning steps of the example", ylabel="share voted System 2", ylim=(0, 1.12))
     label_ends(axes)
 
@@ -269,7 +272,7 @@ def partition_map(figure: SubFigure, record: Record) -> None:
     shares = counts.div(counts.sum(axis=1), axis=0)
     order = _modules(rows)
     layers = _layers(rows)
-    panels = figure.subplots(1, len(order), sharey=True, sharex=True)
+    panels = figure.subplots(1, len(order), sharey=True, sharex=True, squeeze=False)[0]
     for axes, module in zip(panels, order, strict=True):
         bars = shares.loc[module].reindex(layers, fill_value=0)
         ends = bars.cumsum(axis=1)

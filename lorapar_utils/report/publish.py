@@ -42,7 +42,7 @@ def publish(profile: str) -> int:
         _check(record)
     target = project_root() / "results" / settings.profile
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.glob("*.json*")):
+    for path in sorted(source.glob("[!.]*.json*")):  # not what a killed process left half written
         shutil.copy(path, target / path.name)
     ours = settings.runs / "experiments" / "lorapar-seed0"
     if (ours / "stage1" / "partition").is_dir():

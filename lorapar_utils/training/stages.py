@@ -357,7 +357,7 @@ def _train(trainer: SFTTrainer | GRPOTrainer, optimizer: ActiveAdamW) -> list[di
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, temperature: float) -> None:
-    """Check that TRL's fused head computes the model's own loss. Models with the `head` shortcut need no check.
+    """Check that TRL's fused head computes the model's own loss. Models with the `answer_head` shortcut need no check.
 
     Raises
     ------

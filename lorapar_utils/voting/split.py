@@ -124,7 +124,7 @@ def _vote_cache() -> Iterator[diskcache.Cache]:
     """The cache of paid answers, shared by all profiles of a clone, or by all clones with the same `LORAPAR_VOTES`.
 
     SQLite's write-ahead log is off, because on a network file system it loses the writes of two machines. On a file
-    system without locks an InputError is raised before any question, because the answers could not be options.
+    system without locks an InputError is raised before any question, because the answers could not be kept.
     """
     folder = working_root() / Path(os.environ.get("LORAPAR_VOTES") or "runs/vote_cache").expanduser()
     options = {"disk": diskcache.JSONDisk, "eviction_policy": "none", "sqlite_journal_mode": "delete"}

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertLMHeadModel
 from lorapar_utils import build, importance, models
 from lorapar_utils.errors import InputError
 from lorapar_utils.models import base, files
+from lorapar_utils.models.identity import model_identity
 from lorapar_utils.planning import plan, preflight
 from lorapar_utils.settings import load_profile
 
@@ -304,6 +305,17 @@ def test_an_adapters_folder_is_added_to_its_base(folder, where, capsys):
     torch.testing.assert_close(model(ids).logits, merged(ids).logits)
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert models.load_config(local(place)).vocab_size == 11
+
+
+def test_an_adapters_folder_is_another_model_once_its_base_is(folder):
+    place = folder.parent / "adapter"
+    adapter_over("../model", place)
+
+    before = model_identity(local(place)), files.weights_hash(local(place))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"else")
+    after = model_identity(local(place)), files.weights_hash(local(place))
+    assert before[0] != after[0] and before[1] != after[1]
 
 
 def test_an_adapter_whose_base_is_not_there_or_not_told_is_refused(folder):

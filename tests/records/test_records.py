@@ -277,6 +277,24 @@ def test_a_verdict_rests_on_the_published_records_and_this_run_stands_beside():
     assert claims.scoreboard(published, [sides()], own={"a-seed0": own["a-seed0"]}).iloc[0]["this run"] == "–"
 
 
+def test_this_runs_arms_of_two_commits_are_not_compared_and_the_page_is_drawn():
+    own = blocks_of(a=[0], b=[40])
+    own["b-seed0"].run["commit"] = "another"
+    row = claims.scoreboard(blocks_of(a=[30] * 5, b=[20] * 5), [sides()], own=own).iloc[0]
+    assert row["this run"].startswith("– (") and "differ in commit" in row["this run"]
+
+
+def test_a_record_whose_items_are_cut_off_is_named_and_half_written_ones_are_not_read(tmp_path):
+    write_record(trained("lora", 0, ["sft"], 20), tmp_path / "lora-seed0.json")
+    (tmp_path / ".lora-seed1.json.1a2b3c4d").write_text("{")
+    (tmp_path / ".half.json").write_text("{")
+    assert list(read_records(tmp_path)) == ["lora-seed0"]
+    items = tmp_path / "lora-seed0.items.jsonl"
+    items.write_text(items.read_text()[:-20])
+    with pytest.raises(InputError, match="lora-seed0.json: not a record"):
+        read_records(tmp_path)
+
+
 def trained(method, seed, stages, right, *, stage="stage1", **more):
     """A record of a method whose first `right` of 40 test items are correct at the end."""
     parameters = {"method": method, "init": "normal", "stages": stages, "title": method, "selection": "importance"}

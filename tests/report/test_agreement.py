@@ -72,6 +72,13 @@ def test_a_difference_on_equal_machines_is_flagged_and_on_others_put_down_to_the
     assert set(explained["because"]) == {"dtype bfloat16 here, float32 there"}
 
 
+def test_an_experiment_with_a_new_title_is_compared_by_its_name(both):
+    renamed = trained(0, 20)
+    renamed.run["parameters"]["title"] = "mine"
+    rows = both([renamed], [trained(seed, 20 + seed) for seed in range(5)])
+    assert rows.loc["training, mine", "verdict"] == "agrees"
+
+
 def test_a_record_that_does_not_name_its_machine_explains_nothing(both):
     silent = [
         replace(one, environment={**one.environment, "dtype": None}) for one in (voting(1, 2), importance(1.0, 3.0))

@@ -3,6 +3,7 @@
 import itertools
 import re
 import shutil
+from dataclasses import replace
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -81,6 +82,24 @@ def test_votes_by_steps_draws_every_teacher_and_the_majority(published):
     assert drawn.keys() == set(rows["teacher"]) - {"majority"}
     for teacher, points in drawn.items():
         assert points[:, 1].tolist() == rows[rows["teacher"] == teacher]["system2_share"].tolist()
+
+
+def test_votes_by_steps_leaves_a_gap_where_the_majority_decided_nothing(published):
+    voting = published["voting"]
+    rows = pd.DataFrame(voting.result["tables"]["by_steps"])
+    most = rows["steps"].max()
+    left = rows[(rows["teacher"] != "majority") | (rows["steps"] != most)].to_dict("records")
+    record = replace(voting, result={**voting.result, "tables": {**voting.result["tables"], "by_steps": left}})
+    axes = figures.votes_by_steps(record).axes[0]
+    assert len(axes.patches) == len(rows["steps"].unique()) - 1
+    assert all(points[-1, 0] == len(rows["steps"].unique()) - 1 for points in lines(axes).values())
+
+
+def test_the_partition_of_one_module_is_one_panel(published):
+    record = published["importance"]
+    rows = [row for row in record.result["tables"]["map"] if row["module"] == "q_proj"]
+    one = replace(record, result={**record.result, "tables": {**record.result["tables"], "map": rows}})
+    assert [axes.get_title() for axes in figures.partition_map(one).axes] == ["q"]
 
 
 def test_importance_map_is_the_mean_of_a_and_b_and_their_difference(published):
