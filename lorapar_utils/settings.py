@@ -866,8 +866,11 @@ def _validate(content: dict, where: str, over: dict | None = None) -> Settings:
 
 
 def _holds(content: Any, location: tuple) -> bool:
+    """Whether the value at `location` is from `content`, whose lists replace others as a whole."""
     for part in location:
-        if not isinstance(content, dict) or part not in content:
+        if not isinstance(content, dict):
+            return content is not None
+        if part not in content:
             return False
         content = content[part]
     return bool(location)

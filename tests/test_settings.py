@@ -276,7 +276,7 @@ def test_an_experiment_carries_its_own_values(project):
     ("override", "message"),
     [
         ({"seed": -1}, "seed = -1: Input should be greater than or equal to 0"),
-        ({"voting": {"teachers": [{"name": "majority", "kind": "local"}]}}, "'majority' is what the panel decides"),
+        ({"voting": {"teachers": [{"name": "majority", "kind": "recorded", "path": "x.csv"}]}}, "'majority' is what the panel decides"),
         ({"thetta": 0.5}, "thetta is not a setting; allowed here: .*partition"),
         ({"sft": {"epoch": 1}}, "sft.epoch is not a setting; allowed here: epochs, learning_rate"),
         ({"theta": 0}, "partition.theta = 0: .*greater than 0"),
@@ -317,7 +317,7 @@ def test_an_arm_without_seeds_does_not_run_and_lists_grow_in_a_copy_too():
     arm = {"sweep": "voting", "method": "lora", "stages": ["sft"], "title": "an arm"}
     settings = load_profile("smoke", experiments={"none": arm | {"seeds": []}, "all": arm})
     assert [name for name, _ in settings.experiment_runs()] == ["all"] * len(settings.seeds)
-    two = [{"name": name, "kind": "local"} for name in ("fourth", "fifth")]
+    two = [{"name": name, "kind": "recorded", "path": "x.csv"} for name in ("fourth", "fifth")]
     assert len(settings.changed(voting={"teachers+": two}).voting.teachers) == len(settings.voting.teachers) + 2
 
 
