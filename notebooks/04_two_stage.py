@@ -155,7 +155,7 @@ notebook.linked(tables.budget_table(records), records, settings)
 # %% [markdown]
 # ## Learning curves
 
-# %% mystnb={"image": {"alt": "Six panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "A group whose completions all earn the same reward has no advantage and teaches nothing.", "name": "fig-learning"}} tags=["remove-input"]
+# %% mystnb={"image": {"alt": "Six panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "LoRA-PAR, seed 0, of the runs above. The line among the validation curves is where stage 2 begins.", "name": "fig-learning"}} tags=["remove-input"]
 reinforced = [r for r in (*records, *own) if r.run["parameters"]["method"] == "lorapar" and r.run["seed"] == 0]
 figure = figures.learning_curves(*reinforced)
 # %% [markdown]
@@ -227,6 +227,9 @@ notebook.linked(tables.alpha_beta_table(grid, own_grid), [*grid, *own_grid], set
 
 # %% [markdown]
 # ## Table 7: does the order matter?
+
+# %% [markdown]
+# Profile `cpu-chains`, as above; the paper's columns are of LLaMA-2-7B on its own data, so compare the order, not the height.
 
 # %% tags=["remove-input"]
 # The same pool and split for both orders, where stage 2 has something to teach.

@@ -71,6 +71,7 @@ figure = figures.pareto(records)
 #
 # Scored by `lm-eval`'s definitions (GSM8K and MMLU five-shot; HumanEval greedy, its tests in a sandbox), of models that were trained on this
 # book's pool: what training on one thing does elsewhere. The paper trains on GSM8K, Dolly-15k and CodeAlpaca, each for its own benchmark.
+# A method without a row was not run on it.
 #
 # ### GSM8K
 

@@ -66,7 +66,7 @@ notebook.linked(tables.stage_table([record]), [record], settings)
 # %% [markdown]
 # ## Learning curves
 
-# %% mystnb={"image": {"alt": "Six panels by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "Panels of a stage that this experiment does not have stay empty.", "name": "fig-experiment-curves"}} tags=["remove-input"]
+# %% mystnb={"image": {"alt": "Six panels by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "A stage that this experiment does not have, and a score that was not watched, have no panel.", "name": "fig-experiment-curves"}} tags=["remove-input"]
 figure = figures.learning_curves(record)
 # %% [markdown]
 # ## The same prompts after each stage

@@ -276,7 +276,10 @@ def test_an_experiment_carries_its_own_values(project):
     ("override", "message"),
     [
         ({"seed": -1}, "seed = -1: Input should be greater than or equal to 0"),
-        ({"voting": {"teachers": [{"name": "majority", "kind": "recorded", "path": "x.csv"}]}}, "'majority' is what the panel decides"),
+        (
+            {"voting": {"teachers": [{"name": "majority", "kind": "recorded", "path": "x.csv"}]}},
+            "'majority' is what the panel decides",
+        ),
         ({"thetta": 0.5}, "thetta is not a setting; allowed here: .*partition"),
         ({"sft": {"epoch": 1}}, "sft.epoch is not a setting; allowed here: epochs, learning_rate"),
         ({"theta": 0}, "partition.theta = 0: .*greater than 0"),

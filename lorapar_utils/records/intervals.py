@@ -49,7 +49,7 @@ class Metric(NamedTuple):
 
     def points(self) -> str:
         """A difference of two shares, without n: `+8.0 points [+2.0, +14.0]`."""
-        return f"{100 * self.value:+.1f} points{self._interval('+.1f', 100)}"
+        return f"{100 * self.value:+z.1f} points{self._interval('+z.1f', 100)}"
 
     def difference(self) -> str:
         """A difference of two shares: `+8.0 points [+2.0, +14.0], n = 150`."""
@@ -57,7 +57,7 @@ class Metric(NamedTuple):
 
     def gap(self) -> str:
         """A difference of two shares in a table: `+8.0 [+2.0, +14.0], n = 150`."""
-        return f"{100 * self.value:+.1f}{self._interval('+.1f', 100)}, n = {self.n:,}"
+        return f"{100 * self.value:+z.1f}{self._interval('+z.1f', 100)}, n = {self.n:,}"
 
     def errors(self) -> tuple[float, float]:
         """Distances from the value to both ends of the interval, for error bars."""

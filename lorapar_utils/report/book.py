@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import nbformat
 import pandas as pd
 from PIL import Image
 
-from lorapar_utils.records import Record, blocks, evidence, own_records, pooled, record_link, study
+from lorapar_utils.records import Record, blocks, cite, evidence, own_records, pooled, record_link, study
 from lorapar_utils.report import agreement, claims, figures
 from lorapar_utils.settings import Settings, load_profile, project_root
 
@@ -153,7 +153,7 @@ def page_context(settings: Settings) -> dict:
 
     makers = {
         "agreement": lambda: agreement.verdicts(settings),
-        "status": lambda: status_table(own or records, link),
+        "status": lambda: status_table((own or records | published).values(), link),
         "gpu": lambda: gpu_table("gpu-h100.json"),
         "gpu_second": lambda: gpu_table("gpu-h100-second.json"),
         "gpu_third": lambda: gpu_table("gpu-h100-third.json"),
@@ -173,19 +173,27 @@ def page_context(settings: Settings) -> dict:
     }
 
 
-def status_table(records: dict[str, Record], link: Callable[[Record], str]) -> pd.DataFrame:
-    """Date, seconds and commit of each record, with a link to the file."""
-    return pd.DataFrame(
-        [
+def status_table(records: Iterable[Record], link: Callable[[Record], str]) -> pd.DataFrame:
+    """One row an experiment, with a link to the record of each seed, and the days, minutes and commits of these."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.run["profile"], record.name.rsplit("-seed", 1)[0]), []).append(record)
+    rows = []
+    for (profile, name), group in sorted(groups.items()):
+        seconds = [record.run["seconds"] for record in group if record.run["seconds"] is not None]
+        commits = {
+            (record.run["commit"] or "no git")[:10] + ("+changes" if record.run["dirty"] else "") for record in group
+        }
+        rows.append(
             {
-                "record": f'<a class="result" href="{link(r)}">{r.name}</a>',
-                "made": r.run["created"],
-                "seconds": "–" if r.run["seconds"] is None else r.run["seconds"],
-                "commit": (r.run["commit"] or "no git")[:10] + ("+changes" if r.run["dirty"] else ""),
+                "profile": profile,
+                "record": cite(name, sorted(group, key=lambda record: record.run["seed"]), link),
+                "made": ", ".join(sorted({record.run["created"][:10] for record in group})),
+                "minutes": f"{sum(seconds) / 60:.1f}" if seconds else "–",
+                "commit": ", ".join(sorted(commits)),
             }
-            for r in records.values()
-        ]
-    )
+        )
+    return pd.DataFrame(rows)
 
 
 def gpu_table(name: str) -> pd.DataFrame:

@@ -195,7 +195,7 @@ def scoreboard(
     link: Callable[[Record], str] | None = None,
     own: dict[str, Record] | None = None,
 ) -> pd.DataFrame:
-    """One row per claim: verdict, effect with both intervals, blocks, and the records as evidence.
+    """One row per claim, those not run last: verdict, effect with both intervals, blocks, and the records as evidence.
 
     Parameters
     ----------
@@ -224,7 +224,7 @@ def scoreboard(
                 "evidence": "; ".join(cite(name, runs, link) for name, runs in evidence.items()) or "–",
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(sorted(rows, key=lambda row: row["verdict"].startswith("not run")))
 
 
 def _written_of_own(claim: dict, own: dict[str, Record]) -> str:
@@ -242,7 +242,7 @@ def written(claim: dict, judged: Judgement, *, items: bool = True) -> str:
     if claim["test"]["kind"] == "within" or judged.verdict == "no headroom":
         return f"{judged.effect.value:.3f}"
     in_nats = claim["test"]["endpoint"].startswith("loss")
-    unit, form, name = (1, "+.3f", "nats") if in_nats else (100, "+.1f", "points")
+    unit, form, name = (1, "+z.3f", "nats") if in_nats else (100, "+z.1f", "points")
 
     def interval(metric: Metric, over: str) -> str:
         return "" if metric.low is None else f", [{unit * metric.low:{form}}, {unit * metric.high:{form}}] over {over}"

@@ -108,12 +108,12 @@ def _at_current_theta(counts: pd.DataFrame, shares: int) -> alt.Chart:
 
 def _summary_line(summed: alt.Chart) -> alt.Chart:
     words = summed.transform_calculate(
-        text="'theta ' + datum.theta + ': ' + format(datum.stage1 / datum.elements, '.1%') + ' active in stage 1, '"
+        text="'theta ' + datum.theta + ': ' + format(datum.stage1 / datum.elements, '.1%') + ' active in stage 1,\\n'"
         " + format(datum.stage2 / datum.elements, '.1%') + ' in stage 2\\nJaccard index '"
         " + format(datum.shared / (datum.shared + datum.system1_only + datum.system2_only), '.2f')"
         f" + '; moments ' + format(datum.stage1 * {BYTES_OF_MOMENTS} / 1e6, '.1f') + ' MB in stage 1'"
     )
-    return _line(words, lines=2)
+    return _line(words, lines=3)
 
 
 def _line(words: alt.Chart, lines: int) -> alt.Chart:
@@ -132,17 +132,17 @@ def _beside(record: Record, arms: Iterable[Record], thetas: Sequence[float]) -> 
     rows = []
     for theta in thetas:
         (least, most), (low, high) = null.loc[theta, "active"], null.loc[theta, "jaccard"]
-        text = f"without two systems: {least:.0%} to {most:.0%} a system, Jaccard {low:.2f} to {high:.2f}\n"
-        found = next((runs for at, runs in trained.items() if abs(at - theta) < 1e-6), [])
+        text = f"without two systems: {least:.0%} to {most:.0%} a system,\nJaccard index {low:.2f} to {high:.2f}\n"
+        at_theta = next((runs for at, runs in trained.items() if abs(at - theta) < 1e-6), [])
         means = {
-            key: sum(run.metric(f"stage1/{key}").value for run in found) / len(found)
+            key: sum(run.metric(f"stage1/{key}").value for run in at_theta) / len(at_theta)
             for key in ("system1", "loss1")
-            if found
+            if at_theta
         }
-        blocks = f"{len(found)} block{'s' * (len(found) > 1)}"
+        blocks = f"{len(at_theta)} block{'s' * (len(at_theta) > 1)}"
         text += (
-            f"the study, System 1 after stage 1: {means['system1']:.1%}, loss {means['loss1']:.3f} ({blocks})"
-            if found
+            f"the study, System 1 after stage 1: {means['system1']:.1%},\nloss {means['loss1']:.3f} ({blocks})"
+            if at_theta
             else "the study has not trained at this theta"
         )
         rows.append({"theta": theta, "text": text})
@@ -150,7 +150,7 @@ def _beside(record: Record, arms: Iterable[Record], thetas: Sequence[float]) -> 
 
 
 def _beside_line(beside: pd.DataFrame) -> alt.Chart:
-    return _line(alt.Chart(beside).transform_filter("abs(datum.theta - theta) < 0.01"), lines=2)
+    return _line(alt.Chart(beside).transform_filter("abs(datum.theta - theta) < 0.01"), lines=4)
 
 
 def _region_bars(summed: alt.Chart) -> alt.Chart:

@@ -670,13 +670,24 @@ def learning_curves(figure: SubFigure, record: Record) -> None:
     panels = [(sft, "loss", "SFT loss"), (grpo, "reward", "GRPO reward"), (grpo, "entropy", "GRPO entropy (nats)")]
     panels += [(grpo, "completions/mean_length", "completion length (tokens)")]
     panels += [(grpo, "frac_reward_zero_std", "groups without advantage")]
-    grid = figure.subplots(*((3, 2) if column_of_style() == "single" else (2, 3)))
+    # A stage that the experiment does not have, or that was not logged, has no panel.
+    panels = [
+        (stages, key, title) for stages, key, title in panels if any(key in row for rows in stages for row in rows)
+    ]
+    watched = any(f"validation/{field}" in row for field in SCORES for rows in histories for row in rows)
+    across = 2 if column_of_style() == "single" else 3
+    count = len(panels) + watched
+    grid = figure.subplots(-(-count // across), min(count, across), squeeze=False)
+    for axes in grid.flat[count:]:
+        axes.remove()
     for axes, (stages, key, title) in zip(grid.flat, panels, strict=False):
         for rows in stages:
             points = [(row["step"], float(row[key])) for row in rows if key in row]
             axes.plot(*zip(*points, strict=True), color=SYSTEM_COLOURS[1 if stages is sft else 2])
         axes.set(title=fitted(title, 18), xlabel="step")
-    _validation_curves(grid.flat[-1], histories)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    if watched:
+        _validation_curves(grid.flat[count - 1], histories)
 
 
 def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
@@ -721,13 +732,19 @@ def stage_accuracy(records: list[Record], own: list[Record] = ()) -> Figure:
     if not rows:
         raise InputError("records: none has scores by stage; run the experiments first")
     frame = pd.DataFrame(rows)
-    titles = list(dict.fromkeys(frame["title"] + "\n" + frame["stage"].map(STAGES)))
+    # The base model has one name, as an experiment and as a stage.
+    words = [
+        f"{row.title}\n{STAGES[row.stage]}".replace("base model\nbase model", "base model")
+        for row in frame.itertuples()
+    ]
+    frame["words"] = words
+    titles = list(dict.fromkeys(words))
     axes = new_figure(8, 0.55 * len(titles) + 1.4).subplots()
     for field, offset in (("system1", -0.14), ("system2", 0.14), ("overlap", 0.0)):
         part, (label, colour) = frame[frame["field"] == field], SCORES[field]
         if part.empty:
             continue
-        y = [titles.index(title) + offset for title in part["title"] + "\n" + part["stage"].map(STAGES)]
+        y = [titles.index(title) + offset for title in part["words"]]
         errors = [part["value"] - part["low"], part["high"] - part["value"]]
         axes.errorbar(part["value"], y, xerr=errors, fmt="o", color=SYSTEM_COLOURS[colour], label=label)
     axes.set_yticks(range(len(titles)), titles, fontsize="small")

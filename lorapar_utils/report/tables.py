@@ -99,7 +99,7 @@ def gain_table(records: Iterable[Record]) -> pd.DataFrame:
                 "experiment": title,
                 "of": "all" if system is None else f"System {system}",
                 "gain": _gained(runs, system).gap(),
-                "gain, each seed": ", ".join(f"{100 * _gained([run], system).value:+.1f}" for run in runs),
+                "gain, each seed": ", ".join(f"{100 * _gained([run], system).value:+z.1f}" for run in runs),
                 "records": _labels(runs),
             }
             for (profile, title, system), runs in groups.items()
@@ -215,7 +215,7 @@ def reinforced_table(records: Iterable[Record]) -> pd.DataFrame:
         row["System 2, %"] = _over_blocks(runs, "stage2/system2", 100, ".1f")
         row["System 2, %, each seed"] = ", ".join(f"{100 * run.metric('stage2/system2').value:.1f}" for run in runs)
         row["both, %"] = _over_blocks(runs, "stage2/accuracy", 100, ".1f")
-        row["gained on System 2"] = _over_blocks(runs, "gain/system2", 100, "+.1f")
+        row["gained on System 2"] = _over_blocks(runs, "gain/system2", 100, "+z.1f")
         rows.append(row | {"seeds": len(runs), "records": _labels(runs)})
     return pd.DataFrame(rows)
 
@@ -341,7 +341,8 @@ def benchmark_table(records: Iterable[Record], benchmark: str = "pool", own: Ite
 
     Our accuracies are after stage 1, where there are two stages, and at the end. The paper's are after each of two
     epochs: both SFT, or SFT then GRPO. The gap to LoRA is paired over test items and seeds. A method without a record
-    reads "not run". `truncated` is the share of completions that never ended, which count as wrong.
+    reads "not run", and has no row where the benchmark is not our pool. `truncated` is the share of completions that
+    never ended, which count as wrong.
     """
     runs, here = method_runs(records), method_runs(own)
     pools = {record.run["parameters"].get("pool") for group in runs.values() for record in group}
@@ -351,6 +352,8 @@ def benchmark_table(records: Iterable[Record], benchmark: str = "pool", own: Ite
     rows = []
     for row in METHOD_ROWS:
         group, mine = runs.get(row.title, []), here.get(row.title, [])
+        if benchmark != "pool" and not group:
+            continue
         last, last_here = _last(group), _last(mine)
         epochs = published.get(row.paper, (None, None))
         rows.append(
