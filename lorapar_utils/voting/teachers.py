@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 import jinja2
 
-from lorapar_utils.cache import fingerprint
+from lorapar_utils.cache import code_of, fingerprint, libraries
 from lorapar_utils.errors import InputError
+from lorapar_utils.machine import compute_dtype
 from lorapar_utils.models.identity import model_identity
 from lorapar_utils.settings import ApiTeacher, LocalTeacher, RecordedTeacher, Settings, SuccessTeacher
 from lorapar_utils.voting import Ballot, Teacher
@@ -49,7 +50,7 @@ def build_teachers(settings: Settings, examples: Sequence[dict]) -> list[Teacher
             teachers.append(recorded_teacher(section, [example["id"] for example in examples]))
             continue
         if section.kind == "success":
-            teachers.append(success_teacher(section, fingerprint(identity(section, settings)), settings, load))
+            teachers.append(success_teacher(section, _key_of_computed(section, settings), settings, load))
             continue
         _check_template(section, settings)
         teachers.append(_server(section, settings) if section.kind == "api" else _local(section, settings, load))
@@ -70,6 +71,12 @@ def identity(section: LocalTeacher | ApiTeacher | RecordedTeacher | SuccessTeach
     model = model_identity(over(section.source, section.gguf_file, settings))
     model.pop("system_prompt")  # teachers get no system prompt
     return shaping | {"source": None, "gguf_file": None, "model": model}
+
+
+def _key_of_computed(section: LocalTeacher | SuccessTeacher, settings: Settings) -> str:
+    """The key of answers that this machine computes. They cost nothing, so other code, libraries or dtype ask anew."""
+    dtype = compute_dtype(settings.model.dtype)
+    return fingerprint([identity(section, settings), code_of(__file__), libraries(), dtype])
 
 
 def over(source: str | None, gguf_file: str | None, settings: Settings) -> Settings:
@@ -120,7 +127,7 @@ def _local(section: LocalTeacher, settings: Settings, load: Callable) -> Teacher
             for i, margin in zip(rows, margins, strict=True):
                 answered(i, Ballot(margin=margin))
 
-    return Teacher(section.name, fingerprint(identity(section, settings)), prompt, ask)
+    return Teacher(section.name, _key_of_computed(section, settings), prompt, ask)
 
 
 def _server(section: ApiTeacher, settings: Settings) -> Teacher:

@@ -61,7 +61,7 @@ def test_beside_the_partition_stand_the_null_model_and_what_training_found(recor
     null = null_model.without_systems(record, [0.9])
     assert f"without two systems: {null['active'].min():.0%} to {null['active'].max():.0%} a system" in texts[0.9]
     assert texts[0.9].endswith("System 1 after stage 1: 60.0%,\nloss 0.100 (2 blocks)")
-    assert texts[0.5].endswith("20.0%, loss 0.100 (1 block)") and texts[0.3].endswith("not trained at this theta")
+    assert texts[0.5].endswith("20.0%,\nloss 0.100 (1 block)") and texts[0.3].endswith("not trained at this theta")
 
 
 def test_the_chart_is_one_block_of_html_that_fetches_nothing_and_has_a_picture_for_readers_without_scripts(record):

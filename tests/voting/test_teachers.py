@@ -779,6 +779,14 @@ def test_a_damaged_cache_of_votes_is_named(project, damage):
         assert split.voting_plan(settings)["to ask"].tolist() == [48]
 
 
+def test_what_this_machine_computes_is_asked_anew_in_another_dtype_or_by_other_libraries(project, monkeypatch):
+    settings = [load_profile("smoke", model={"dtype": dtype}) for dtype in ("float32", "bfloat16")]
+    keys = {build_teachers(one, EXAMPLES)[0].key for one in settings}
+    monkeypatch.setattr("lorapar_utils.voting.teachers.libraries", lambda: {"torch": "another"})
+    keys.add(build_teachers(settings[0], EXAMPLES)[0].key)
+    assert len(keys) == 3
+
+
 def test_a_dry_run_counts_what_is_asked_of_local_teachers_and_shows_a_prompt(project, capsys):
     assert split.main(["smoke", "--dry-run"]) == 0
     table, prompt = capsys.readouterr().out.split("\n\n", maxsplit=1)
