@@ -3,6 +3,7 @@
 Each process scores, generates and trains with a share of every batch. Only the first process writes files.
 """
 
+import codecs
 import json
 import os
 import re
@@ -72,9 +73,10 @@ def launch(phase: str, settings: Settings, *arguments: object) -> None:
 
 def _shown(group: subprocess.Popen) -> str:
     """Print the output of the processes at once, without the launcher's report. Return the last part of all output."""
-    output = ""
-    # In chunks, because a progress bar ends no lines.
-    while chunk := os.read(group.stdout.fileno(), 4096).decode(errors="replace"):
+    output, decoder = "", codecs.getincrementaldecoder("utf-8")(errors="replace")
+    # In chunks, because a progress bar ends no lines; a character may lie in two.
+    while read := os.read(group.stdout.fileno(), 4096):
+        chunk = decoder.decode(read)
         has_report = LAUNCHER_REPORT.search(output)
         output = (output + chunk)[-LAST_CHARACTERS:]
         if not has_report:

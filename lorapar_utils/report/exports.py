@@ -66,7 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
     """`python -m lorapar_utils.report.exports tables`: every table, from the published records or those of a folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("tables", type=Path)
-    parser.add_argument("--records", type=Path, help="such as runs/laptop/records; without it, the published evidence")
+    parser.add_argument(
+        "--records",
+        type=Path,
+        help="such as runs/laptop/records; without it, the published evidence (the study's own are always published)",
+    )
     options = parser.parse_args(arguments)
     records = read_records(options.records) if options.records else evidence()
     if not records:

@@ -888,7 +888,11 @@ def main(arguments: list[str] | None = None) -> int:
     """`python -m lorapar_utils.report.figures figures`: every figure, from published records or those of a folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("figures", type=Path)
-    parser.add_argument("--records", type=Path, help="such as runs/laptop/records; without it, the published evidence")
+    parser.add_argument(
+        "--records",
+        type=Path,
+        help="such as runs/laptop/records; without it, the published evidence (the study's own are always published)",
+    )
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="FIGURE")
     formats = FigureCanvasBase.get_supported_filetypes()
     parser.add_argument("--formats", nargs="+", choices=formats, default=list(FORMATS), metavar="FORMAT")
