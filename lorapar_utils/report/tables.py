@@ -522,7 +522,7 @@ def agreement_table(*records: Record) -> pd.DataFrame:
     """From voting records, one column each: how the teachers split the pool, and how far they agree."""
     labels = {
         "system1_share": "share voted System 1",
-        "undecided": "undecided",
+        "undecided": "undecided, left out",
         "kappa": "Fleiss' kappa",
         "alpha": "Krippendorff's alpha",
     }
@@ -530,16 +530,17 @@ def agreement_table(*records: Record) -> pd.DataFrame:
         f"profile {record.run['profile']}": [written(record.metrics.get(key), Metric.number) for key in labels]
         for record in records
     }
-    return pd.DataFrame(columns, index=list(labels.values()))
+    return pd.DataFrame({"measure": labels.values()} | columns)
 
 
 def teacher_table(*records: Record) -> pd.DataFrame:
-    """From voting records: each teacher's agreement with the construction labels, its AUC, and its abstentions."""
+    """From voting records: each teacher's agreement with the construction labels, its AUC, its abstentions if any."""
     names = dict.fromkeys(
         key.removeprefix("accuracy/") for record in records for key in record.metrics if key.startswith("accuracy/")
     )
     styles = {"agrees with construction": ("accuracy", Metric.percent), "AUC": ("auc", Metric.number)}
-    styles["abstained"] = ("abstained", Metric.percent)
+    if any(m.value for record in records for key, m in record.metrics.items() if key.startswith("abstained/")):
+        styles["abstained"] = ("abstained", Metric.percent)
     rows = [
         {"teacher": name}
         | {

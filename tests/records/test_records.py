@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import scipy
 from conftest import ROOT
@@ -275,6 +276,21 @@ def test_a_verdict_rests_on_the_published_records_and_this_run_stands_beside():
     assert row["verdict"] == "reproduced" and row["this run"].startswith("-100.0 points")
     assert "this run" not in claims.scoreboard(published, [sides()])
     assert claims.scoreboard(published, [sides()], own={"a-seed0": own["a-seed0"]}).iloc[0]["this run"] == "–"
+
+
+def test_a_table_of_teachers_names_its_measures_and_abstentions_where_there_are_any():
+    voting = evidence()["voting"]
+    shown = notebook.shown(tables.agreement_table(voting)).to_html()
+    assert "undecided, left out" in shown and "Fleiss" in shown
+    assert not any("abstained" in column for column in tables.teacher_table(voting))
+    silent = record("voting", **{"accuracy/tutor": intervals.proportion([True]), "abstained/tutor": Metric(0.5, 2)})
+    assert any("abstained" in column for column in tables.teacher_table(silent))
+
+
+def test_an_index_with_names_and_two_rows_of_heads_become_columns_and_names():
+    frame = pd.DataFrame({"n": [1, 2], "system": [1, 2], "kappa": [0.5, 0.25]})
+    shown = notebook.shown(frame.pivot_table(index="n", columns="system", values=["kappa"])).to_html()
+    assert [head for head in ("n", "kappa, 1", "kappa, 2") if f">{head}</th>" in shown] == ["n", "kappa, 1", "kappa, 2"]
 
 
 def test_this_runs_arms_of_two_commits_are_not_compared_and_the_page_is_drawn():
