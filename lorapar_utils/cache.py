@@ -122,9 +122,9 @@ def origin() -> dict:
     }
 
 
-def libraries() -> dict[str, str]:
-    """Versions of the libraries that compute: another version may give other numbers."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "trl")}
+def libraries(*names: str) -> dict[str, str]:
+    """Versions of these libraries, else of those that compute: another version may give other numbers."""
+    return {name: importlib.metadata.version(name) for name in names or ("torch", "transformers", "peft", "trl")}
 
 
 def code_of(file: str | Path) -> str:

@@ -242,6 +242,13 @@ def test_what_the_model_is_called_matters_to_voting_alone(project, saved_model):
     assert scores_folder(one, systems) != scores_folder(plain, systems)
 
 
+def test_another_version_of_what_scores_is_measured_again_and_trains_nothing_again(project, saved_model, monkeypatch):
+    before = inputs_of_stages(settings(saved_model))
+    monkeypatch.setattr("lorapar_utils.pipeline.measure.libraries", lambda *names: dict.fromkeys(names, "another"))
+    after = inputs_of_stages(settings(saved_model))
+    assert before[:2] == after[:2] and before[2] != after[2]
+
+
 @pytest.mark.parametrize(
     "name",
     [

