@@ -120,7 +120,7 @@ notebook.shown(pd.DataFrame(group).round(2))
 # [The study](protocol) chooses each arm's rate of stage 2, and whether a KL term helps, on validation, at a seed that no block has. Stage 1 has the rates
 # of the [chapter on theta](03_theta_ablation). Then every arm answers the test split once a block; arms that have done so are in the table.
 
-# %% mystnb={"image": {"alt": "Validation accuracy on both systems against the learning rate of stage 2, a line for each arm, the best value of each circled, crosses for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried; circles: the best of each arm so far (one with a single point is still being tuned); crosses: the same rate without KL.", "name": "fig-tuning-of-stage2"}} tags=["remove-input"]
+# %% mystnb={"image": {"alt": "Validation accuracy on both systems against the learning rate of stage 2, a line for each arm, the best value of each circled, crosses for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried; circles: the best of each arm so far (LoRA-PAR at 0.0004 is still to be run); crosses: the same rate without KL, of LoRA alone so far.", "name": "fig-tuning-of-stage2"}} tags=["remove-input"]
 figure = figures.tuning_of_stage2(figures.tuned_records(study(), "sft", "grpo"))
 
 # %% tags=["remove-input"]
