@@ -677,6 +677,9 @@ def learning_curves(figure: SubFigure, record: Record) -> None:
     watched = any(f"validation/{field}" in row for field in SCORES for rows in histories for row in rows)
     across = 2 if column_of_style() == "single" else 3
     count = len(panels) + watched
+    if not count:
+        figure.text(0.5, 0.5, "nothing was trained", ha="center", va="center")
+        return
     grid = figure.subplots(-(-count // across), min(count, across), squeeze=False)
     for axes in grid.flat[count:]:
         axes.remove()

@@ -61,11 +61,16 @@ def test_broken_download_is_fetched_again_and_a_wrong_wheel_refused(tmp_path, mo
 def test_damaged_cache_is_noticed(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"weights")
-    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
     note = f"{files._sha256(weights)} {weights.stat().st_size} {weights.stat().st_mtime_ns}"
     (tmp_path / "model.safetensors.sha256").write_text(note)
     assert files._is_intact(tmp_path)
     weights.write_bytes(b"weightZ")
+    assert not files._is_intact(tmp_path)
+    weights.write_bytes(b"weights")
+    assert files._is_intact(tmp_path)
+    (tmp_path / "model.safetensors.sha256").write_text("")
     assert not files._is_intact(tmp_path)
 
 

@@ -267,6 +267,12 @@ def test_learning_curves_are_the_logs(published):
     assert len(lines(axes["validation accuracy"])["System 2"]) == len(watched) >= 4
 
 
+def test_learning_curves_have_a_panel_for_what_was_logged_alone(published):
+    assert not figures.learning_curves(published["base-seed0"]).axes
+    titles = [panel.get_title() for panel in figures.learning_curves(study()["lora_sft-seed0"]).axes]
+    assert titles == ["SFT loss"]
+
+
 def test_stage_accuracy_shows_every_system_of_every_stage(published):
     records = figures.main_records(published)
     x = sorted(x for x, _ in error_bars(figures.stage_accuracy(records).axes[0]))
