@@ -49,7 +49,8 @@ figure = figures.pipeline("stage1", "stage2")
 # %% tags=["remove-input"]
 own_values = settings.experiments[name].model_dump(exclude_none=True)
 described = own_values | settings.for_experiment(name, seed).partition.model_dump()
-pd.Series(described, name=name).astype(str).to_frame()
+described["stages"] = ", then ".join(described["stages"]) or "none"
+notebook.shown(pd.DataFrame({"setting": described.keys(), name: map(str, described.values())}))
 
 # %% [markdown]
 # ## Train and score
@@ -57,7 +58,7 @@ pd.Series(described, name=name).astype(str).to_frame()
 # Stages that an earlier, interrupted run finished are read back; one that it had begun goes on from its last checkpoint. So the stop button is
 # safe: run the cell again to go on. The bar says how much time is left.
 
-# %%
+# %% tags=["remove-stdout"]
 record = experiment(settings, name, seed) if compute else notebook.published(settings, f"{name}-seed{seed}")
 
 # %% tags=["remove-input"]
@@ -74,7 +75,7 @@ figure = figures.learning_curves(record)
 # %% tags=["remove-input"]
 items = pd.DataFrame(record.items)
 few = items.drop_duplicates(["system", "task", "stage"]).head(10)
-few[["stage", "system", "task", "completion", "correct"]]
+notebook.shown(few[["stage", "system", "task", "completion", "correct"]])
 
 # %% [markdown]
 # ## Try it yourself

@@ -686,7 +686,9 @@ def learning_curves(figure: SubFigure, record: Record) -> None:
     for axes, (stages, key, title) in zip(grid.flat, panels, strict=False):
         for rows in stages:
             points = [(row["step"], float(row[key])) for row in rows if key in row]
-            axes.plot(*zip(*points, strict=True), color=SYSTEM_COLOURS[1 if stages is sft else 2])
+            # A line of one step would not be seen.
+            marker = "o" if len(points) == 1 else ""
+            axes.plot(*zip(*points, strict=True), marker=marker, color=SYSTEM_COLOURS[1 if stages is sft else 2])
         axes.set(title=fitted(title, 18), xlabel="step")
         axes.xaxis.get_major_locator().set_params(integer=True)
     if watched:
