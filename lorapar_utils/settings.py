@@ -688,7 +688,7 @@ def _known_profiles() -> list[str]:
 
 def _check_file_name(path: Path) -> None:
     """Refuse a file name that cannot name the folder `runs/<name>/`, or that another profile has."""
-    # Some file systems ignore case.
+    # Some file systems ignore case. A rehearsal's own profile lies in a hidden folder.
     folded = path.stem.casefold()
     is_reserved = folded in RESERVED or (folded.startswith(REHEARSAL) and not path.parent.name.startswith("."))
     if not NAME.fullmatch(path.stem) or is_reserved:

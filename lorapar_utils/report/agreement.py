@@ -43,7 +43,7 @@ def verdicts(settings: Settings) -> pd.DataFrame:
     for name, group in live.groupby("record", sort=False) if len(live) else ():
         inside, count = int(group["inside"].sum()), len(group)
         said = f"{inside} of {count} accuracies inside the spread of the published seeds"
-        record, beside = own[name], next(r for r in published.values() if _experiment(r) == _experiment(own[name]))
+        record, beside = (next(r for r in some.values() if _experiment(r) == name) for some in (own, published))
         rows.append(_row(f"training, {group['experiment'].iloc[0]}", said, inside == count, record, beside))
     return pd.DataFrame(rows, columns=["compared", "agreement", "verdict", "because"])
 
@@ -173,7 +173,7 @@ def training(own: Iterable[Record], published: Iterable[Record]) -> pd.DataFrame
             low, high = max(0.0, values.mean() - reach), min(1.0, values.mean() + reach)
             rows.append(
                 {
-                    "record": record.name,
+                    "record": _experiment(record),
                     "experiment": record.run["parameters"]["title"],
                     "after": key.split("/")[0],
                     "system": key[-1],

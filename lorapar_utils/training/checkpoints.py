@@ -32,7 +32,7 @@ def checkpointing(folder: Path | None, settings: Settings) -> Iterator[dict]:
             shutil.rmtree(unfinished)
         for checkpoint in finished_checkpoints(folder):
             if damage := _damage(checkpoint):
-                print(f"{checkpoint} is damaged ({damage}) and deleted; training goes on before it")
+                print(f"{checkpoint} is damaged ({damage}) and deleted; training goes on from before it")
                 shutil.rmtree(checkpoint)
     # Keep two checkpoints. The trainer deletes the older one before our 'finished' mark is on the newer one.
     options = {"save_strategy": "steps", "save_steps": settings.checkpoint_every, "save_total_limit": 2}

@@ -79,6 +79,12 @@ def test_an_experiment_with_a_new_title_is_compared_by_its_name(both):
     assert rows.loc["training, mine", "verdict"] == "agrees"
 
 
+def test_seeds_of_one_experiment_share_a_row(both):
+    rows = both([trained(0, 20), trained(1, 21)], [trained(seed, 20 + seed) for seed in range(5)])
+    assert list(rows.index) == ["training, LoRA-PAR"]
+    assert rows.loc["training, LoRA-PAR", "agreement"].startswith("4 of 4 accuracies")
+
+
 def test_a_record_that_does_not_name_its_machine_explains_nothing(both):
     silent = [
         replace(one, environment={**one.environment, "dtype": None}) for one in (voting(1, 2), importance(1.0, 3.0))
