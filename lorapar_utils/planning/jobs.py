@@ -22,6 +22,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 from snakemake_interface_logger_plugins.registry import LoggerPluginRegistry
 
 from lorapar_utils.errors import InputError
+from lorapar_utils.planning import duration
 from lorapar_utils.settings import Settings, load_profile, project_root
 
 # What a job costs beside its work, in tokens that a model reads in the same time (a thousand a second on two cores).
@@ -117,7 +118,7 @@ class LogHandler(LogHandlerBase):
         self.ended.append(job)
         count = sum(self.counts.values())
         place = f"{len(self.ended):{len(str(count))}d} of {count}"
-        print(f"{place}  {job.name:<40}{_time(seconds):>10}{self._left()}", flush=True)
+        print(f"{place}  {job.name:<40}{duration(seconds):>10}{self._left()}", flush=True)
 
     def _left(self) -> str:
         """How long the rest takes, if it goes on as fast as so far."""
@@ -130,7 +131,7 @@ class LogHandler(LogHandlerBase):
             )
             efforts = [effort(self.profile, Job(rule, what, "", "")) for what in kinds]
             left += (count - len(ended)) * sum(efforts) / max(1, len(efforts))
-        return f"   about {_time((time.time() - self.start) * left / done)} left" if left else ""
+        return f"   about {duration((time.time() - self.start) * left / done)} left" if left else ""
 
 
 def message_of(log: Path) -> str:
@@ -146,12 +147,6 @@ def message_of(log: Path) -> str:
 def _job(record: LogRecord) -> Job:
     what = " ".join(map(str, record.wildcards.values())) if record.wildcards else ""
     return Job(record.rule_name, what, " ".join(str(record.reason).split()), " ".join(map(str, record.log)))
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def command(settings: Settings, cores: int, *, read: bool = False) -> list[str]:

@@ -31,7 +31,7 @@ from lorapar_utils.machine import threads_from_environment
 from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.experiment import is_kept
 from lorapar_utils.pipeline.scores import scores_folder
-from lorapar_utils.planning import preflight
+from lorapar_utils.planning import duration, preflight
 from lorapar_utils.settings import Settings, project_root
 from lorapar_utils.voting import split
 
@@ -208,7 +208,7 @@ def as_text(settings: Settings, machine: Machine, table: list[Row]) -> str:
             str(row.runs or "–"),
             str(row.kept or "–"),
             f"{row.bytes / 1e9:.1f}",
-            _length(row.seconds) if row.runs else "–",
+            duration(row.seconds) if row.runs else "–",
             row.why,
         )
         for row in table
@@ -216,7 +216,7 @@ def as_text(settings: Settings, machine: Machine, table: list[Row]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     most, seconds = max(row.bytes for row in table) / 1e9, sum(row.seconds for row in table)
-    sentence = f"{settings.profile} needs {most:.1f} GB a job and about {_length(seconds)} on {machine.name}."
+    sentence = f"{settings.profile} needs {most:.1f} GB a job and about {duration(seconds)} on {machine.name}."
     return "\n".join([*lines, "", _who_splits(settings), sentence])
 
 
@@ -229,12 +229,6 @@ def _who_splits(settings: Settings) -> str:
     quorum = f", quorum {voting.quorum}" if voting.quorum else ""
     tie = f", a tie is {voting.tie}" if voting.tie else ""
     return f"Training examples are split by votes of {', '.join(voting.members())}{panel}{quorum}{tie}."
-
-
-def _length(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def check_fits(settings: Settings, machine: Machine, phases: list[Phase]) -> None:

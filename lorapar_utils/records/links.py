@@ -1,5 +1,6 @@
 """Links from pages to records."""
 
+import os
 from collections.abc import Callable, Sequence
 
 from lorapar_utils.records.record import Record
@@ -7,13 +8,16 @@ from lorapar_utils.settings import Settings, project_root
 
 
 def record_link(record: Record, settings: Settings) -> str:
-    """Address of `record` from `notebooks/`: in the runs of `settings.profile`, or among the published records."""
-    profile, name = record.run["profile"], f"{record.name}.json"
-    if (settings.runs / "explored" / name).is_file():
-        return f"../runs/{profile}/explored/{name}"
-    published = (project_root() / "results" / profile / name).is_file()
-    own = profile == settings.profile and ((settings.runs / "records" / name).is_file() or not published)
-    return f"../runs/{profile}/records/{name}" if own else f"../results/{profile}/{name}"
+    """Address of `record` from the working directory: in the runs of `settings.profile`, or among those published.
+
+    JupyterLab starts a notebook where it lies, and papermill writes `out.ipynb` where it was started.
+    """
+    name = f"{record.name}.json"
+    published = project_root() / "results" / record.run["profile"] / name
+    if record.run["profile"] != settings.profile:
+        return os.path.relpath(published)
+    explored, made = (settings.runs / folder / name for folder in ("explored", "records"))
+    return os.path.relpath(next((path for path in (explored, made, published) if path.is_file()), made))
 
 
 def cite(name: str, records: Sequence[Record], link: Callable[[Record], str] | None) -> str:

@@ -35,6 +35,11 @@ class Record:
         return self.run["name"]
 
     @property
+    def experiment(self) -> str:
+        """Its name without the seed."""
+        return self.name.rsplit("-seed", 1)[0]
+
+    @property
     def metrics(self) -> dict[str, Metric]:
         """Every metric by name; a quantity that was not measured is absent."""
         return {key: Metric(**values) for key, values in self.result["metrics"].items()}

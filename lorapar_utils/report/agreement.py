@@ -43,7 +43,7 @@ def verdicts(settings: Settings) -> pd.DataFrame:
     for name, group in live.groupby("record", sort=False) if len(live) else ():
         inside, count = int(group["inside"].sum()), len(group)
         said = f"{inside} of {count} accuracies inside the spread of the published seeds"
-        record, beside = (next(r for r in some.values() if _experiment(r) == name) for some in (own, published))
+        record, beside = (next(r for r in some.values() if r.experiment == name) for some in (own, published))
         rows.append(_row(f"training, {group['experiment'].iloc[0]}", said, inside == count, record, beside))
     return pd.DataFrame(rows, columns=["compared", "agreement", "verdict", "because"])
 
@@ -148,10 +148,6 @@ def adapters(again: Record | None) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _experiment(record: Record) -> str:
-    return record.name.rsplit("-seed", 1)[0]
-
-
 def training(own: Iterable[Record], published: Iterable[Record]) -> pd.DataFrame:
     """One row per accuracy that this run trained: beside the published seeds' mean and the range for one more seed.
 
@@ -159,10 +155,10 @@ def training(own: Iterable[Record], published: Iterable[Record]) -> pd.DataFrame
     """
     seeds: dict[str, list[Record]] = {}
     for record in published:
-        seeds.setdefault(_experiment(record), []).append(record)
+        seeds.setdefault(record.experiment, []).append(record)
     rows = []
     for record in own:
-        runs = seeds.get(_experiment(record), [])
+        runs = seeds.get(record.experiment, [])
         stages = [f"stage{k}" for k in range(1, 1 + len(record.run["parameters"].get("stages", ())))]
         for key in [f"{stage}/system{k}" for stage in stages for k in (1, 2)]:
             values = pd.Series([run.metrics[key].value for run in runs if key in run.metrics])
@@ -173,7 +169,7 @@ def training(own: Iterable[Record], published: Iterable[Record]) -> pd.DataFrame
             low, high = max(0.0, values.mean() - reach), min(1.0, values.mean() + reach)
             rows.append(
                 {
-                    "record": _experiment(record),
+                    "record": record.experiment,
                     "experiment": record.run["parameters"]["title"],
                     "after": key.split("/")[0],
                     "system": key[-1],

@@ -5,6 +5,7 @@ Prose takes its numbers from records: `{{ effect("a claim of claims.yaml") }}` i
 
 import argparse
 import base64
+import hashlib
 import html
 import io
 import json
@@ -24,9 +25,10 @@ from PIL import Image
 
 from lorapar_utils.records import Record, blocks, cite, evidence, own_records, pooled, record_link, study
 from lorapar_utils.report import agreement, claims, figures
+from lorapar_utils.report.drawing import NARROW
 from lorapar_utils.settings import Settings, load_profile, project_root
 
-RECORD_LINK = re.compile(r'href="\.\./(?:runs/([\w.-]+)/records|results/([\w.-]+))/')
+RECORD_LINK = re.compile(r'href="(?:\.\./)*(?:runs/([\w.-]+)/records|results/([\w.-]+))/')
 ICON_SCRIPT = re.compile(r'<script [^>]*src="[^"]*/fontawesome\.js[^"]*"></script>')
 EXTRAS = ("_config.yml", "_toc.yml", "references.bib", "claims.yaml")
 
@@ -53,13 +55,15 @@ def assemble(settings: Settings, experiment: Path, source: Path) -> None:
     source.mkdir(parents=True)
     pages = {path.name: path.read_text(encoding="utf-8") for path in sorted(book.glob("*.md"))}
     shown = [name for name in figures.FIGURES if any(f"figures/{name}.svg" in text for text in pages.values())]
+    shutil.copytree(book / "_static", source / "_static")
+    narrow = source / "_static" / "narrow"
     figures.save_all(pooled(evidence()), source / "figures", shown, formats=["svg"])
+    figures.save_all(pooled(evidence()), narrow, shown, formats=["svg"], column="single")
     for path in sorted(experiment.parent.parent.glob("*.ipynb")):
-        _write_notebook(path, source / path.name)
-    _write_notebook(experiment, source / "experiment.ipynb")
+        _write_notebook(path, source / path.name, narrow)
+    _write_notebook(experiment, source / "experiment.ipynb", narrow)
     for name in EXTRAS:
         shutil.copy(book / name, source / name)
-    shutil.copytree(book / "_static", source / "_static")
     _copy_records(settings, source / "_static" / "records")
     context = page_context(settings)
     for name, page in pages.items():
@@ -177,7 +181,7 @@ def status_table(records: Iterable[Record], link: Callable[[Record], str]) -> pd
     """One row an experiment, with a link to the record of each seed, and the days, minutes and commits of these."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        groups.setdefault((record.run["profile"], record.name.rsplit("-seed", 1)[0]), []).append(record)
+        groups.setdefault((record.run["profile"], record.experiment), []).append(record)
     rows = []
     for (profile, name), group in sorted(groups.items()):
         seconds = [record.run["seconds"] for record in group if record.run["seconds"] is not None]
@@ -251,10 +255,11 @@ def to_markdown(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
-def _write_notebook(path: Path, target: Path) -> None:
+def _write_notebook(path: Path, target: Path, narrow: Path) -> None:
     """Hide the injected cell; drop widget state and progress bars, because they need scripts from the network.
 
-    Pictures are kept with a palette, in a third of the bytes.
+    Pictures are kept with a palette, in a third of the bytes. Those for phones go into the folder `narrow`, under the
+    names that MyST-NB gives the pictures whose place they take: the hash of their bytes.
     """
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)
@@ -269,6 +274,9 @@ def _write_notebook(path: Path, target: Path) -> None:
                     data["text/html"] = _with_records_of_the_book(data["text/html"])
                 if "image/png" in data:
                     data["image/png"] = _with_palette(data["image/png"])
+                if phone := data.pop(NARROW, None):
+                    name = hashlib.sha256(base64.b64decode(data["image/png"])).hexdigest()
+                    (narrow / f"{name}-single.png").write_bytes(base64.b64decode(_with_palette(phone)))
     target.write_text(json.dumps(notebook, indent=1), encoding="utf-8")
 
 

@@ -1,6 +1,8 @@
 """How figures are drawn: for a page or a column of a paper, with labels at the lines, one record under another."""
 
+import base64
 import functools
+import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping
@@ -18,6 +20,8 @@ from lorapar_utils.records import Record
 # Column of a paper -> its width in inches, and the size of its font in points.
 COLUMNS = {"single": (3.25, 7), "double": (6.75, 8)}
 PAGE_FONT = 11
+# The MIME type of a figure's second picture, for narrow screens. 715 pixels: a phone has two or three for each of CSS.
+NARROW, NARROW_DPI = "application/vnd.lorapar.narrow+png", 220
 # Sizes in points; in a column they shrink with the font.
 SCALED = (
     *("font.size", "axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"),
@@ -152,10 +156,36 @@ def _of_run(record: Record) -> str:
     return ", ".join([f"profile {run['profile']}", *(f"{name} {value}" for name, value in explored.items())])
 
 
+def for_every_width(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Make a drawing that can be drawn again in another style, by the figure's `draw_again()`."""
+
+    @functools.wraps(draw)
+    def drawn(*arguments, **named) -> Figure:
+        figure = draw(*arguments, **named)
+        figure.draw_again = functools.partial(draw, *arguments, **named)
+        return figure
+
+    return drawn
+
+
+def narrow_too(figure: Figure) -> dict[str, str]:
+    """The MIME bundle with a figure's PNG as wide as a single column, which the book shows on phones."""
+    if not hasattr(figure, "draw_again"):
+        return {}
+    file = io.BytesIO()
+    with plt.rc_context():
+        use_style("single")
+        narrow = figure.draw_again()
+        narrow.savefig(file, format="png", dpi=NARROW_DPI)
+    plt.close(narrow)
+    return {NARROW: base64.b64encode(file.getvalue()).decode()}
+
+
 def of_each(width: float, height: float, rows: float = 1) -> Callable:
     """Make a drawing of one record into one of several: one under the other, each under the name of its run."""
 
     def decorate(draw: Callable[[SubFigure, Record], None]) -> Callable[..., Figure]:
+        @for_every_width
         @functools.wraps(draw)
         def drawn(*records: Record) -> Figure:
             figure = new_figure(width, height * len(records), rows)

@@ -25,6 +25,7 @@ from lorapar_utils.report.drawing import (
     beside,
     column_of_style,
     fitted,
+    for_every_width,
     handles_of,
     in_points,
     label_ends,
@@ -100,6 +101,7 @@ ARROWS = [
 READS = [("system1", "stage1"), ("system2", "stage2")]
 
 
+@for_every_width
 def pipeline(*here: str) -> Figure:
     """The method from left to right, in a single column from top to bottom; the boxes `here` are filled.
 
@@ -340,6 +342,7 @@ def importance_by_rank(figure: SubFigure, record: Record) -> None:
     label_ends(panels[1])
 
 
+@for_every_width
 def stability(rows: pd.DataFrame) -> Figure:
     """Agreement of two disjoint samples of n examples (lines), and of two draws of the adapter (crosses).
 
@@ -453,6 +456,7 @@ def _wrapped(text: str, width: int) -> str:
     return textwrap.fill(text.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"), width)
 
 
+@for_every_width
 def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> Figure:
     """Each claim's effect with its interval over blocks (thick) and over test questions (thin), beside its margin.
 
@@ -534,6 +538,7 @@ def _marker(arm: str) -> str:
     return MARKERS[list(ARM_COLOURS).index(arm) % len(MARKERS)]
 
 
+@for_every_width
 def tuning(records: Sequence[Record]) -> Figure:
     """Validation loss of System 1 against the learning rate of stage 1: a line per arm, its least value marked."""
     rows = _tried(records, "learning_rate", "stage1/loss1")
@@ -544,6 +549,7 @@ def tuning(records: Sequence[Record]) -> Figure:
     return axes.figure
 
 
+@for_every_width
 def tuning_of_stage2(records: Sequence[Record]) -> Figure:
     """Validation accuracy on both systems against the learning rate of stage 2: a line per arm, its best value marked.
 
@@ -597,6 +603,7 @@ def _rates_against(rows: pd.DataFrame, of: str, value: str, best: Callable[[pd.S
 WINDOW = 8  # steps of a running mean
 
 
+@for_every_width
 def arm_curves(records: Iterable[Record]) -> Figure:
     """Training loss of stage 1 by step for each of the study's arms: the mean over blocks of running means.
 
@@ -621,6 +628,7 @@ def arm_curves(records: Iterable[Record]) -> Figure:
     return axes.figure
 
 
+@for_every_width
 def theta_curve(records: list[Record], own: list[Record] = ()) -> Figure:
     """Stage 1 test accuracy against the share of active elements: a line per selection, a panel per set of modules.
 
@@ -722,6 +730,7 @@ def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
     axes.set(title="validation accuracy", xlabel="step, both stages", ylim=(0, 1))
 
 
+@for_every_width
 def stage_accuracy(records: list[Record], own: list[Record] = ()) -> Figure:
     """Test accuracy of each system before training, after stage 1 and after stage 2, with 95 % intervals.
 
@@ -760,6 +769,7 @@ def stage_accuracy(records: list[Record], own: list[Record] = ()) -> Figure:
     return axes.figure
 
 
+@for_every_width
 def pareto(records: list[Record]) -> Figure:
     """Accuracy at the end against active elements, training time and peak memory, with the Pareto front.
 
@@ -857,25 +867,27 @@ def save_all(
     folder: Path,
     names: Sequence[str] = tuple(FIGURES),
     formats: Sequence[str] = tuple(FORMATS),
+    column: str | None = None,
 ) -> list[Path]:
     """Draw the figures `names` in each format, if their records exist; the same records give the same bytes.
 
-    A PDF is for a paper, so there is one for each of `COLUMNS`: `NAME-single.pdf`, `NAME-double.pdf`.
+    A PDF is for a paper, so there is one for each of `COLUMNS`: `NAME-single.pdf`, `NAME-double.pdf`. Other formats are
+    as wide as a page, or as `column`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     on_page = [suffix for suffix in formats if suffix != "pdf"]
-    looks = {None: on_page} if on_page else {}
-    looks |= {column: ["pdf"] for column in COLUMNS if "pdf" in formats}
+    looks = [(column, on_page)] if on_page else []
+    looks += [(width, ["pdf"]) for width in COLUMNS if "pdf" in formats]
     paths = []
     for name in names:
         try:
-            for column, suffixes in looks.items():
-                use_style(column)
+            for width, suffixes in looks:
+                use_style(width)
                 figure = FIGURES[name](records)
                 # Once for all formats: each would lay out and draw the figure to find out where things go.
                 figure.get_layout_engine().execute(figure)
                 figure.set_layout_engine(None)
-                stem = f"{name}-{column}" if column else name
+                stem = f"{name}-{width}" if width else name
                 for suffix in suffixes:
                     temporary = folder / f".{stem}.{suffix}"
                     figure.savefig(temporary, format=suffix, metadata=FORMATS.get(suffix))

@@ -12,6 +12,7 @@ from functools import partial
 import pandas as pd
 from IPython import get_ipython
 from IPython.display import Markdown, display
+from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from lorapar_utils.errors import InputError
@@ -53,6 +54,8 @@ def start(*, profile: str, **parameters) -> Settings:
     _reject_unknown_parameters()
     _quiet()
     drawing.use_style()
+    if shell := get_ipython():
+        shell.display_formatter.mimebundle_formatter.for_type(Figure, drawing.narrow_too)
     settings = load_profile(profile, **parameters)
     claim_runs(settings)
     print(f"profile {settings.profile}: results under runs/{settings.profile}/")
@@ -164,7 +167,7 @@ def _cited(records: Iterable[Record], settings: Settings) -> list[str]:
     """Each experiment by name, with a link for each seed."""
     runs: dict[str, dict[int, Record]] = {}
     for record in records:
-        runs.setdefault(record.name.rsplit("-seed", 1)[0], {})[record.run["seed"]] = record
+        runs.setdefault(record.experiment, {})[record.run["seed"]] = record
     link = partial(record_link, settings=settings)
     return [cite(name, [seeds[seed] for seed in sorted(seeds)], link) for name, seeds in sorted(runs.items())]
 

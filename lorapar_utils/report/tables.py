@@ -623,7 +623,7 @@ def _by_experiment(records: Iterable[Record]) -> dict[str, list[Record]]:
     """The records of each experiment, one per seed."""
     runs: dict[str, list[Record]] = {}
     for record in records:
-        runs.setdefault(record.name.rsplit("-seed", 1)[0], []).append(record)
+        runs.setdefault(record.experiment, []).append(record)
     return runs
 
 

@@ -1,6 +1,5 @@
 """Checkpoints of a stage: written whole or not at all, checked before a stage goes on from one."""
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -11,7 +10,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from lorapar_utils import distributed
-from lorapar_utils.cache import write_atomically
+from lorapar_utils.cache import hash_now, write_atomically
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import Settings
 
@@ -56,14 +55,9 @@ def _damage(checkpoint: Path) -> str | None:
 
 def _has_hash(path: Path, digest: str) -> bool:
     try:
-        return _sha256(path) == digest
+        return hash_now(path) == digest
     except OSError:
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_processes(checkpoint: Path) -> None:
@@ -84,5 +78,5 @@ class MarkFinished(TrainerCallback):
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
-            hashes = {str(path.relative_to(checkpoint)): _sha256(path) for path in files}
+            hashes = {str(path.relative_to(checkpoint)): hash_now(path) for path in files}
             write_atomically(checkpoint / FINISHED, json.dumps(hashes))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lorapar_utils import importance, models
+from lorapar_utils import cache, importance, models
 from lorapar_utils.errors import InputError
 from lorapar_utils.models import files
 from lorapar_utils.settings import load_profile
@@ -63,7 +63,7 @@ def test_damaged_cache_is_noticed(tmp_path):
     weights.write_bytes(b"weights")
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_text("{}")
-    note = f"{files._sha256(weights)} {weights.stat().st_size} {weights.stat().st_mtime_ns}"
+    note = f"{cache.hash_now(weights)} {weights.stat().st_size} {weights.stat().st_mtime_ns}"
     (tmp_path / "model.safetensors.sha256").write_text(note)
     assert files._is_intact(tmp_path)
     weights.write_bytes(b"weightZ")

@@ -20,6 +20,7 @@ from lorapar_utils.records import (
     pooled,
     read_record,
     read_records,
+    record_link,
     study,
     write_record,
 )
@@ -496,13 +497,13 @@ def test_a_verdict_links_to_every_record_that_it_rests_on(tmp_path, monkeypatch)
     claim = sides()
     monkeypatch.setattr(notebook, "study", lambda: records)
     shown = notebook.scoreboard(load_profile("smoke"), [claim]).to_html()
-    assert 'href="../runs/smoke/records/a-seed1.json"' in shown
+    assert 'href="runs/smoke/records/a-seed1.json"' in shown
     executed = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell()])
     executed.cells[0].outputs = [nbformat.v4.new_output("display_data", {"text/html": shown})]
     nbformat.write(executed, tmp_path / "in.ipynb")
-    book._write_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb")
+    book._write_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", tmp_path)
     staged = nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs[0].data["text/html"]
-    assert 'href="_static/records/smoke/a-seed1.json"' in staged and "../runs" not in staged
+    assert 'href="_static/records/smoke/a-seed1.json"' in staged and "runs/" not in staged
 
 
 def test_the_records_behind_a_page_are_one_row_an_experiment_with_a_link_for_each_seed():
@@ -511,18 +512,27 @@ def test_the_records_behind_a_page_are_one_row_an_experiment_with_a_link_for_eac
     assert shown.data["profile"].tolist() == ["smoke", "smoke"]
     first, second = shown.data["record"]
     assert re.sub("<.*?>", "", first) == "a (seed 0, seed 1)" and re.sub("<.*?>", "", second) == "voting"
-    assert first.count('href="../runs/smoke/records/a-seed') == 2 and "commit" in second
+    assert first.count('href="runs/smoke/records/a-seed') == 2 and "commit" in second
     elsewhere = notebook.sources(made, load_profile("laptop"))
-    assert 'href="../results/smoke/voting.json"' in elsewhere.data["record"][1]
+    assert 'href="results/smoke/voting.json"' in elsewhere.data["record"][1]
 
 
 def test_a_published_record_is_linked_where_nothing_has_been_run(project):
     settings = load_profile("smoke")
     made = record("a-seed0")
     write_record(made, project / "results/smoke/a-seed0.json")
-    assert 'href="../results/smoke/a-seed0.json"' in notebook.sources([made], settings).to_html()
+    assert 'href="results/smoke/a-seed0.json"' in notebook.sources([made], settings).to_html()
     write_record(made, settings.runs / "records/a-seed0.json")
-    assert 'href="../runs/smoke/records/a-seed0.json"' in notebook.sources([made], settings).to_html()
+    assert 'href="runs/smoke/records/a-seed0.json"' in notebook.sources([made], settings).to_html()
+
+
+def test_links_lead_from_the_folder_that_the_notebook_was_started_in(project, monkeypatch):
+    settings = load_profile("smoke")
+    for folder in ("notebooks", "runs"):
+        (project / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(project / folder)
+        address = record_link(record("a-seed0"), settings)
+        assert Path(address).resolve() == settings.runs / "records/a-seed0.json" and not Path(address).is_absolute()
 
 
 def test_publish_refuses_smoke_and_uncommitted_records(project):

@@ -1,25 +1,43 @@
-"""A Sphinx extension that names each cell of a table by its column: a phone shows a row's cells below each other.
+"""A Sphinx extension for phones: the cells of a table's row stand below each other, and figures are drawn narrower.
 
 `custom.css` stacks tables of the class `stacked` on narrow screens. Roles keep them tables for screen readers there.
+The narrow drawing of `_images/NAME.png` is `_static/narrow/NAME-single.png`, which `report.book` writes.
 """
 
 import re
+from pathlib import Path
 
 from bs4 import BeautifulSoup, Tag
 from sphinx.application import Sphinx
 
 NARROW = 2  # columns that fit a phone side by side
+SCREEN = "(max-width: 600px)"  # as in `custom.css`
 ROLES = {"table": "table", "thead": "rowgroup", "tbody": "rowgroup", "tr": "row", "td": "cell"}
 
 
 def setup(app: Sphinx) -> dict:
-    app.connect("html-page-context", _stack)
+    app.connect("html-page-context", _fit)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
-def _stack(app: Sphinx, page: str, template: str, context: dict, doctree: object) -> None:
-    if "<table" in context.get("body", ""):
-        context["body"] = re.sub(r"<table.*?</table>", lambda table: stacked(table[0]), context["body"], flags=re.S)
+def _fit(app: Sphinx, page: str, template: str, context: dict, doctree: object) -> None:
+    body = context.get("body", "")
+    if "<table" in body:
+        body = re.sub(r"<table.*?</table>", lambda table: stacked(table[0]), body, flags=re.S)
+    if "<img" in body:
+        names = {path.name for path in (Path(app.srcdir) / "_static" / "narrow").glob("*-single.*")}
+        address = context["pathto"]("_static/narrow", resource=True)
+        body = re.sub(r"<img [^>]*>", lambda image: picture(image[0], names, address), body)
+    if body:
+        context["body"] = body
+
+
+def picture(image: str, names: set[str], address: str) -> str:
+    """The tag `<img>` within a `<picture>` that has the narrow drawing of it; unchanged if `names` has none."""
+    stem, suffix = re.search(r'src="(?:[^"]*/)?([^"/]*?)(\.\w+)?"', image).groups()
+    if (name := f"{stem}-single{suffix}") not in names:
+        return image
+    return f'<picture><source media="{SCREEN}" srcset="{address}/{name}">{image}</picture>'
 
 
 def stacked(table: str) -> str:
