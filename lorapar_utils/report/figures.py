@@ -544,8 +544,8 @@ def tuning(records: Sequence[Record]) -> Figure:
     rows = _tried(records, "learning_rate", "stage1/loss1")
     if rows.empty:
         return _note("no learning rate has been tried yet")
-    axes = _rates_against(rows, "learning rate of stage 1", "validation loss, nats a token", pd.Series.idxmin)
-    axes.set(yscale="log")
+    axes = _rates_against(rows, "learning rate of stage 1", "validation loss, nats a token", pd.Series.idxmin, "log")
+    axes.yaxis.set_minor_formatter("{x:g}")
     return axes.figure
 
 
@@ -583,7 +583,9 @@ def _tried(records: Sequence[Record], rate: str, metric: str) -> pd.DataFrame:
     )
 
 
-def _rates_against(rows: pd.DataFrame, of: str, value: str, best: Callable[[pd.Series], int]) -> Axes:
+def _rates_against(
+    rows: pd.DataFrame, of: str, value: str, best: Callable[[pd.Series], int], yscale: str = "linear"
+) -> Axes:
     """A line per arm of a value against the rate, the best of each circled."""
     axes = new_figure(8, 4.5).subplots()
     for (title, arm), points in rows.groupby(["title", "arm"], sort=False):
@@ -593,7 +595,8 @@ def _rates_against(rows: pd.DataFrame, of: str, value: str, best: Callable[[pd.S
         axes.plot(points["rate"], points["value"], marker=_marker(arm), label=title, alpha=0.8, **look)
         circle = {"markersize": in_points(14), "fillstyle": "none", "color": look["color"]}
         axes.plot(marked["rate"], marked["value"], "o", **circle)
-    axes.set(xscale="log", xlabel=of, ylabel=value)
+    axes.set(xscale="log", xlabel=of, yscale=yscale, ylabel=value)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(sorted(rows["rate"].unique()), [f"{rate:g}" for rate in sorted(rows["rate"].unique())])
     axes.xaxis.minorticks_off()
     label_ends(axes)
@@ -623,7 +626,8 @@ def arm_curves(records: Iterable[Record]) -> Figure:
         axes.plot(blocks.index, blocks.mean(axis=1), label=f"{title} ({_blocks(len(losses))})", **look)
         band = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
         axes.fill_between(blocks.index, blocks.min(axis=1), blocks.max(axis=1), **band)
-    axes.set(yscale="log", xlabel="step of stage 1", ylabel=f"training loss, mean of {WINDOW} steps")
+    axes.set(yscale="log", xlabel="step of stage 1", ylabel=f"training loss, nats a token\n(mean of {WINDOW} steps)")
+    axes.yaxis.set_major_formatter("{x:g}")
     label_ends(axes)
     return axes.figure
 
