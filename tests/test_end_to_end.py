@@ -189,6 +189,12 @@ LAYERS = [str(layer) for layer in range(30)]
 # Bytes of a page and of all that it loads.
 WEIGHT = """() => ["navigation", "resource"].flatMap(kind => performance.getEntriesByType(kind))
   .reduce((sum, entry) => sum + entry.decodedBodySize, 0)"""
+# Figures that a phone shows as they were drawn for a page. After a resize the browser fetches the narrow drawings first.
+WIDE_FIGURES = """async () => {
+  const wide = () => [...document.querySelectorAll('figure img')].filter(image => !image.currentSrc.includes('/narrow/'));
+  for (let tries = 0; wide().length && tries < 50; tries++) await new Promise(done => setTimeout(done, 100));
+  return wide().map(image => image.alt.slice(0, 40));
+}"""
 SCROLLING_TABLES = """() => [...document.querySelectorAll('article table')]
   .filter(table => table.scrollWidth > table.clientWidth + 1 || table.getBoundingClientRect().right > innerWidth + 1)
   .map(table => table.innerText.slice(0, 60))"""
@@ -295,6 +301,7 @@ def test_the_book_in_a_browser(built):
             if page.evaluate("document.documentElement.scrollWidth") > 390:
                 found[name].append("wider than a phone")
             found[name] += [f"scrolls on a phone: {head}" for head in page.evaluate(SCROLLING_TABLES)]
+            found[name] += [f"drawn for a page, on a phone: {alt}" for alt in page.evaluate(WIDE_FIGURES)]
             page.close()
         for name in DARK:
             page = chromium.new_page(color_scheme="dark")
