@@ -65,7 +65,7 @@ notebook.shown(to_ask, "Nothing: this page reads the published votes.")
 # only a last line that says *System 1* or *System 2* counts; anything else is an abstention. A local teacher is read by the log-likelihood
 # of its two labels, less its mean $\mu_t$ over the pool: with $\ell_k$ the label of System $k$ and $x$ the filled-in question, teacher $t$ has the margin
 #
-# $$m_t(x) = \log\, p_t(\ell_2 \mid x) - \log\, p_t(\ell_1 \mid x), \qquad v_t(x) = \begin{cases} 2 & m_t(x) > \mu_t \\ 1 & \text{otherwise} \end{cases}$$ (eq-margin)
+# $$m_t(x) &= \log\, p_t(\ell_2 \mid x) - \log\, p_t(\ell_1 \mid x) \\ v_t(x) &= \begin{cases} 2 & m_t(x) > \mu_t \\ 1 & \text{otherwise} \end{cases}$$ (eq-margin)
 #
 # Of $n_1$ votes for System 1 and $n_2$ for System 2 among $T$ teachers, the larger side wins if it reaches the quorum $q$, which is more than half unless
 # a profile sets it; the rest is undecided (0) and left out:

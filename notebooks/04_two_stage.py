@@ -92,7 +92,7 @@ notebook.shown(pd.DataFrame(columns).round(3))
 # of better completions likelier. With $\rho_t$ the ratio of its probability to that of the policy which wrote them, and the weight $\kappa$ of the divergence
 # from the policy that stage 2 starts from (`grpo.kl`), the loss of a token is
 #
-# $$L_t = -\min\left(\rho_t A_i,\ \operatorname{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon) A_i\right) + \kappa \operatorname{KL}\left[\pi \,\|\, \pi_0\right]$$ (eq-grpo)
+# $$L_t = &-\min\left(\rho_t A_i,\ \operatorname{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon) A_i\right) \\ &+ \kappa \operatorname{KL}\left[\pi \,\|\, \pi_0\right]$$ (eq-grpo)
 
 # %%
 solution = "3 * 4 = 12\n12 + 5 = 17\n#### 17"
