@@ -5,8 +5,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 from IPython import get_ipython
 from IPython.display import HTML, display
+from pandas.io.formats.style import Styler
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
@@ -104,3 +106,33 @@ class Curve(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.shown is not None:
             self.shown.update(HTML(""))
+
+
+class Completions(TrainerCallback):
+    """Shows completions of the last step of GRPO with their rewards, which TRL writes to a file after it has logged.
+
+    A notebook has them in one table, which changes from step to step; elsewhere they are printed.
+    """
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.shown = display(HTML(""), display_id=True) if get_ipython() else None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        file = Path(args.output_dir) / "completions" / f"completions_{state.global_step:05d}.parquet"
+        if not (state.is_world_process_zero and file.is_file()):
+            return
+        rows = pd.read_parquet(file).head(self.count).round(2)
+        if self.shown is None:
+            print(rows.to_string(index=False))
+            return
+        self.shown.update(self._table(rows))
+
+    on_train_end = on_step_begin
+
+    @staticmethod
+    def _table(rows: pd.DataFrame) -> Styler:
+        table = rows.style.hide(axis="index").format(precision=2, escape="html")
+        return table.set_properties(**{"white-space": "pre-line", "text-align": "left"})

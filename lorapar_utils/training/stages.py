@@ -27,7 +27,7 @@ from lorapar_utils.fast.decoding import answering, without_input_casts
 from lorapar_utils.fast.grpo_trainer import LeanGRPOTrainer
 from lorapar_utils.optim import ActiveAdamW
 from lorapar_utils.settings import GrpoSection, Settings, SftSection
-from lorapar_utils.training.callbacks import Curve, Diverged, Progress, Watch
+from lorapar_utils.training.callbacks import Completions, Curve, Diverged, Progress, Watch
 from lorapar_utils.training.checkpoints import MarkFinished, check_processes, checkpointing, finished_checkpoints
 from lorapar_utils.training.rewards import REWARDS
 from lorapar_utils.training.rollouts import Rollouts, by_the_policy, by_vllm
@@ -161,7 +161,8 @@ def run_grpo(
         "mask_truncated_completions": grpo.mask_truncated_completions,
         "warmup_steps": round(grpo.warmup_ratio * grpo.steps),
         "log_completions": settings.show_rollouts > 0,
-        "num_completions_to_print": settings.show_rollouts,
+        # TRL's table is yellow and white on white in a notebook; ours is made from the file that it writes.
+        "num_completions_to_print": 0,
         **_rollouts(grpo),
         **_common(settings, grpo, model),
     }
@@ -177,7 +178,10 @@ def run_grpo(
                 train_dataset=datasets.Dataset.from_list(rows),
                 processing_class=tokenizer,
                 optimizers=(optimizer, None),
-                callbacks=_callbacks("GRPO", "reward", watch, settings),
+                callbacks=[
+                    *_callbacks("GRPO", "reward", watch, settings),
+                    *([Completions(settings.show_rollouts)] if settings.show_rollouts else []),
+                ],
             )
         try:
             return _train(trainer, optimizer)

@@ -4,13 +4,16 @@ import io
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 
+import pandas as pd
 import pytest
 import torch
 from conftest import make_tiny_policy, make_tiny_tokenizer
@@ -147,6 +150,21 @@ def test_curves_are_drawn_while_a_stage_trains_and_change_nothing(monkeypatch):
 def test_outside_a_notebook_curves_are_not_asked_for(capsys):
     train("sft", show_curves=True)
     assert "HTML" not in capsys.readouterr().out
+
+
+def test_completions_are_shown_with_their_rewards_after_each_step_and_change_nothing(monkeypatch, capsys):
+    plain, _, _ = train("grpo")
+    printed, _, _ = train("grpo", show_rollouts=2)
+    heads = re.findall(r"^ *step +prompt +completion.*advantage$", capsys.readouterr().out, re.M)
+    assert len(heads) == STEPS["grpo"] and weights_hash(printed) == weights_hash(plain)
+
+    tables = []
+    monkeypatch.setattr(callbacks, "get_ipython", lambda: True)
+    handle = types.SimpleNamespace(update=tables.append)
+    monkeypatch.setattr(callbacks, "display", lambda *shown, display_id: handle)
+    train("grpo", show_rollouts=2)
+    assert [set(table.data["step"]) for table in tables] == [{step + 1} for step in range(STEPS["grpo"])]
+    assert len(tables[0].data) == 2 and "&lt;" in callbacks.Completions._table(pd.DataFrame({"a": ["<b>"]})).to_html()
 
 
 def test_nothing_is_reported_to_the_hub():
