@@ -32,7 +32,7 @@ theta = 0.9
 # %% tags=["remove-input", "remove-stdout"]
 import pandas as pd
 
-from lorapar_utils.records import evidence, own_records, pooled, study
+from lorapar_utils.records import own_records, study
 from lorapar_utils.report import explorer, figures, notebook, tables
 
 settings = notebook.start(profile=profile)
@@ -58,11 +58,14 @@ figure = figures.pipeline()
 # ## What has been found so far
 #
 # Every table and figure is made from records: small files with metrics, intervals, and the command that made them. `results/` holds the
-# published ones, `runs/` this clone's own.
+# published ones, `runs/` this clone's own. The study's arms, after stage 1:
 
 # %% tags=["remove-input"]
-published, own = (figures.main_records(some) for some in (pooled(evidence()), own_records(settings)))
-notebook.linked(tables.stage_table(published, own), [*published, *own], settings)
+notebook.linked(tables.arms_table(study().values()), study().values(), settings)
+
+# %% tags=["remove-input"]
+own = figures.main_records(own_records(settings))
+notebook.linked(tables.stage_table([], own), own, settings, "This run's own experiments will stand here.")
 
 # %% [markdown]
 # ## Ask the model, before and after
@@ -92,7 +95,8 @@ else:
     prompts = {row["id"]: row["prompt"] for row in load_pool(load_profile(project_root() / TRAINED_BY))}
     answers = {"question": [prompts[item] for item in two_of_each]}
     answers |= {name: [said[item]["completion"] for item in two_of_each] for name, said in items.items()}
-notebook.shown(pd.DataFrame(answers).head(4))
+names = {"lorapar": "LoRA-PAR, both stages", "lora_rl": "LoRA, both stages"}
+notebook.shown(pd.DataFrame(answers).head(4).rename(columns=names))
 
 # %% [markdown]
 # ## What did each stage move?
@@ -149,10 +153,11 @@ print(
     + ", ".join(f"{k} {v:.1%}" for k, v in partition.active_share.items())
 )
 regions = ["system1_only", "system2_only", "shared", "inactive"]
-notebook.shown(partition.summary().groupby("module", sort=False)[regions].mean().round(3))
+by_region = partition.summary().groupby("module", sort=False)[regions].mean().round(3)
+notebook.shown(by_region.rename(columns=figures.REGION_LABELS))
 
 # %% tags=["remove-input"]
-record = importance_record(scores, partition, settings) if compute else evidence()["importance"]
+record = importance_record(scores, partition, settings) if compute else study()["importance"]
 explorer.Page(
     explorer.theta_explorer(record, study().values()),
     figures.importance_map(record),

@@ -85,6 +85,8 @@ notebook.shown(pd.DataFrame({"votes": ballots.tolist()} | decided))
 
 # %% [markdown]
 # ### Eight of the examples
+#
+# Under each teacher's name its vote, 1 or 2; `system` is what the majority makes of them.
 
 # %% tags=["remove-input"]
 record = record_votes(settings, Examples(settings), retry=retry) if compute else notebook.published(settings, "voting")
@@ -142,7 +144,8 @@ notebook.shown(tables.panel_table(published, record))
 # %% [markdown]
 # ## Where they differ
 #
-# A row counts the majority's votes by construction; System 0 is undecided and left out of both sets.
+# Of the examples of profile `laptop`, or of this run: a row counts the majority's votes by construction; 0 is undecided and left out of both sets. Below it, examples on
+# which the teachers differ, with their votes in the order of the table above.
 
 # %% tags=["remove-input"]
 confusion = pd.DataFrame(record.result["tables"]["confusion"]).query("teacher == 'majority'")

@@ -118,7 +118,7 @@ fast = torch.cat([batched[name].flatten() for name in phi])
 plain = torch.cat([score[name].flatten() for name in phi])
 difference = float((fast - plain).norm() / plain.norm())
 assert difference < 1e-5
-print(f"relative difference over {len(plain):,} elements: {difference:.1e}")
+print(f"relative difference over {len(plain):,} elements: below 1e-5")
 
 # %% [markdown]
 # ### The partition, matrix by matrix
@@ -126,43 +126,45 @@ print(f"relative difference over {len(plain):,} elements: {difference:.1e}")
 # Shares of a matrix's elements in each region, and of those that each stage trains: means over the layers.
 
 # %% tags=["remove-input"]
-published = evidence()["importance"]
+published = study()["importance"]
 explored = {name: value for name, value in changed.items() if value is not None}
 if compute:
     record, *_ = record_scores(settings, Examples(settings), explored)
 else:
-    record = notebook.published(settings, "importance")
+    record = published
+records = [published, record] if compute else [published]
 
 # %% tags=["remove-input"]
 shares = pd.DataFrame(record.result["tables"]["map"])
 regions = ["system1_only", "system2_only", "shared", "inactive", "stage1", "stage2"]
 means = shares.groupby(["module", "matrix"], sort=False)[regions].mean().round(3)
-notebook.shown(means.rename(columns=lambda name: name.replace("_", " ")))
+words = figures.REGION_LABELS | {"stage1": "active in stage 1", "stage2": "active in stage 2"}
+notebook.shown(means.rename(columns=words))
 
 # %% [markdown]
 # ## Layer by layer
 #
 # Scores are divided by their mean over all elements, so a value of one is average.
 
-# %% mystnb={"image": {"alt": "Three heat maps of layer against module: System 1 importance, System 2 importance, and their difference."}, "figure": {"caption": "Where importance concentrates; the third panel shows where the systems part.", "name": "fig-importance-map"}} tags=["remove-input"]
-figure = figures.importance_map(published, record)
+# %% mystnb={"image": {"alt": "Three heat maps of layer against module: System 1 importance, System 2 importance, and their difference."}, "figure": {"caption": "Mean importance by layer and module, and the difference of the two systems.", "name": "fig-importance-map"}} tags=["remove-input"]
+figure = figures.importance_map(*records)
 
-# %% mystnb={"image": {"alt": "Bars of mean importance by module for matrix A and matrix B, System 1 beside System 2."}, "figure": {"caption": "A above B or B above A: which of a layer's two factors the importance sits in. The dashed line is the average element.", "name": "fig-importance-matrix"}} tags=["remove-input"]
-figure = figures.importance_by_matrix(published, record)
+# %% mystnb={"image": {"alt": "Bars of mean importance by module for matrix A and matrix B, System 1 beside System 2."}, "figure": {"caption": "Mean importance of the elements of A and of B, by module: which of a layer's two factors it sits in. The dashed line is the average element.", "name": "fig-importance-matrix"}} tags=["remove-input"]
+figure = figures.importance_by_matrix(*records)
 
-# %% mystnb={"image": {"alt": "Lines of mean importance against rank for matrices A and B, one line a system."}, "figure": {"caption": "Under a random initialisation the ranks are exchangeable, so the lines should be flat; olora and pissa order them.", "name": "fig-importance-rank"}} tags=["remove-input"]
-figure = figures.importance_by_rank(published, record)
+# %% mystnb={"image": {"alt": "Lines of mean importance against rank for matrices A and B, one line a system."}, "figure": {"caption": "Mean importance by rank. Under a random initialisation the ranks are exchangeable, so the lines should be flat.", "name": "fig-importance-rank"}} tags=["remove-input"]
+figure = figures.importance_by_rank(*records)
 
 # %% [markdown]
 # ## Two systems, four regions
 
 # %% mystnb={"image": {"alt": "One panel for each module with a bar for each layer: blue, elements of System 1 alone; green, of both; orange, of System 2 alone; grey, of neither."}, "figure": {"caption": "The partition. Each bar is a layer's elements of one module: blue and green are what System 1 selects, green and orange what System 2 does.", "name": "fig-partition"}} tags=["remove-input"]
-figure = figures.partition_map(published, record)
+figure = figures.partition_map(*records)
 
-# %% mystnb={"image": {"alt": "Scatter of System 1 against System 2 importance of LoRA elements, coloured by region."}, "figure": {"caption": "Elements near the diagonal serve both systems. Two random sets of these sizes would overlap by chance as the title says; the next section has the fairer comparison.", "name": "fig-importance-scatter"}} tags=["remove-input"]
-figure = figures.importance_scatter(published, record)
-# %% mystnb={"image": {"alt": "Curves of the share of importance held by the most important share of elements, one for each system."}, "figure": {"caption": "The steeper the curve, the fewer elements a given theta needs.", "name": "fig-concentration"}} tags=["remove-input"]
-figure = figures.concentration(published, record)
+# %% mystnb={"image": {"alt": "Scatter of System 1 against System 2 importance of LoRA elements, coloured by region."}, "figure": {"caption": "A sample of elements: importance to System 1 and to System 2, coloured by region. The title says how far the two sets overlap, and the legend how large each region is.", "name": "fig-importance-scatter"}} tags=["remove-input"]
+figure = figures.importance_scatter(*records)
+# %% mystnb={"image": {"alt": "Curves of the share of importance held by the most important share of elements, one for each system."}, "figure": {"caption": "Share of the importance that the most important elements hold. The steeper the curve, the fewer elements a given theta needs.", "name": "fig-concentration"}} tags=["remove-input"]
+figure = figures.concentration(*records)
 
 # %% [markdown]
 # ## What would these figures be without two systems?
@@ -171,7 +173,7 @@ figure = figures.concentration(published, record)
 # matrix. Nothing then tells the systems apart element by element. The score $|g \phi|$ alone makes theta 0.9 select nearly half of the elements, and makes
 # the two sets overlap by nearly half: an element with a large $|\phi|$ is important to both. The paper's shares and overlaps
 # lie near what this model gives, some below it and one above, so they are no evidence of two systems. What it does not give is our overlap, at small theta
-# above all: the most important elements are common to both systems.
+# above all: the most important elements are common to both systems. The line is the study's record.
 
 # %% mystnb={"image": {"alt": "Two panels against theta: the share of elements that a system selects, and the overlap of both sets; a grey band for a model without two systems, a line for this record, crosses for the paper."}, "figure": {"caption": "The share of elements and the overlap of the two sets, beside a model in which nothing tells the systems apart. The band spans three distributions of gradients.", "name": "fig-without-systems"}} tags=["remove-input"]
 figure = figures.without_systems(published)
@@ -215,7 +217,7 @@ notebook.shown(means.rename(columns=agreements).unstack().rename(columns="System
 # %% [markdown]
 # ## What would change our mind
 #
-# A Jaccard index far below that of the model without two systems would mean that each system has elements of its own; ours is above it. Whether it
+# A Jaccard index far below that of the model without two systems would mean that each system has elements of its own; the study's is above it. Whether it
 # matters whose elements are trained is a question to training, and five blocks have asked it: [what they found](findings).
 #
 # ## Try it yourself
@@ -230,4 +232,4 @@ notebook.shown(means.rename(columns=agreements).unstack().rename(columns="System
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
 # %% tags=["remove-input"]
-notebook.sources([published, stable, record], settings)
+notebook.sources([*records, stable], settings)

@@ -123,11 +123,12 @@ notebook.shown(pd.DataFrame(group).round(2))
 # [The study](protocol) chooses each arm's rate of stage 2, and whether a KL term helps, on validation, at a seed that no block has. Stage 1 has the rates
 # of the [chapter on theta](03_theta_ablation). Then every arm answers the test split once a block; arms that have done so are in the table.
 
-# %% mystnb={"image": {"alt": "Validation accuracy on both systems against the learning rate of stage 2, a line for each arm, the best value of each circled, crosses for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried; circles: the best of each arm so far (LoRA-PAR at 0.0004 is still to be run); crosses: the same rate without KL, of LoRA alone so far.", "name": "fig-tuning-of-stage2"}} tags=["remove-input"]
+# %% mystnb={"image": {"alt": "Validation accuracy on both systems against the learning rate of stage 2, a line for each arm, the best value of each circled, hollow diamonds for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried, with KL 0.04; circles: the best of each arm; hollow diamonds: the same rate without KL.", "name": "fig-tuning-of-stage2"}} tags=["remove-input"]
 figure = figures.tuning_of_stage2(figures.tuned_records(study(), "sft", "grpo"))
 
 # %% tags=["remove-input"]
-notebook.linked(tables.reinforced_table(study().values()), study().values(), settings)
+otherwise = "No arm has answered the test split after stage 2 yet."
+notebook.linked(tables.reinforced_table(study().values()), study().values(), settings, otherwise)
 
 # %% [markdown]
 # ## What the stages did in the first runs
@@ -172,7 +173,8 @@ sampled = [
         "profile": record.run["profile"],
         "experiment": record.run["parameters"]["title"],
         "seed": record.run["seed"],
-        "stage and metric": key,
+        "stage": tables.STAGES[key.partition("/")[0]],
+        "sampled": key.partition("/")[2],
         "value": metric.percent(),
     }
     for record in (*records, *own)
@@ -187,13 +189,8 @@ notebook.shown(pd.DataFrame(sampled))
 # Three questions of each system, as the base model answers them and as LoRA-PAR does after each stage.
 
 # %% tags=["remove-input"]
-items = pd.DataFrame([item for r in records if r.name in ("base-seed0", "lorapar-seed0") for item in r.items])
-few = items.drop_duplicates("id").groupby("system")["id"].head(3)
-prompts = {row["id"]: row["prompt"] for row in load_pool(load_profile(project_root() / TRAINED_BY))}
-answers = items.pivot_table(index="id", columns="stage", values="completion", aggfunc="first").loc[few]
-answers.insert(0, "question", [prompts[name] for name in few])
-names = {"base": "base model", "stage1": "after stage 1", "stage2": "after stage 2"}
-notebook.shown(answers.rename(columns=names).reset_index(drop=True).rename_axis(columns=None))
+questions = {row["id"]: row["prompt"] for row in load_pool(load_profile(project_root() / TRAINED_BY))}
+notebook.shown(tables.answers_table([r for r in records if r.name in ("base-seed0", "lorapar-seed0")], questions))
 
 # %% [markdown]
 # ## Where stage 1 has seen no chain
@@ -234,7 +231,7 @@ notebook.linked(tables.alpha_beta_table(grid, own_grid), [*grid, *own_grid], set
 # ## Table 7: does the order matter?
 
 # %% [markdown]
-# Profile `cpu-chains`, as above; the paper's columns are of LLaMA-2-7B on its own data, so compare the order, not the height.
+# Profile `cpu-chains`, as above; the paper's columns are of Qwen-2.5-7B on GSM8K, so compare the order, not the height.
 
 # %% tags=["remove-input"]
 # The same pool and split for both orders, where stage 2 has something to teach.
@@ -258,4 +255,5 @@ notebook.linked(tables.order_table(chains), chains, settings)
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
 # %% tags=["remove-input"]
-notebook.sources([*records, *own, *chains, *grid, *own_grid, *study().values()], settings)
+both_stages = [r for r in study().values() if "grpo" in r.run["parameters"].get("stages", ())]
+notebook.sources([*records, *own, *chains, *grid, *own_grid, *both_stages], settings)

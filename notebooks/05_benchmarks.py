@@ -54,7 +54,7 @@ records, own = list(pooled(published).values()), list(here.values())
 # %% tags=["remove-input"]
 notebook.linked(tables.benchmark_table(records, own=own), [*records, *own], settings)
 
-# %% mystnb={"image": {"alt": "Dot plot with error bars of System 1 and System 2 accuracy for every method and stage."}, "figure": {"caption": "Overlapping intervals are not a ranking.", "name": "fig-stage-accuracy"}} tags=["remove-input"]
+# %% mystnb={"image": {"alt": "Dot plot with error bars of System 1 and System 2 accuracy for every method and stage."}, "figure": {"caption": "Test accuracy of each system after each stage; bars: 95 % over test items. Overlapping intervals are not a ranking.", "name": "fig-stage-accuracy"}} tags=["remove-input"]
 figure = figures.stage_accuracy(figures.main_records(pooled(published)), figures.main_records(here))
 
 # %% [markdown]
@@ -63,7 +63,7 @@ figure = figures.stage_accuracy(figures.main_records(pooled(published)), figures
 # A point on the front has no other that is both cheaper and better. Time is in core-seconds, since runs differ in threads; it and memory are
 # of runs at other hours and on like machines: read the order of magnitude.
 
-# %% mystnb={"image": {"alt": "Three panels of accuracy with error bars for every trained method, against active elements, training time and peak memory, with the Pareto front drawn."}, "figure": {"caption": "Intervals that overlap the front's are not behind it.", "name": "fig-pareto"}} tags=["remove-input"]
+# %% mystnb={"image": {"alt": "Three panels of accuracy with error bars for every trained method, against active elements, training time and peak memory, with the Pareto front drawn."}, "figure": {"caption": "Accuracy against what it costs; bars: 95 % over test items. Grey line: the front, whose methods no other beats on both. A method whose bar reaches the front's is not behind it.", "name": "fig-pareto"}} tags=["remove-input"]
 figure = figures.pareto(records)
 
 # %% [markdown]

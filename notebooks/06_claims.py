@@ -52,7 +52,8 @@ notebook.scoreboard(settings)
 # *Reproduced*: the effect lies beyond the margin, significantly after Holm's correction over the comparisons of one table, where one that has not been run
 # counts with p = 1. So an effect whose interval leaves out zero can be inconclusive. *Not reproduced*: it lies on the other side. *Inconclusive*: neither,
 # or too few blocks. *Could not fail*: a model without two systems passes too. *No headroom*: the base model is at chance or at the floor. *Not run*: no
-# record yet, or not planned, with the reason beside it. A verdict rests on the study's published records alone; the effect in this run stands beside it.
+# record yet, or not planned, with the reason beside it. A verdict rests on the study's published records alone; where this run has the claim's experiments, its own effect stands beside it.
+# Claims keep the words in which they were committed: LoRA of rank 3, "with as many" elements, has a tenth fewer than LoRA-PAR at theta 0.9.
 #
 # ## What would change our mind
 #

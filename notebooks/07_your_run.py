@@ -47,13 +47,15 @@ settings = notebook.start(profile=profile)
 # %% tags=["remove-input"]
 own = own_records(settings)
 published = {record.name: record for record in published_records(settings.profile)}
-notebook.shown(agreement.verdicts(settings), "There is nothing to compare yet: `make book` fills this page.")
+notebook.shown(
+    agreement.verdicts(settings), "There is nothing to compare yet: `make book` trains, and fills this page."
+)
 
 # %% [markdown]
 # ## Votes, teacher by teacher
 
 # %% tags=["remove-input"]
-notebook.shown(agreement.votes(own.get("voting"), published.get("voting")), "")
+notebook.shown(agreement.votes(own.get("voting"), published.get("voting")), "This run has no votes yet.")
 
 # %% [markdown]
 # ## Importance, system by system
@@ -62,7 +64,8 @@ notebook.shown(agreement.votes(own.get("voting"), published.get("voting")), "")
 # profile has published its partition.
 
 # %% tags=["remove-input"]
-notebook.shown(agreement.importance(own.get("importance"), published.get("importance"), own.get("again")).round(4), "")
+by_system = agreement.importance(own.get("importance"), published.get("importance"), own.get("again"))
+notebook.shown(by_system.round(4), "This run has no scores yet.")
 
 # %% [markdown]
 # ## The published adapters, asked again
@@ -70,7 +73,7 @@ notebook.shown(agreement.importance(own.get("importance"), published.get("import
 # *Same*: questions that are right or wrong as they were when published. *Identical*: the completions are equal, letter by letter.
 
 # %% tags=["remove-input"]
-notebook.shown(agreement.adapters(own.get("again")), "")
+notebook.shown(agreement.adapters(own.get("again")), "This run has not asked them yet.")
 
 # %% [markdown]
 # ## Training, inside the spread of the published seeds?
@@ -78,7 +81,7 @@ notebook.shown(agreement.adapters(own.get("again")), "")
 # *One more seed* is the range in which another seed of the published machine would lie, 19 times in 20.
 
 # %% tags=["remove-input"]
-notebook.shown(agreement.training(own.values(), published.values()), "")
+notebook.shown(agreement.training(own.values(), published.values()), "This run has trained nothing yet.")
 
 # %% [markdown]
 # ## What would change our mind

@@ -33,6 +33,7 @@ show_curves = True  # loss, reward and validation accuracy while it trains
 # %% tags=["remove-input", "remove-stdout"]
 import pandas as pd
 
+from lorapar_utils.data import load_pool
 from lorapar_utils.report import figures, notebook, tables
 
 settings = notebook.start(profile=profile, show_rollouts=show_rollouts, show_curves=show_curves)
@@ -67,15 +68,16 @@ notebook.linked(tables.stage_table([record]), [record], settings)
 # %% [markdown]
 # ## Learning curves
 
-# %% mystnb={"image": {"alt": "Six panels by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "A stage that this experiment does not have, and a score that was not watched, have no panel.", "name": "fig-experiment-curves"}} tags=["remove-input"]
+# %% mystnb={"image": {"alt": "Six panels by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "What was logged, step by step: blue, stage 1; orange, stage 2. What this experiment does not have has no panel.", "name": "fig-experiment-curves"}} tags=["remove-input"]
 figure = figures.learning_curves(record)
 # %% [markdown]
-# ## The same prompts after each stage
+# ## The same questions after each stage
+#
+# What stands behind `####` is scored.
 
 # %% tags=["remove-input"]
-items = pd.DataFrame(record.items)
-few = items.drop_duplicates(["system", "task", "stage"]).head(10)
-notebook.shown(few[["stage", "system", "task", "completion", "correct"]])
+questions = {row["id"]: row["prompt"] for row in load_pool(settings)}
+notebook.shown(tables.answers_table([record], questions, of_each=4))
 
 # %% [markdown]
 # ## Try it yourself

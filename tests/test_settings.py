@@ -6,6 +6,7 @@ import yaml
 from conftest import ROOT
 from packaging.specifiers import SpecifierSet
 
+from lorapar_utils import records
 from lorapar_utils.errors import InputError
 from lorapar_utils.settings import load_profile, profile_files
 
@@ -239,6 +240,25 @@ def test_every_arm_of_the_study_is_tuned_over_four_rates_on_validation():
             assert spec.measured_on != "test" and not set(spec.seeds) & set(study.seeds)
     of_stage2 = {name for name in tuned if name.startswith("tune2")}
     assert len(tuned) == 15 and len(of_stage2) == 4 and all(len(rates) >= 4 for rates in tuned.values())
+
+
+def test_arms_of_both_stages_have_the_rates_and_kl_that_validation_chose():
+    best = {}
+    for record in records.study().values():
+        asked = record.run["parameters"]
+        if asked.get("sweep") == "tuning" and tuple(asked["stages"]) == ("sft", "grpo"):
+            arm = asked["method"], asked["selection"], asked["r"]
+            best[arm] = max([best.get(arm), record], key=lambda one: one.metric("stage2/accuracy").value if one else -1)
+    profile = load_profile("study")
+    for name in ("lorapar", "swapped_rl", "lora_rl", "lora_r3_rl"):
+        spec, arm = profile.experiments[name], profile.for_experiment(name, 0)
+        asked = best.pop((spec.method, spec.selection, arm.adapter.r)).run["parameters"]
+        assert (asked["learning_rate"], asked["grpo_learning_rate"], asked["kl"]) == (
+            arm.sft.learning_rate,
+            arm.grpo.learning_rate,
+            arm.grpo.kl,
+        ), name
+    assert not best
 
 
 def test_stage_2_is_tuned_over_stage_1_at_its_frozen_rate():

@@ -36,7 +36,7 @@ class Examples:
 
     @functools.cached_property
     def validation(self) -> dict[int, list[dict]]:
-        """Validation rows by the system that they were constructed for (0: unknown), if it has any."""
+        """Validation rows by the system that they were constructed for, 0 if unknown; of systems that have any."""
         by_system: dict[int, list[dict]] = {}
         for row in self._of("validation"):
             by_system.setdefault(row["construction"], []).append(row)

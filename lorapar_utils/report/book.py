@@ -30,6 +30,7 @@ from lorapar_utils.settings import Settings, load_profile, project_root
 
 RECORD_LINK = re.compile(r'href="(?:\.\./)*(?:runs/([\w.-]+)/records|results/([\w.-]+))/')
 ICON_SCRIPT = re.compile(r'<script [^>]*src="[^"]*/fontawesome\.js[^"]*"></script>')
+UNBROKEN = "\N{NON-BREAKING HYPHEN}"
 EXTRAS = ("_config.yml", "_toc.yml", "references.bib", "claims.yaml")
 
 
@@ -157,7 +158,7 @@ def page_context(settings: Settings) -> dict:
 
     makers = {
         "agreement": lambda: agreement.verdicts(settings),
-        "status": lambda: status_table((own or records | published).values(), link),
+        "status": lambda: status_table((own or records).values(), link),
         "gpu": lambda: gpu_table("gpu-h100.json"),
         "gpu_second": lambda: gpu_table("gpu-h100-second.json"),
         "gpu_third": lambda: gpu_table("gpu-h100-third.json"),
@@ -192,7 +193,7 @@ def status_table(records: Iterable[Record], link: Callable[[Record], str]) -> pd
             {
                 "profile": profile,
                 "record": cite(name, sorted(group, key=lambda record: record.run["seed"]), link),
-                "made": ", ".join(sorted({record.run["created"][:10] for record in group})),
+                "made": ", ".join(sorted({record.run["created"][:10] for record in group})).replace("-", UNBROKEN),
                 "minutes": f"{sum(seconds) / 60:.1f}" if seconds else "–",
                 "commit": ", ".join(sorted(commits)),
             }
@@ -233,7 +234,7 @@ def gpu_table(name: str) -> pd.DataFrame:
     for stage in ("sft", "grpo"):
         rows += [
             (
-                f"a step of {stage.upper()} by its trainer, {part['rows']} rows a pass"
+                f"a step of {stage.upper()} by its trainer, {part['rows']} row{'s' * (part['rows'] > 1)} a pass"
                 + (", activations computed again" if part["checkpointing"] else ""),
                 part,
                 part["seconds_a_step"],

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure, SubFigure
 
 from lorapar_utils.records import Record
@@ -107,7 +108,7 @@ def label_ends(axes: Axes) -> None:
         return
     axes.get_ylim()  # settles the limits, which `transData` does not
     to_axes = axes.transData + axes.transAxes.inverted()
-    ends = {textwrap.fill(label, 30): _end(handle) for label, handle in handles.items()}
+    ends = {textwrap.fill(label, 26): _end(handle) for label, handle in handles.items()}
     places = pd.Series({label: to_axes.transform(point)[1] for label, (point, _) in ends.items()}).sort_values()
     # In shares of the axes' height as it is here; the layout, which is still to come, does not make them lower.
     line = 1.4 * plt.rcParams["legend.fontsize"] / 72 * axes.figure.dpi / axes.bbox.height
@@ -123,13 +124,27 @@ def label_ends(axes: Axes) -> None:
             point,
             (1.03, place),
             textcoords="axes fraction",
-            color=colour,
+            color=_readable(colour),
             fontsize=plt.rcParams["legend.fontsize"],
             va="center",
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linestyle": ":", "linewidth": in_points(0.8)}
             | {"relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 1},
         )
+
+
+def _readable(colour: str | tuple) -> tuple[float, float, float]:
+    """The colour, as much darker as text on white needs for a contrast of 4.5."""
+    rgb = np.array(to_rgb(colour))
+    while 1.05 / (_luminance(rgb) + 0.05) < 4.5:
+        rgb = 0.95 * rgb
+    return tuple(rgb)
+
+
+def _luminance(rgb: np.ndarray) -> float:
+    """Relative luminance by WCAG, from 0 for black to 1 for white."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
 def _end(handle: Artist) -> tuple[tuple[float, float], str]:

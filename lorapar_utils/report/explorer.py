@@ -111,9 +111,9 @@ def _summary_line(summed: alt.Chart) -> alt.Chart:
         text="'theta ' + datum.theta + ': ' + format(datum.stage1 / datum.elements, '.1%') + ' active in stage 1,\\n'"
         " + format(datum.stage2 / datum.elements, '.1%') + ' in stage 2\\nJaccard index '"
         " + format(datum.shared / (datum.shared + datum.system1_only + datum.system2_only), '.2f')"
-        f" + '; moments ' + format(datum.stage1 * {BYTES_OF_MOMENTS} / 1e6, '.1f') + ' MB in stage 1'"
+        f" + ';\\noptimizer moments ' + format(datum.stage1 * {BYTES_OF_MOMENTS} / 1e6, '.1f') + ' MB in stage 1'"
     )
-    return _line(words, lines=3)
+    return _line(words, lines=4)
 
 
 def _line(words: alt.Chart, lines: int) -> alt.Chart:
@@ -178,7 +178,7 @@ def _layer_map(rows: alt.Chart) -> alt.Chart:
         color=alt.Color("share:Q", title="share", scale=scale, legend=alt.Legend(format="%")),
         tooltip=["layer:O", "module:N", alt.Tooltip("share:Q", format=".1%")],
     )
-    return layers.properties(width=200, height=300)
+    return layers.properties(width=200, height=300, title="share of a module's elements, by layer")
 
 
 class Page:

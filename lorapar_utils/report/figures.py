@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import FancyBboxPatch
 
@@ -53,10 +54,13 @@ ARM_COLOURS = {
     "LoRA + RL": "#222222",
 }
 # The other scores and methods take turns in an order of their own, which no figure's contents change.
-_OTHERS = dict.fromkeys(["first_order", "fisher", "random scores", *(row.title for row in tables.METHOD_ROWS)])
-_REMAINING = itertools.cycle(["#009E73", "#882255", "#999933", "#44AA99", "#AA4499"])
+_METHODS = (row.title for row in tables.METHOD_ROWS)
+_OTHERS = dict.fromkeys(["gradient alone", "curvature alone", "random scores", *_METHODS])
+_REMAINING = itertools.cycle(["#009E73", "#882255", "#999933", "#44AA99", "#AA4499", "#8B4513", "#332288", "#DDAA33"])
 ARM_COLOURS |= {arm: next(_REMAINING) for arm in _OTHERS if arm not in ARM_COLOURS}
 LINESTYLES = ("-", "--", ":", "-.")
+# From more of System 1 to more of System 2.
+BOTH_SYSTEMS = LinearSegmentedColormap.from_list("systems", [SYSTEM_COLOURS[1], "white", SYSTEM_COLOURS[2]])
 REGION_COLOURS = {
     "system1_only": "#0072B2",
     "system2_only": "#D55E00",
@@ -69,7 +73,6 @@ REGION_LABELS = {
     "shared": "shared",
     "inactive": "inactive",
 }
-STAGES = {"base": "base model", "stage1": "after stage 1", "stage2": "after stage 2"}
 # Scores of a pool: metric -> (label, the system with the colour).
 SCORES = {"system1": ("System 1", 1), "system2": ("System 2", 2), "overlap": ("overlap with the reference", 1)}
 
@@ -112,7 +115,7 @@ def pipeline(*here: str) -> Figure:
     """
     if unknown := set(here) - PIPELINE.keys():
         raise InputError(f"pipeline: no box {', '.join(sorted(unknown))}; use {', '.join(PIPELINE)}")
-    axes = new_figure(10.5, 3.3, rows=2).subplots()
+    axes = new_figure(8.5, 3.1, rows=2).subplots()
     width, height = BOX
     centres = {
         name: (-1.1 * lane, -1.35 * step) if column_of_style() == "single" else (2.08 * step, 1.1 * lane)
@@ -159,7 +162,7 @@ def votes_by_steps(figure: SubFigure, record: Record) -> None:
     panel = rows[rows["teacher"] == "majority"]
     axes = figure.subplots()
     x = [steps.index(step) for step in panel["steps"]]
-    axes.bar(x, panel["system2_share"], color=SYSTEM_COLOURS[2], alpha=0.45, label="majority")
+    axes.bar(x, panel["system2_share"], color="#BBBBBB", label="majority")
     for i, count in zip(x, panel["n"], strict=True):
         axes.text(i, 1.03, f"n={count}", ha="center", fontsize="small")
     for i, (name, points) in enumerate(rows[rows["teacher"] != "majority"].groupby("teacher", sort=False)):
@@ -204,11 +207,11 @@ def reliability(figure: SubFigure, record: Record) -> None:
     for i, (name, points) in enumerate(rows.groupby("teacher", sort=False)):
         marker = MARKERS[i % len(MARKERS)]
         axes.plot(points["said"], points["share"], marker=marker, linewidth=in_points(1.2), label=name)
-    axes.set(xlabel="P(System 2) from the calibrated margin", ylabel="share that is System 2", ylim=(0, 1), xlim=(0, 1))
+    axes.set(xlabel="P(System 2) that the margin states", ylabel="share that is System 2", ylim=(0, 1), xlim=(0, 1))
     label_ends(axes)
 
 
-@of_each(10, 6)
+@of_each(7.5, 5.6)
 def importance_map(figure: SubFigure, record: Record) -> None:
     """Mean importance by layer and module for System 1, System 2, and their difference."""
     rows = pd.DataFrame(record.result["tables"]["map"])
@@ -220,7 +223,7 @@ def importance_map(figure: SubFigure, record: Record) -> None:
     top = max(float(values.to_numpy().max()) for values in maps.values())
     gap = maps["System 2"] - maps["System 1"]
     limit = max(float(gap.abs().to_numpy().max()), 1e-9)
-    looks = [{"cmap": "viridis", "vmin": 0, "vmax": top}] * 2 + [{"cmap": "PuOr", "vmin": -limit, "vmax": limit}]
+    looks = [{"cmap": "viridis", "vmin": 0, "vmax": top}] * 2 + [{"cmap": BOTH_SYSTEMS, "vmin": -limit, "vmax": limit}]
     maps["System 2 - System 1"] = gap
     for axes, (title, values), look in zip(panels, maps.items(), looks, strict=True):
         axes.pcolormesh(range(len(order) + 1), [*layers, layers.stop], values.reindex(layers), **look)
@@ -229,7 +232,8 @@ def importance_map(figure: SubFigure, record: Record) -> None:
         axes.set_xticks([i + 0.5 for i in range(len(order))], map(_short, order), rotation=90)
     _layers_down(panels[0], layers)
     place = "bottom" if column_of_style() == "single" else "right"
-    for which, label in ((panels[:2], "importance / mean"), (panels[2:], "difference")):
+    sides = "System 1 ← → 2" if column_of_style() == "single" else "System 1 above ← → System 2 above"
+    for which, label in ((panels[:2], "importance / mean"), (panels[2:], sides)):
         figure.colorbar(which[0].collections[0], ax=which, location=place, label=label, aspect=30)
 
 
@@ -265,7 +269,7 @@ PARTS = {
 }
 
 
-@of_each(10, 4.6)
+@of_each(7.5, 4.6)
 def partition_map(figure: SubFigure, record: Record) -> None:
     """The partition: of each module's elements in each layer, the shares that one system, both or neither selects."""
     rows = pd.DataFrame(record.result["tables"]["map"])
@@ -284,14 +288,13 @@ def partition_map(figure: SubFigure, record: Record) -> None:
             outline = {"edges": [*layers, layers.stop], "baseline": begins, "orientation": "horizontal"}
             axes.stairs(ends[region], fill=True, color=REGION_COLOURS[region], **outline)
         axes.grid(False)
-        axes.set(title=_short(module), xlim=(0, 1), xticks=[0, 1])
+        axes.set(title=_short(module), xlim=(0, 1), xticks=[0, 0.5])
     _layers_down(panels[0], layers)
-    figure.supxlabel("share of the module's elements", size=plt.rcParams["axes.labelsize"])
     overall = counts.sum() / counts.to_numpy().sum()
     figure.legend(
         panels[0].patches,
         [f"{words} {100 * overall[region]:.0f} %" for region, words in PARTS.items()],
-        loc="outside upper center",
+        loc="outside lower center",
         ncols=2 if column_of_style() == "single" else 4,
         # Words in the bars' colours; the light grey of "neither" could not be read.
         labelcolor=[REGION_COLOURS[region] if region != "inactive" else "#767676" for region in PARTS],
@@ -299,10 +302,12 @@ def partition_map(figure: SubFigure, record: Record) -> None:
         handletextpad=0,
         frameon=False,
         prop={"size": plt.rcParams["font.size"], "weight": "bold"},
+        title="share of the module's elements",
+        title_fontsize=plt.rcParams["axes.labelsize"],
     )
 
 
-@of_each(9, 3.4, rows=2)
+@of_each(7.5, 3.2, rows=2)
 def importance_by_matrix(figure: SubFigure, record: Record) -> None:
     """Mean importance of A and of B by module, for each system; the average element has importance one."""
     rows = pd.DataFrame(record.result["tables"]["map"])
@@ -320,7 +325,7 @@ def importance_by_matrix(figure: SubFigure, record: Record) -> None:
     panels[1].legend()
 
 
-@of_each(9, 3, rows=2)
+@of_each(7.5, 3, rows=2)
 def importance_by_rank(figure: SubFigure, record: Record) -> None:
     """Mean importance of each rank of A and of B, for each system; the average element has importance one."""
     rows = pd.DataFrame(record.result["tables"]["by_rank"])
@@ -353,7 +358,7 @@ def stability(rows: pd.DataFrame) -> Figure:
         "by_matrix": "rank correlation, matrix means",
         "jaccard": "Jaccard of selected sets",
     }
-    figure = new_figure(10, 3.4, rows=len(agreements))
+    figure = new_figure(7.5, 3.4, rows=len(agreements))
     panels = figure.subplots(*beside(len(agreements)), sharey=True)
     for axes, (key, title) in zip(panels, agreements.items(), strict=True):
         for (differ, system), points in rows.groupby(["differ", "system"]):
@@ -369,11 +374,16 @@ def stability(rows: pd.DataFrame) -> Figure:
                 label=f"System {system}, other {'adapter' if other else 'examples'}",
             )
         sizes = sorted(rows["n"].unique())
-        axes.set(title=title, xlabel="examples scored", xscale="log", ylim=(min(0.0, rows[key].min()) - 0.05, 1.05))
+        axes.set(
+            title=textwrap.fill(title, 18),
+            xlabel="examples scored",
+            xscale="log",
+            ylim=(min(0.0, rows[key].min()) - 0.05, 1.05),
+        )
         axes.set_xticks(sizes, sizes)
         axes.minorticks_off()
         axes.label_outer()
-    panels[0].legend()
+    panels[1].legend(loc="lower center")  # where nothing is drawn: matrix means agree
     return figure
 
 
@@ -411,7 +421,7 @@ def concentration(figure: SubFigure, record: Record) -> None:
     label_ends(axes)
 
 
-@of_each(9, 3.6, rows=2)
+@of_each(7.5, 3.6, rows=2)
 def without_systems(figure: SubFigure, record: Record) -> None:
     """Selected share and overlap by theta: the record's, the paper's, and those of a model without two systems."""
     null = null_model.without_systems(record)
@@ -436,7 +446,7 @@ def without_systems(figure: SubFigure, record: Record) -> None:
         axes.fill_between(
             ends.index, ends["min"], ends["max"], color="#BBBBBB", alpha=0.6, label="independent systems, one phi"
         )
-        axes.plot(ours[key].index, ours[key], marker="o", color="#009E73", label="this record")
+        axes.plot(ours[key].index, ours[key], marker="o", color="#009E73", label=f"profile {record.run['profile']}")
         axes.plot(*paper[key], "x", color="black", markersize=in_points(7), label="the paper (LLaMA-2-7B)")
         axes.set(xlabel="theta", ylabel=label, ylim=(0, None))
     figure.axes[0].legend(loc="upper left")
@@ -483,7 +493,7 @@ def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> 
     groups = {in_nats: group for in_nats, group in groups.items() if group}
     heights = [len(group) + 1 for group in groups.values()]
     lines = 1 + max(text.count("\n") for text in texts.values())
-    figure = new_figure(9, 0.17 * lines * sum(heights) + 0.6)
+    figure = new_figure(7.5, 0.17 * lines * sum(heights) + 0.6)
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)
     for axes, (in_nats, group) in zip(panels[:, 0], groups.items(), strict=True):
         name, unit = units[in_nats]
@@ -502,7 +512,8 @@ def forest(records: dict[str, Record], judged: Sequence[dict] | None = None) -> 
         if in_nats:
             axes.axvspan(-claims.EQUAL_WITHIN, claims.EQUAL_WITHIN, color="#000000", alpha=0.06, linewidth=0)
         axes.locator_params(axis="x", nbins=4 if column_of_style() == "single" else 8)
-        axes.set(xlabel=f"effect, in {name}", yticks=range(len(group)), ylim=(len(group) - 0.4, -0.6))
+        axes.set(xlabel=fitted(f"effect, in {name}; as claimed to the right", 28))
+        axes.set(yticks=range(len(group)), ylim=(len(group) - 0.4, -0.6))
         axes.set_yticklabels([texts[claim["claim"]] for claim, _ in group], fontsize="small")
     return figure
 
@@ -512,7 +523,7 @@ def _blocks(count: int) -> str:
 
 
 def _note(text: str) -> Figure:
-    axes = new_figure(9, 1).subplots()
+    axes = new_figure(7.5, 1).subplots()
     axes.axis("off")
     axes.text(0.5, 0.5, text, ha="center", va="center")
     return axes.figure
@@ -553,7 +564,7 @@ def tuning(records: Sequence[Record]) -> Figure:
 def tuning_of_stage2(records: Sequence[Record]) -> Figure:
     """Validation accuracy on both systems against the learning rate of stage 2: a line per arm, its best value marked.
 
-    Crosses are the runs without KL, each at its arm's best rate.
+    Hollow diamonds are the runs without KL, each at its arm's best rate.
     """
     rows = _tried(records, "grpo_learning_rate", "stage2/accuracy")
     if rows.empty:
@@ -561,9 +572,10 @@ def tuning_of_stage2(records: Sequence[Record]) -> Figure:
     rows["value"] *= 100
     without = rows[rows["kl"] == 0]
     rows = rows[rows["kl"] > 0]
-    axes = _rates_against(rows, "learning rate of stage 2", "both systems, % of the validation split", pd.Series.idxmax)
+    accuracy = "accuracy on both systems, % of validation"
+    axes = _rates_against(rows, "learning rate of stage 2", accuracy, pd.Series.idxmax)
     for arm, points in without.groupby("arm", sort=False):
-        axes.plot(points["rate"], points["value"], "x", color=ARM_COLOURS[arm], label="_without KL")
+        axes.plot(points["rate"], points["value"], "D", fillstyle="none", color=ARM_COLOURS[arm], label="_without KL")
     return axes.figure
 
 
@@ -572,7 +584,7 @@ def _tried(records: Sequence[Record], rate: str, metric: str) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "title": re.sub(r", (rate|KL).*", "", record.run["parameters"]["title"]),
+                "title": _as_in_tables(re.sub(r", (rate|KL).*", "", record.run["parameters"]["title"])),
                 "arm": arm_of(record.run["parameters"]),
                 "rate": record.run["parameters"][rate],
                 "kl": record.run["parameters"]["kl"],
@@ -583,11 +595,16 @@ def _tried(records: Sequence[Record], rate: str, metric: str) -> pd.DataFrame:
     )
 
 
+def _as_in_tables(title: str) -> str:
+    """An arm's title in the grids, as its blocks have it."""
+    return re.sub(r"^importance\b", "LoRA-PAR", re.sub(r"^LoRA$", "LoRA, r = 8", title))
+
+
 def _rates_against(
     rows: pd.DataFrame, of: str, value: str, best: Callable[[pd.Series], int], yscale: str = "linear"
 ) -> Axes:
     """A line per arm of a value against the rate, the best of each circled."""
-    axes = new_figure(8, 4.5).subplots()
+    axes = new_figure(7.5, 4.4).subplots()
     for (title, arm), points in rows.groupby(["title", "arm"], sort=False):
         points = points.sort_values("rate")
         marked = points.loc[best(points["value"])]
@@ -615,7 +632,7 @@ def arm_curves(records: Iterable[Record]) -> Figure:
     arms = tables.study_arms(records, "sft")
     if not arms:
         return _note("no arm of the study has been trained yet")
-    axes = new_figure(8, 4.5).subplots()
+    axes = new_figure(7.5, 4.4).subplots()
     for title, runs in arms.items():
         arm = arm_of(runs[0].run["parameters"])
         logs = [run.result["tables"]["history_stage1"] for run in runs]
@@ -673,15 +690,19 @@ def theta_curve(records: list[Record], own: list[Record] = ()) -> Figure:
     return figure
 
 
-@of_each(11, 5.5, rows=1.5)
+@of_each(7.5, 5.2, rows=1.5)
 def learning_curves(figure: SubFigure, record: Record) -> None:
     """Loss of SFT; reward, entropy, length and idle groups of GRPO; validation accuracy of both, by step."""
     histories = [rows for key, rows in sorted(record.result["tables"].items()) if key.startswith("history_") and rows]
     sft = [rows for rows in histories if "mean_token_accuracy" in rows[0]]
     grpo = [rows for rows in histories if "reward" in rows[0]]
-    panels = [(sft, "loss", "SFT loss"), (grpo, "reward", "GRPO reward"), (grpo, "entropy", "GRPO entropy (nats)")]
-    panels += [(grpo, "completions/mean_length", "completion length (tokens)")]
-    panels += [(grpo, "frac_reward_zero_std", "groups without advantage")]
+    panels = [
+        (sft, "loss", "SFT loss\n(nats a token)"),
+        (grpo, "reward", "GRPO reward"),
+        (grpo, "entropy", "GRPO entropy\n(nats)"),
+        (grpo, "completions/mean_length", "completion length\n(tokens)"),
+        (grpo, "frac_reward_zero_std", "share of groups\nwithout advantage"),
+    ]
     # A stage that the experiment does not have, or that was not logged, has no panel.
     panels = [
         (stages, key, title) for stages, key, title in panels if any(key in row for rows in stages for row in rows)
@@ -701,7 +722,9 @@ def learning_curves(figure: SubFigure, record: Record) -> None:
             # A line of one step would not be seen.
             marker = "o" if len(points) == 1 else ""
             axes.plot(*zip(*points, strict=True), marker=marker, color=SYSTEM_COLOURS[1 if stages is sft else 2])
-        axes.set(title=fitted(title, 18), xlabel="step")
+        axes.set(title=title, xlabel="step")
+        if key == "frac_reward_zero_std":
+            axes.set_ylim(0, None)
         axes.xaxis.get_major_locator().set_params(integer=True)
     if watched:
         _validation_curves(grid.flat[count - 1], histories)
@@ -744,7 +767,7 @@ def stage_accuracy(records: list[Record], own: list[Record] = ()) -> Figure:
     for record, whose in [*((record, "") for record in records), *((record, "this run: ") for record in own)]:
         for key, metric in record.metrics.items():
             stage, _, field = key.partition("/")
-            if stage in STAGES and field in SCORES:
+            if stage in tables.STAGES and field in SCORES:
                 title = f"{whose}{record.run['parameters']['title']}"
                 rows.append({"title": title, "stage": stage, "field": field, **metric._asdict()})
     if not rows:
@@ -752,12 +775,12 @@ def stage_accuracy(records: list[Record], own: list[Record] = ()) -> Figure:
     frame = pd.DataFrame(rows)
     # The base model has one name, as an experiment and as a stage.
     words = [
-        f"{row.title}\n{STAGES[row.stage]}".replace("base model\nbase model", "base model")
+        f"{row.title}\n{tables.STAGES[row.stage]}".replace("base model\nbase model", "base model")
         for row in frame.itertuples()
     ]
     frame["words"] = words
     titles = list(dict.fromkeys(words))
-    axes = new_figure(8, 0.55 * len(titles) + 1.4).subplots()
+    axes = new_figure(7.5, 0.55 * len(titles) + 1.4).subplots()
     for field, offset in (("system1", -0.14), ("system2", 0.14), ("overlap", 0.0)):
         part, (label, colour) = frame[frame["field"] == field], SCORES[field]
         if part.empty:
@@ -788,7 +811,7 @@ def pareto(records: list[Record]) -> Figure:
         ("core_seconds", "training time, core-seconds"),
         ("peak_bytes", "peak memory of the run, GB"),
     ]
-    figure = new_figure(8.4, 7.4, rows=1.5)
+    figure = new_figure(7.5, 7, rows=1.5)
     all_axes = figure.subplots(*((3, 1) if column_of_style() == "single" else (2, 2)), sharey=True).ravel()
     all_axes, aside = all_axes[: len(panels)], all_axes[len(panels) :]
     for axes, (cost, label) in zip(all_axes, panels, strict=True):

@@ -69,4 +69,4 @@ def _columns(soup: BeautifulSoup) -> list[str]:
 
 
 def _name(cell: Tag) -> str:
-    return cell.get_text(" ", strip=True)
+    return " ".join(cell.get_text().split())

@@ -31,6 +31,7 @@ from lorapar_utils.records import (
 from lorapar_utils.report import claims, drawing, tables
 from lorapar_utils.settings import Settings, load_profile
 
+DOTS = "Dots: one for each seed, from the least to the greatest value of the column; each is a link to its record."
 # What the name of a column of single seeds' values ends with.
 EACH_SEED = ", each seed"
 
@@ -82,7 +83,7 @@ def shown(frame: pd.DataFrame, otherwise: str = "Nothing to show yet.") -> Style
     """A table with its texts whole, or, of an empty one, a line that says so; an index with a name is a column."""
     if frame.empty:
         if otherwise:
-            print(otherwise)
+            display(Markdown(otherwise))
         return None
     if any(frame.index.names):
         frame = frame.reset_index()
@@ -92,16 +93,17 @@ def shown(frame: pd.DataFrame, otherwise: str = "Nothing to show yet.") -> Style
     return _as_html(cells)
 
 
-def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -> Styler | None:
+def linked(
+    frame: pd.DataFrame, records: Iterable[Record], settings: Settings, otherwise: str = "No record yet."
+) -> Styler | None:
     """A table of `tables` with links to records, whose tooltips have commit and date.
 
     Under the mean of a column that has each seed's values is a strip with a dot for each; a single seed's value is
     itself a link, and this run's column cites its own seeds. Other tables keep the column `records`. Columns without a
-    value are left out.
+    value are left out. Of an empty table it shows the line `otherwise`.
     """
     if frame.empty:
-        print("No record yet.")
-        return None
+        return shown(frame, otherwise)
     frame = frame.loc[:, (frame.astype(str) != "–").any()]
     by_label = {tables.label(record): record for record in records}
     cells = frame.astype(object).map(lambda cell: html.escape(cell) if isinstance(cell, str) else cell)
@@ -121,7 +123,8 @@ def linked(frame: pd.DataFrame, records: Iterable[Record], settings: Settings) -
         mean = column.removesuffix(EACH_SEED)
         cells[mean] = [_with_seeds(*row, ends, link) for row in zip(cells[mean], seeds, strict=True)]
     _cite_own(cells, behind, published, link)
-    return _as_html(cells.drop(columns=[*of_seeds, "records", *({"seeds"} & set(cells))]))
+    table = _as_html(cells.drop(columns=[*of_seeds, "records", *({"seeds"} & set(cells))]))
+    return table.set_caption(DOTS) if any("<br>" in str(cell) for cell in cells.to_numpy().flat) else table
 
 
 def _ends(rows: list[list[float]]) -> tuple[float, float] | None:
@@ -151,15 +154,15 @@ def _cite_own(cells: pd.DataFrame, behind: pd.Series, published: pd.Series, link
 
 
 def sources(records: Iterable[Record], settings: Settings) -> Styler:
-    """The records behind a page: one row per experiment, with a link to the file of each seed."""
-    profiles: dict[str, list[Record]] = {}
+    """The records behind a page: one row per experiment, with a link to the file of each seed; one for all tuning."""
+    profiles: dict[tuple, list[Record]] = {}
     for record in records:
-        profiles.setdefault(record.run["profile"], []).append(record)
-    rows = [
-        {"profile": profile, "record": cited}
-        for profile, group in sorted(profiles.items())
-        for cited in _cited(group, settings)
-    ]
+        tuning = record.run["parameters"].get("sweep") == "tuning"
+        profiles.setdefault((record.run["profile"], tuning), []).append(record)
+    rows = []
+    for (profile, tuning), group in sorted(profiles.items()):
+        cited = _cited(group, settings)
+        rows += [{"profile": profile, "record": text} for text in ([", ".join(cited)] if tuning else cited)]
     return _as_html(pd.DataFrame(rows))
 
 
@@ -180,9 +183,21 @@ def scoreboard(settings: Settings, judged: list[dict] | None = None) -> Styler:
 
 def _as_html(frame: pd.DataFrame) -> Styler:
     """A frame of HTML cells, left-aligned, in the CSS class that JupyterLab and the book style."""
+    frame = frame.apply(_equal_digits)
     style = frame.style.hide(axis="index").set_table_attributes('class="dataframe"')
     style = style.set_table_styles([{"selector": "th, td", "props": "text-align: left"}])
     return style.format(_shown)
+
+
+def _equal_digits(column: pd.Series) -> pd.Series:
+    """Numbers as texts with as many decimals as the longest of the column has; other columns as they are."""
+    if column.dtype.kind != "f":
+        return column
+    texts = column.map("{:g}".format)
+    if texts.str.contains("e").any():
+        return texts
+    decimals = texts.str.partition(".")[2].str.len().max()
+    return column.map(lambda value: "–" if pd.isna(value) else f"{value:.{decimals}f}")
 
 
 def _shown(value: object) -> object:

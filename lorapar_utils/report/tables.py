@@ -28,6 +28,10 @@ def written(
     return missing if metric is None else style(metric)
 
 
+# Key of a stage in records -> its words.
+STAGES = {"base": "base model", "stage1": "after stage 1", "stage2": "after stage 2"}
+
+
 def stage_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.DataFrame:
     """One row per experiment and stage: test accuracy on System 1 and System 2 over the seeds, and the active share.
 
@@ -39,7 +43,7 @@ def stage_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.Dat
         group, mine = published.get(what, []), here.get(what, [])
         first, stage = (group or mine)[0], what[-1]
         free_text = f"{stage}/overlap" in first.metrics
-        row = {"experiment": first.run["parameters"]["title"], "stage": stage}
+        row = {"experiment": first.run["parameters"]["title"], "stage": STAGES[stage]}
         for name, system in ({"overlap": None} if free_text else {"System 1": 1, "System 2": 2}).items():
             row |= _seen(name, group, stage, system)
             row |= {f"{name}, this run": _over_seeds(mine, stage, system)} if mine else {}
@@ -81,6 +85,34 @@ def _records_last(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[[column for column in frame if column != "records"] + ["records"] * ("records" in frame)]
 
 
+def answers_table(records: Iterable[Record], questions: dict[str, str], of_each: int = 3) -> pd.DataFrame:
+    """The first questions of each system and their answers, a column a stage.
+
+    Parameters
+    ----------
+    records
+        One of each stage; an answer of a later record takes the place of an earlier one's.
+    questions
+        Maps the id of an item to its question; items that it lacks are left out.
+    of_each
+        Questions of a system.
+    """
+    items = [item for record in records for item in record.items if item["id"] in questions]
+    if not items:
+        return pd.DataFrame()
+    frame = pd.DataFrame(items)
+    few = frame.drop_duplicates("id").groupby("system")["id"].head(of_each)
+    answers = frame.assign(completion=frame["completion"].map(_whole_lines))
+    answers = answers.pivot_table(index="id", columns="stage", values="completion", aggfunc="last").loc[few]
+    answers.insert(0, "question", [questions[name] for name in few])
+    return answers.rename(columns=STAGES).reset_index(drop=True).rename_axis(columns=None)
+
+
+def _whole_lines(text: str) -> str:
+    """The text with short lines that do not break, such as those of a sum."""
+    return "\n".join(line.replace(" ", "\N{NO-BREAK SPACE}") if len(line) < 20 else line for line in text.split("\n"))
+
+
 def gain_table(records: Iterable[Record]) -> pd.DataFrame:
     """The gain of stage 2 over stage 1 by experiment and system, paired over test items, and each seed's.
 
@@ -98,8 +130,8 @@ def gain_table(records: Iterable[Record]) -> pd.DataFrame:
                 "profile": profile,
                 "experiment": title,
                 "of": "all" if system is None else f"System {system}",
-                "gain": _gained(runs, system).gap(),
-                "gain, each seed": ", ".join(f"{100 * _gained([run], system).value:+z.1f}" for run in runs),
+                "gain, points": _gained(runs, system).gap(),
+                "gain, points, each seed": ", ".join(f"{100 * _gained([run], system).value:+z.1f}" for run in runs),
                 "records": _labels(runs),
             }
             for (profile, title, system), runs in groups.items()
@@ -120,12 +152,12 @@ def budget_table(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "after": stage,
+                "stage": STAGES[stage],
                 "items": "all" if system is None else f"System {system}",
                 "seeds": len(sides[0]),
                 "LoRA-PAR": _over_seeds(sides[0], stage, system),
                 "LoRA, all elements": _over_seeds(sides[1], stage, system),
-                "gap": _paired([mean_outcomes(side, stage, system) for side in sides]),
+                "gap, points": _paired([mean_outcomes(side, stage, system) for side in sides]),
                 "records": _labels(sides[0] + sides[1]),
             }
             for stage in ("stage1", "stage2")
@@ -196,8 +228,17 @@ def arms_table(records: Iterable[Record]) -> pd.DataFrame:
         )
         for title, runs in study_arms(records, "sft").items()
     ]
-    loss = "loss of System 1"
-    columns = ["arm", "elements", "rate", loss, f"{loss}, each seed", "System 1, %", "leniently, %", "System 2, %"]
+    loss = "loss of System 1, nats"
+    columns = [
+        "arm",
+        "elements",
+        "rate of stage 1",
+        loss,
+        f"{loss}, each seed",
+        "System 1, %",
+        "leniently, %",
+        "System 2, %",
+    ]
     columns += ["seeds", "records"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -215,7 +256,7 @@ def reinforced_table(records: Iterable[Record]) -> pd.DataFrame:
         row["System 2, %"] = _over_blocks(runs, "stage2/system2", 100, ".1f")
         row["System 2, %, each seed"] = ", ".join(f"{100 * run.metric('stage2/system2').value:.1f}" for run in runs)
         row["both, %"] = _over_blocks(runs, "stage2/accuracy", 100, ".1f")
-        row["gained on System 2"] = _over_blocks(runs, "gain/system2", 100, "+z.1f")
+        row["gained on System 2, points"] = _over_blocks(runs, "gain/system2", 100, "+z.1f")
         rows.append(row | {"seeds": len(runs), "records": _labels(runs)})
     return pd.DataFrame(rows)
 
@@ -239,6 +280,13 @@ def _published_point(modules: str, theta: float, selection: str) -> dict[str, fl
     return row if selection == "importance" else {}
 
 
+# How elements are scored -> its name; see `importance.SCORES`.
+SCORES = {
+    "second_order": "importance",
+    "first_order": "gradient alone",
+    "fisher": "curvature alone",
+    "random": "random scores",
+}
 # How a control selects -> its name beside the ways of scoring.
 CONTROLS = {
     "random": "random",
@@ -251,8 +299,7 @@ CONTROLS = {
 def selection_name(parameters: dict) -> str:
     """How LoRA-PAR's elements were chosen: by importance, by another score, or by a control."""
     score = parameters.get("score") or "second_order"
-    name = {"second_order": "importance", "random": "random scores"}.get(score, score)
-    return CONTROLS.get(parameters["selection"], name)
+    return CONTROLS.get(parameters["selection"], SCORES.get(score, score))
 
 
 def theta_points(records: Iterable[Record]) -> list[dict]:
@@ -559,8 +606,8 @@ def certain_table(*records: Record) -> pd.DataFrame:
         [
             {
                 "profile": record.run["profile"],
-                "kept": f"{row['kept']:.0%} most certain",
-                "System 1": f"{100 * row['system1_share']:.0f} %",
+                "kept": f"{100 * row['kept']:.0f} % most certain",
+                "voted System 1": f"{100 * row['system1_share']:.0f} %",
                 "agrees with construction": Metric(**row["accuracy"]).percent(),
             }
             for record in records
@@ -576,7 +623,8 @@ def panel_table(*records: Record) -> pd.DataFrame:
         for record in records
         for row in record.result["tables"]["panels"]
     ]
-    return pd.DataFrame(rows).round(2)
+    words = {"role_play": "role play", "system1_share": "voted System 1", "accuracy": "agrees with construction"}
+    return pd.DataFrame(rows).round(2).rename(columns=words)
 
 
 # Our strategies -> the paper's rows of Table 1. We have no counterpart of DeepSeek-R1 alone.

@@ -383,12 +383,12 @@ def test_cells_of_table_2_are_compared_with_the_whole_shared_region_at_common_se
     assert rows.loc[(0.5, 1.0), "paper, after RL %"] == 31.01
 
 
-def test_every_row_of_a_table_links_the_records_that_it_was_made_from(capsys):
+def test_every_row_of_a_table_links_the_records_that_it_was_made_from(monkeypatch):
     runs = [trained("lora", seed, ["sft_all"], 20) for seed in (0, 1)] + [trained("ia3", 0, ["sft_all"], 10)]
     frame = tables.benchmark_table(runs)
     page = notebook.linked(frame, runs, load_profile("smoke")).to_html()
     rows = {re.search(r">([^<]+)</td>", row)[1]: row for row in page.split("<tr>")[2:]}
-    assert "each seed" not in page and "<th" in page and ">seeds<" not in page
+    assert ", each seed" not in page and notebook.DOTS in page and "<th" in page and ">seeds<" not in page
     hrefs = re.findall(r'href="([^"]+)" title="50.0: (lora-seed.) of profile', rows["LoRA"])
     assert [(Path(href).name, name) for href, name in hrefs] == [
         (f"lora-seed{s}.json", f"lora-seed{s}") for s in (0, 1)
@@ -397,8 +397,9 @@ def test_every_row_of_a_table_links_the_records_that_it_was_made_from(capsys):
     assert "ia3-seed0.json" in rows["IA3"] and "href" not in rows["PiSSA"]
     titled = record("a", parameters={"title": "r < 8"}, **{"base/accuracy": intervals.proportion([True])})
     assert "r &lt; 8" in notebook.linked(tables.stage_table([titled]), [titled], load_profile("smoke")).to_html()
-    assert notebook.linked(tables.theta_table([]), [], load_profile("smoke")) is None
-    assert capsys.readouterr().out == "No record yet.\n"
+    said = []
+    monkeypatch.setattr(notebook, "display", lambda markdown: said.append(markdown.data))
+    assert notebook.linked(tables.theta_table([]), [], load_profile("smoke")) is None and said == ["No record yet."]
 
 
 def test_a_seed_without_a_score_has_no_dot_and_moves_none():
@@ -609,9 +610,9 @@ def test_arms_of_the_study_are_means_over_blocks_and_tuning_runs_are_none_of_the
     tuned = arm(100, 9.0, measured_on="validation_loss", sweep="tuning", title="LoRA, rate 0.002")
     table = tables.arms_table([arm(0, 0.1), arm(1, 0.2), tuned])
     assert table["arm"].tolist() == ["LoRA"] and table["seeds"].tolist() == [2]
-    assert table["loss of System 1, each seed"].tolist() == ["0.1000, 0.2000"]
+    assert table["loss of System 1, nats, each seed"].tolist() == ["0.1000, 0.2000"]
     reach = scipy.stats.t.ppf(0.975, 1) * np.std([0.1, 0.2], ddof=1) / 2**0.5
-    assert table["loss of System 1"].tolist() == [f"0.1500 [{0.15 - reach:.4f}, {0.15 + reach:.4f}]"]
+    assert table["loss of System 1, nats"].tolist() == [f"0.1500 [{0.15 - reach:.4f}, {0.15 + reach:.4f}]"]
     assert tables.arms_table([tuned]).empty
     assert [r.name for r in figures.tuned_records({"a": tuned, "b": arm(0, 0.1)}, "sft")] == ["lora-seed100"]
     assert "no learning rate" in figures.tuning([]).axes[0].texts[0].get_text()
@@ -641,4 +642,4 @@ def test_arms_after_both_stages_are_means_over_blocks_and_no_arms_of_stage_1():
     reach = 100 * scipy.stats.t.ppf(0.975, 1) * np.std([0.2, 0.3], ddof=1) / 2**0.5
     assert row["System 2, %"] == f"25.0 [{25 - reach:.1f}, {25 + reach:.1f}]" and row["seeds"] == 2
     assert row["System 2, %, each seed"] == "20.0, 30.0" and row["rate, KL of stage 2"] == "0.0001, 0.04"
-    assert row["gained on System 2"].startswith("+15.0 [") and tables.arms_table(blocks).empty
+    assert row["gained on System 2, points"].startswith("+15.0 [") and tables.arms_table(blocks).empty

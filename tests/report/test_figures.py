@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import Record, evidence, pooled, study
@@ -178,7 +178,7 @@ def test_an_arm_has_the_same_colour_in_every_figure(published):
     found |= colours(figures.theta_curve(figures.stage1_records(published)))
     found |= colours(figures.pareto(list(published.values())))
     same = {
-        "#0072b2": ("importance", "importance, theta 0.9", "LoRA-PAR, theta 0.9", "LoRA-PAR over LoRA"),
+        "#0072b2": ("importance", "LoRA-PAR, theta 0.9", "LoRA-PAR over LoRA"),
         "#d55e00": ("System 2's elements, theta 0.9",),
         "#cc79a7": ("random within each matrix, size of theta 0.9",),
         "#e69f00": ("random", "random, size of theta 0.9"),
@@ -233,7 +233,9 @@ def test_each_line_has_its_label_beside_its_end(name, column, published):
     labels = {text.get_text().replace("\n", " "): text for text in axes.texts if hasattr(text, "arrow_patch")}
     assert labels.keys() == drawing.handles_of(axes).keys() and len(labels) >= 2
     for label, colour in colours(figure).items():
-        assert to_hex(labels[label].get_color()) == colour
+        text = labels[label].get_color()
+        assert text == drawing._readable(colour) and 1.05 / (drawing._luminance(np.array(text)) + 0.05) >= 4.5
+        np.testing.assert_allclose(np.outer(text, to_rgb(colour)), np.outer(to_rgb(colour), text))  # one hue
     assert covering(labels.values()) == []
     assert min(box(text).x0 for text in labels.values()) >= axes.get_window_extent().x1
 
@@ -259,7 +261,7 @@ def test_theta_curve_has_one_point_for_each_setting(published):
 def test_learning_curves_are_the_logs(published):
     record = published["lorapar-seed0"]
     axes = {panel.get_title(): panel for panel in figures.learning_curves(record).axes}
-    for title, stage, key in (("SFT loss", "stage1", "loss"), ("GRPO reward", "stage2", "reward")):
+    for title, stage, key in (("SFT loss\n(nats a token)", "stage1", "loss"), ("GRPO reward", "stage2", "reward")):
         log = record.result["tables"][f"history_{stage}"]
         expected = [(row["step"], float(row[key])) for row in log if key in row]
         assert [tuple(xy) for xy in axes[title].lines[0].get_xydata()] == expected and len(expected) >= 20
@@ -270,7 +272,7 @@ def test_learning_curves_are_the_logs(published):
 def test_learning_curves_have_a_panel_for_what_was_logged_alone(published):
     assert not figures.learning_curves(published["base-seed0"]).axes
     titles = [panel.get_title() for panel in figures.learning_curves(study()["lora_sft-seed0"]).axes]
-    assert titles == ["SFT loss"]
+    assert titles == ["SFT loss\n(nats a token)"]
 
 
 def test_stage_accuracy_shows_every_system_of_every_stage(published):
@@ -278,7 +280,7 @@ def test_stage_accuracy_shows_every_system_of_every_stage(published):
     x = sorted(x for x, _ in error_bars(figures.stage_accuracy(records).axes[0]))
     metrics = [record.result["metrics"] for record in records]
     values = [
-        m[f"{s}/system{k}"]["value"] for m in metrics for s in figures.STAGES for k in (1, 2) if f"{s}/system{k}" in m
+        m[f"{s}/system{k}"]["value"] for m in metrics for s in tables.STAGES for k in (1, 2) if f"{s}/system{k}" in m
     ]
     np.testing.assert_allclose(x, sorted(values), atol=1e-6)
 
