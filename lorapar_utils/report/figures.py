@@ -56,7 +56,7 @@ ARM_COLOURS = {
 # The other scores and methods take turns in an order of their own, which no figure's contents change.
 _METHODS = (row.title for row in tables.METHOD_ROWS)
 _OTHERS = dict.fromkeys(["gradient alone", "curvature alone", "random scores", *_METHODS])
-_REMAINING = itertools.cycle(["#009E73", "#882255", "#999933", "#44AA99", "#AA4499", "#8B4513", "#332288", "#DDAA33"])
+_REMAINING = itertools.cycle(["#009E73", "#882255", "#999933", "#44AA99", "#AA4499", "#8B4513", "#332288"])
 ARM_COLOURS |= {arm: next(_REMAINING) for arm in _OTHERS if arm not in ARM_COLOURS}
 LINESTYLES = ("-", "--", ":", "-.")
 # From more of System 1 to more of System 2.

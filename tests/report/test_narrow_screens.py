@@ -51,10 +51,10 @@ def test_a_figure_that_has_a_narrow_drawing_shows_it_on_a_phone():
 
 def test_a_notebooks_figure_carries_its_narrow_drawing_into_the_book(tmp_path):
     drawing.use_style()
-    figure, before = figures.pipeline("voting"), dict(plt.rcParams)
+    figure, before = figures.pipeline("voting"), (plt.rcParams.copy(), plt.get_fignums())
     bundle = drawing.narrow_too(figure) | {"image/png": png(figure)}
+    assert (plt.rcParams, plt.get_fignums()) == before
     plt.close(figure)
-    assert dict(plt.rcParams) == before and not plt.get_fignums()
     cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", bundle)])
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "executed.ipynb")
     book._write_notebook(tmp_path / "executed.ipynb", tmp_path / "page.ipynb", tmp_path)
