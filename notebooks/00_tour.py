@@ -178,5 +178,5 @@ explorer.Page(
 # ## Try it yourself
 #
 # ```bash
-# papermill notebooks/00_tour.ipynb out.ipynb -p profile smoke -p examples 2 -p theta 0.8
+# .venv/bin/papermill notebooks/00_tour.ipynb out.ipynb -p profile smoke -p examples 2 -p theta 0.8
 # ```

@@ -181,8 +181,8 @@ notebook.linked(tables.voting_table(splits_compared, own), [*splits_compared, *o
 # What a profile's teachers would cost, and voting alone.
 #
 # ```bash
-# python -m lorapar_utils.voting.split laptop --dry-run
-# papermill notebooks/01_voting.ipynb out.ipynb -p profile smoke
+# .venv/bin/python -m lorapar_utils.voting.split laptop --dry-run
+# .venv/bin/papermill notebooks/01_voting.ipynb out.ipynb -p profile smoke
 # ```
 
 # %% [markdown]

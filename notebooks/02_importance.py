@@ -223,7 +223,7 @@ notebook.shown(means.rename(columns=agreements).unstack().rename(columns="System
 # ## Try it yourself
 #
 # ```bash
-# papermill notebooks/02_importance.ipynb out.ipynb -p profile smoke -p theta 0.8
+# .venv/bin/papermill notebooks/02_importance.ipynb out.ipynb -p profile smoke -p theta 0.8
 # ```
 
 # %% [markdown]

@@ -133,7 +133,7 @@ notebook.scoreboard(settings, on_theta)
 # ## Try it yourself
 #
 # ```bash
-# papermill notebooks/experiment.ipynb out.ipynb -p profile smoke -p name random_0.9
+# .venv/bin/papermill notebooks/experiment.ipynb out.ipynb -p profile smoke -p name random_0.9
 # ```
 
 # %% [markdown]

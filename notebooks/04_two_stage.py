@@ -246,7 +246,7 @@ notebook.linked(tables.order_table(chains), chains, settings)
 # ## Try it yourself
 #
 # ```bash
-# papermill notebooks/experiment.ipynb out.ipynb -p profile smoke -p name lorapar
+# .venv/bin/papermill notebooks/experiment.ipynb out.ipynb -p profile smoke -p name lorapar
 # ```
 
 # %% [markdown]

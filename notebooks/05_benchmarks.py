@@ -104,7 +104,7 @@ notebook.linked(tables.benchmark_table(elsewhere, "humaneval", own), [*elsewhere
 # ## Try it yourself
 #
 # ```bash
-# papermill notebooks/05_benchmarks.ipynb out.ipynb -p profile smoke
+# .venv/bin/papermill notebooks/05_benchmarks.ipynb out.ipynb -p profile smoke
 # ```
 
 # %% [markdown]

@@ -63,5 +63,5 @@ notebook.scoreboard(settings)
 # ## Try it yourself
 #
 # ```bash
-# papermill notebooks/06_claims.ipynb out.ipynb -p profile smoke
+# .venv/bin/papermill notebooks/06_claims.ipynb out.ipynb -p profile smoke
 # ```

@@ -91,7 +91,7 @@ notebook.shown(agreement.training(own.values(), published.values()), "This run h
 # ## Try it yourself
 #
 # ```bash
-# papermill notebooks/07_your_run.ipynb out.ipynb -p profile smoke
+# .venv/bin/papermill notebooks/07_your_run.ipynb out.ipynb -p profile smoke
 # ```
 
 # %% [markdown]

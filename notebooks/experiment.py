@@ -83,7 +83,7 @@ notebook.shown(tables.answers_table([record], questions, of_each=4))
 # ## Try it yourself
 #
 # ```bash
-# papermill notebooks/experiment.ipynb out.ipynb -p profile smoke -p name random_0.9 -p seed 1
+# .venv/bin/papermill notebooks/experiment.ipynb out.ipynb -p profile smoke -p name random_0.9 -p seed 1
 # ```
 
 # %% [markdown]

@@ -25,7 +25,7 @@ from lorapar_utils import distributed, machine
 from lorapar_utils.data.encoding import check_prompts, continuation_ids, question_ids, turn_end
 from lorapar_utils.errors import InputError, require
 from lorapar_utils.fast.checks import shortcuts_of
-from lorapar_utils.models.files import ADAPTER_NOTE, check_layers, read_note, source_of
+from lorapar_utils.models.files import ADAPTER_NOTE, check_layers, read_note, source_of, unreachable_hub
 from lorapar_utils.settings import Settings
 
 
@@ -125,6 +125,8 @@ def _read(reader, source: str, settings: Settings, what: str, **options):
     """Call `reader.from_pretrained`. Any error about damaged, unknown or missing files becomes an InputError."""
     load = getattr(reader, "from_pretrained", reader)
     try:
+        if not Path(source).exists() and (reason := unreachable_hub(source)):
+            raise OSError(f"{reason}.")
         return load(source, **options)
     except (torch.OutOfMemoryError, MemoryError, InputError):
         raise

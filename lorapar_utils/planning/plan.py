@@ -8,6 +8,7 @@ lengths are a pool's means, completions reach their limit, and every completion 
 import copy
 import json
 import math
+import os
 import timeit
 from collections import Counter
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from lorapar_utils.fast.architecture import has_other_states
 from lorapar_utils.fast.decoding import answering
 from lorapar_utils.fast.shared_prefix import LONGEST
 from lorapar_utils.machine import threads_from_environment
+from lorapar_utils.models.files import unreachable_hub
 from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.experiment import is_kept
 from lorapar_utils.pipeline.scores import scores_folder
@@ -228,7 +230,16 @@ def _who_splits(settings: Settings) -> str:
     panel = f" (panel {voting.panel})" if voting.panel else ""
     quorum = f", quorum {voting.quorum}" if voting.quorum else ""
     tie = f", a tie is {voting.tie}" if voting.tie else ""
-    return f"Training examples are split by votes of {', '.join(voting.members())}{panel}{quorum}{tie}."
+    split_by = f"Training examples are split by votes of {', '.join(voting.members())}{panel}{quorum}{tie}."
+    servers = [teacher for teacher in voting.teachers if teacher.kind == "api"]
+    if not servers:
+        return split_by
+    unset = sorted({teacher.api_key_env for teacher in servers if not os.environ.get(teacher.api_key_env)})
+    keys = f" ({', '.join(unset)} {'are' if len(unset) > 1 else 'is'} not set yet)" if unset else ""
+    return (
+        f"{split_by}\nServers are asked too, for {', '.join(teacher.name for teacher in servers)}{keys}: "
+        f"`.venv/bin/python -m lorapar_utils.voting.split {settings.profile} --dry-run` counts questions and cost."
+    )
 
 
 def check_fits(settings: Settings, machine: Machine, phases: list[Phase]) -> None:
@@ -464,6 +475,8 @@ def configuration(settings: Settings) -> AutoConfig:
     if kept.is_file():
         return AutoConfig.for_model(**json.loads(kept.read_text(encoding="utf-8")))
     try:
+        if reason := unreachable_hub(settings.model.source):
+            raise OSError(reason)
         return AutoConfig.from_pretrained(settings.model.source, revision=settings.model.revision)
     except (OSError, ValueError) as error:
         raise InputError(

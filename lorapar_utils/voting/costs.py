@@ -42,7 +42,9 @@ def plan(pool: datasets.Dataset, teachers: Sequence[Teacher], cache: diskcache.C
                 "prompt tokens, about": prompts,
                 "completion tokens, at most": bound,
                 "completion tokens, likely": round(len(texts) * float(mean)),
-                "cost, at most": round((prompts * teacher.price_in + bound * teacher.price_out) / 1e6, 4),
+                "cost at most, in the prices' currency": round(
+                    (prompts * teacher.price_in + bound * teacher.price_out) / 1e6, 4
+                ),
             }
         )
     return pd.DataFrame(rows)

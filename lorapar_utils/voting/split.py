@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,15 +72,14 @@ def voting_plan(settings: Settings) -> pd.DataFrame:
         return voting.plan(questions, teachers.build_teachers(settings, list(questions)), cache)
 
 
-def first_prompt(settings: Settings) -> str:
-    """What the first teacher that is asked anything would be asked about the first training example."""
+def first_prompt(settings: Settings, names: Sequence[str] = ()) -> str:
+    """What the first teacher of `names`, else of all that are asked, would be asked about the first example."""
     questions = list(_training_rows(settings, None))
-    prompts = (
-        f"{teacher.name}: {teacher.prompt(questions[0])}"
-        for teacher in teachers.build_teachers(settings, questions)
-        if teacher.key
-    )
-    return next(prompts, "every vote is read from a file")
+    asked = [teacher for teacher in teachers.build_teachers(settings, questions) if teacher.key]
+    if not asked:
+        return "every vote is read from a file"
+    teacher = next((teacher for teacher in asked if teacher.name in names), asked[0])
+    return f"{teacher.name}: {teacher.prompt(questions[0])}"
 
 
 def _decided(voted: datasets.Dataset, settings: Settings) -> datasets.Dataset:
@@ -176,7 +175,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = load_profile(options.profile)
         if options.dry_run:
-            print(voting_plan(settings).to_string(index=False), first_prompt(settings), sep="\n\n")
+            unset = {t.api_key_env: t.name for t in settings.voting.teachers if t.kind == "api"}
+            unset = {key: name for key, name in unset.items() if not os.environ.get(key)}
+            os.environ |= dict.fromkeys(unset, "none: nothing is asked")
+            costs = voting_plan(settings)
+            to_ask = costs.loc[costs["to ask"] > 0, "teacher"].tolist()
+            print(costs.to_string(index=False), first_prompt(settings, to_ask), sep="\n\n")
+            for key, name in unset.items():
+                print(f"\nteacher {name!r}: {key} is not set; put the server's key there before you ask")
         else:
             counts = pd.Series(votes(settings, retry=True)["system"]).value_counts()
             print(", ".join(f"{DECISIONS[system]}: {count}" for system, count in counts.items()))

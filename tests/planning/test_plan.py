@@ -1,10 +1,12 @@
 """The plan: its memory is that of real tensors, any architecture has one, and what cannot fit is refused."""
 
+import time
+
 import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
 
-from lorapar_utils import build
+from lorapar_utils import build, models
 from lorapar_utils.errors import InputError
 from lorapar_utils.fast.decoding import answering
 from lorapar_utils.planning import jobs, plan, preflight
@@ -125,6 +127,30 @@ def test_unknown_machines_and_models_are_named(monkeypatch):
     lost = load_profile("smoke", model={"source": "nobody/nothing-7b"})
     with pytest.raises(InputError, match=r"as a hub id no configuration .* no profiles/architectures/nothing-7b.json"):
         plan.configuration(lost)
+
+
+def test_without_a_way_to_the_hub_a_mistyped_folder_is_told_at_once(monkeypatch, tmp_path):
+    began = time.monotonic()
+    for name, value in {"HF_HUB_CACHE": str(tmp_path), "ENDPOINT": "http://127.0.0.1:9"}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr("lorapar_utils.models.files.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    lost = load_profile("smoke", model={"source": "models/mistyped"})
+    for read in (plan.configuration, models.load_config):
+        with pytest.raises(InputError, match="'models/mistyped'.*no such folder.*127.0.0.1 cannot be reached"):
+            read(lost)
+    assert time.monotonic() - began < 5
+
+
+def test_a_plan_names_teachers_on_servers_and_the_keys_that_are_not_set(monkeypatch):
+    teacher = {"kind": "api", "name": "r1", "role_play": True, "model": "m", "api_key_env": "R1_KEY"}
+    asked = load_profile("smoke", voting={"teachers": [teacher]})
+    monkeypatch.delenv("R1_KEY", raising=False)
+    row = plan.Row("voting", 1, 0, "not made yet", 1e9, 5)
+    told = plan.as_text(asked, LAPTOP, [row])
+    assert "Servers are asked too, for r1 (R1_KEY is not set yet): " in told and "split smoke --dry-run" in told
+    monkeypatch.setenv("R1_KEY", "x")
+    assert "for r1: " in plan.as_text(asked, LAPTOP, [row])
 
 
 def job(rule, what="", reason="Missing output files: x"):

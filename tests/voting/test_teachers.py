@@ -10,9 +10,11 @@ import traceback
 
 import diskcache
 import pytest
+import yaml
 from api_server import Server, transformers_serve
 from conftest import ROOT
 
+from lorapar_utils import data
 from lorapar_utils.errors import InputError
 from lorapar_utils.models import files
 from lorapar_utils.settings import load_profile
@@ -793,6 +795,18 @@ def test_a_dry_run_counts_what_is_asked_of_local_teachers_and_shows_a_prompt(pro
     questions = {line.split()[0]: line.split()[3] for line in table.splitlines()[1:]}
     assert questions == {"psychologist": "48", "tutor": "48", "examiner": "48"}
     assert prompt.startswith("psychologist: ") and "Question: " in prompt
+
+
+def test_a_dry_run_needs_no_key_and_shows_the_prompt_of_who_is_still_to_be_asked(project, capsys, monkeypatch):
+    monkeypatch.delenv("TEACHER_KEY")
+    votes = "".join(f"{row['id']},1\n" for row in data.load_pool(load_profile("smoke")) if row["split"] == "train")
+    (project / "profiles/votes.csv").write_text(f"id,system\n{votes}")
+    teachers = [{"kind": "recorded", "name": "file", "path": "votes.csv"}, api("http://127.0.0.1:9/v1")]
+    profile = {"extends": "smoke", "voting": {"teachers": teachers, "tie": "undecided"}}
+    (project / "profiles/mine.yaml").write_text(yaml.safe_dump(profile))
+    assert split.main(["mine", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "\n\nremote: " in told and "teacher 'remote': TEACHER_KEY is not set" in told
 
 
 def test_after_kill_9_only_what_is_missing_is_asked(project, monkeypatch):

@@ -169,7 +169,7 @@ def test_the_dry_run_counts_what_is_missing_and_asks_nothing(pool, cache):
     assert row["completion tokens, at most"] == 400 and row["completion tokens, likely"] == 28
     prompts = row["prompt tokens, about"]
     assert prompts == round(4 * len("What is 0?") / 4)
-    assert row["cost, at most"] == round((prompts + 800) / 1e6, 4)
+    assert row["cost at most, in the prices' currency"] == round((prompts + 800) / 1e6, 4)
 
 
 def test_a_teacher_that_always_abstains_is_stopped_early(cache):
