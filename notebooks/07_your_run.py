@@ -27,7 +27,7 @@ profile = "laptop"  # a file of profiles/, or a path
 
 # %% tags=["remove-input", "remove-stdout"]
 from lorapar_utils.records import own_records, published_records
-from lorapar_utils.report import agreement, notebook
+from lorapar_utils.report import agreement, notebook, tables
 
 settings = notebook.start(profile=profile)
 
@@ -47,15 +47,18 @@ settings = notebook.start(profile=profile)
 # %% tags=["remove-input"]
 own = own_records(settings)
 published = {record.name: record for record in published_records(settings.profile)}
-notebook.shown(
-    agreement.verdicts(settings), "There is nothing to compare yet: `make book` trains, and fills this page."
-)
+why = f"no record of profile `{settings.profile}` is published" if own else "`make book` trains, and fills this page"
+notebook.shown(agreement.verdicts(settings), f"There is nothing to compare: {why}.")
+
+# %% tags=["remove-input"]
+if own and not published:
+    notebook.linked(tables.stage_table([], own.values()), own.values(), settings)
 
 # %% [markdown]
 # ## Votes, teacher by teacher
 
 # %% tags=["remove-input"]
-notebook.shown(agreement.votes(own.get("voting"), published.get("voting")), "This run has no votes yet.")
+notebook.shown(agreement.votes(own.get("voting"), published.get("voting")), "Nothing to compare.")
 
 # %% [markdown]
 # ## Importance, system by system
@@ -65,7 +68,7 @@ notebook.shown(agreement.votes(own.get("voting"), published.get("voting")), "Thi
 
 # %% tags=["remove-input"]
 by_system = agreement.importance(own.get("importance"), published.get("importance"), own.get("again"))
-notebook.shown(by_system.round(4), "This run has no scores yet.")
+notebook.shown(by_system.round(4), "Nothing to compare.")
 
 # %% [markdown]
 # ## The published adapters, asked again
@@ -73,7 +76,7 @@ notebook.shown(by_system.round(4), "This run has no scores yet.")
 # *Same*: questions that are right or wrong as they were when published. *Identical*: the completions are equal, letter by letter.
 
 # %% tags=["remove-input"]
-notebook.shown(agreement.adapters(own.get("again")), "This run has not asked them yet.")
+notebook.shown(agreement.adapters(own.get("again")), "Nothing to compare.")
 
 # %% [markdown]
 # ## Training, inside the spread of the published seeds?
@@ -81,7 +84,7 @@ notebook.shown(agreement.adapters(own.get("again")), "This run has not asked the
 # *One more seed* is the range in which another seed of the published machine would lie, 19 times in 20.
 
 # %% tags=["remove-input"]
-notebook.shown(agreement.training(own.values(), published.values()), "This run has trained nothing yet.")
+notebook.shown(agreement.training(own.values(), published.values()), "Nothing to compare.")
 
 # %% [markdown]
 # ## What would change our mind

@@ -23,7 +23,17 @@ import nbformat
 import pandas as pd
 from PIL import Image
 
-from lorapar_utils.records import Record, blocks, cite, evidence, own_records, pooled, record_link, study
+from lorapar_utils.records import (
+    Record,
+    blocks,
+    cite,
+    evidence,
+    own_records,
+    pooled,
+    published_records,
+    record_link,
+    study,
+)
 from lorapar_utils.report import agreement, claims, figures
 from lorapar_utils.report.drawing import NARROW
 from lorapar_utils.settings import Settings, load_profile, project_root
@@ -168,6 +178,7 @@ def page_context(settings: Settings) -> dict:
         "records": records,
         "own": own,
         "effect": effect,
+        "comparable": bool(published_records(settings.profile)),
         "compared": any(one.over_items for _, one in judged.values()),
         "equal": equal,
         "verdict": lambda claim: f"*{judged[claim][1].verdict}*",

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import yaml
+from statsmodels.stats.multitest import multipletests
 
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import Record, blocks, cite, intervals, null_model
@@ -71,26 +72,13 @@ def judgements(records: dict[str, Record], claims: Sequence[dict]) -> list[Judge
     judged = [judge(claim, records) for claim in claims]
     for table in {claim["paper"] for claim in claims}:
         family = [i for i, claim in enumerate(claims) if claim["paper"] == table and claim["test"]["kind"] in SIDES]
-        adjusted = holm([1.0 if judged[i].p_value is None else judged[i].p_value for i in family])
+        p_values = [1.0 if judged[i].p_value is None else judged[i].p_value for i in family]
+        adjusted = multipletests(p_values, method="holm")[1] if family else []
         for i, p_value in zip(family, adjusted, strict=True):
             if judged[i].verdict in ("reproduced", "not reproduced") and p_value >= LEVEL:
                 why = f"p = {p_value:.3f} after Holm's correction over {len(family)} claims"
                 judged[i] = replace(judged[i], verdict="inconclusive", why=why)
     return judged
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values, in the order given.
-
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
-    """
-    order = np.argsort(p_values)
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = highest
-    return adjusted
 
 
 def judge(claim: dict, records: dict[str, Record]) -> Judgement:

@@ -62,6 +62,9 @@ def start(*, profile: str, **parameters) -> Settings:
     print(f"profile {settings.profile}: results under runs/{settings.profile}/")
     if not settings.publishable:
         display(Markdown("**This profile is for testing the pipeline: its numbers mean nothing.**"))
+    if settings.model.source != load_profile("study").model.source:
+        what = f"The published records are of SmolLM2-135M; what this run makes is of `{settings.model.source}`."
+        display(Markdown(what))
     if settings.has_free_text:
         display(
             Markdown(
