@@ -32,7 +32,7 @@ import torch
 from lorapar_utils.data.pool import load_pool
 from lorapar_utils.models.published import TRAINED_BY
 from lorapar_utils.records import evidence, own_records, pooled, study
-from lorapar_utils.report import figures, notebook, tables
+from lorapar_utils.report import claims, figures, notebook, tables
 from lorapar_utils.settings import load_profile, project_root
 
 settings = notebook.start(profile=profile)
@@ -131,6 +131,13 @@ otherwise = "No arm has answered the test split after stage 2 yet."
 notebook.linked(tables.reinforced_table(study().values()), study().values(), settings, otherwise)
 
 # %% [markdown]
+# ## Which of the paper's statements hold here?
+
+# %% tags=["remove-input"]
+on_stage2 = ("Tables 4 and 5", "Tables 2 and 4", "Table 2", "Table 7")
+notebook.scoreboard(settings, [claim for claim in claims.load_claims() if claim["paper"] in on_stage2])
+
+# %% [markdown]
 # ## What the stages did in the first runs
 #
 # What follows was made before the study, from another pool and at one learning rate for every arm: accuracy on that pool's test split after each stage.
@@ -141,48 +148,11 @@ records, own = figures.main_records(pooled(published)), figures.main_records(her
 notebook.linked(tables.stage_table(records, own), [*records, *own], settings)
 
 # %% [markdown]
-# ## What stage 2 changed, item by item
-#
-# The difference of stage 2 and stage 1 over the same test items, with a bootstrap interval. Where there are several seeds, each is a dot.
-
-# %% tags=["remove-input"]
-notebook.linked(tables.gain_table([*records, *own]), [*records, *own], settings)
-
-# %% [markdown]
-# ## LoRA-PAR against LoRA at equal steps
-#
-# The same stages, examples and steps, and one learning rate, which was tuned for LoRA-PAR; LoRA trains every element. [The study](protocol) gives each its own.
-
-# %% tags=["remove-input"]
-notebook.linked(tables.budget_table(records), records, settings)
-
-# %% [markdown]
 # ## Learning curves
 
 # %% mystnb={"image": {"alt": "Six panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "LoRA-PAR, seed 0, of the runs above. The line among the validation curves is where stage 2 begins.", "name": "fig-learning"}} tags=["remove-input"]
 reinforced = [r for r in (*records, *own) if r.run["parameters"]["method"] == "lorapar" and r.run["seed"] == 0]
 figure = figures.learning_curves(*reinforced)
-# %% [markdown]
-# ## Room to learn
-#
-# Sampled pass@1 against pass@k on validation prompts: GRPO needs answers that the model finds sometimes.
-
-# %% tags=["remove-input"]
-sampled = [
-    {
-        "profile": record.run["profile"],
-        "experiment": record.run["parameters"]["title"],
-        "seed": record.run["seed"],
-        "stage": tables.STAGES[key.partition("/")[0]],
-        "sampled": key.partition("/")[2],
-        "value": metric.percent(),
-    }
-    for record in (*records, *own)
-    for key, metric in record.metrics.items()
-    if "/pass@" in key
-]
-notebook.shown(pd.DataFrame(sampled))
-
 # %% [markdown]
 # ## The same questions, stage by stage
 #
@@ -199,21 +169,12 @@ notebook.shown(tables.answers_table([r for r in records if r.name in ("base-seed
 # (records of the profile `cpu-chains`) the systems are told apart by construction, and System 1 asks enough short sums that the arithmetic holds. Stage 1
 # then stops chains too early, and most of what GRPO teaches is how many lines to write. In two of three seeds LoRA-PAR learns to write too many, also
 # where one is enough; a chain that is right up to there counts as wrong here. Three seeds of two commits: [withdrawn as a verdict](lab_log), the study
-# does it again.
+# does it again. What stage 2 gained over stage 1, item by item:
 
 # %% tags=["remove-input"]
 chains = [r for name, r in published.items() if name.startswith("cpu-chains/") and r.run["parameters"].get("stages")]
-notebook.linked(tables.stage_table(chains), chains, settings)
-
-# %% tags=["remove-input"]
 gains = [r for r in chains if r.run["parameters"]["sweep"] == "two_stage"]
 notebook.linked(tables.gain_table(gains), gains, settings)
-
-# %% [markdown]
-# LoRA-PAR against LoRA at equal steps, on this split:
-
-# %% tags=["remove-input"]
-notebook.linked(tables.budget_table(chains), chains, settings)
 
 # %% [markdown]
 # ## Table 2: how much of the shared region each stage trains

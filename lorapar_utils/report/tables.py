@@ -143,29 +143,6 @@ def _gained(runs: list[Record], system: int | None) -> Metric:
     return _difference([mean_outcomes(runs, stage, system) for stage in ("stage2", "stage1")])
 
 
-def budget_table(records: Iterable[Record]) -> pd.DataFrame:
-    """LoRA-PAR against LoRA with all elements: same stages, examples and steps, paired over test items and seeds."""
-    runs = method_runs(records)
-    if not {"LoRA + RL", "LoRA-PAR over LoRA"} <= runs.keys():
-        return pd.DataFrame()
-    sides = common_seeds([runs["LoRA-PAR over LoRA"], runs["LoRA + RL"]])
-    return pd.DataFrame(
-        [
-            {
-                "stage": STAGES[stage],
-                "items": "all" if system is None else f"System {system}",
-                "seeds": len(sides[0]),
-                "LoRA-PAR": _over_seeds(sides[0], stage, system),
-                "LoRA, all elements": _over_seeds(sides[1], stage, system),
-                "gap, points": _paired([mean_outcomes(side, stage, system) for side in sides]),
-                "records": _labels(sides[0] + sides[1]),
-            }
-            for stage in ("stage1", "stage2")
-            for system in (1, 2, None)
-        ]
-    )
-
-
 def theta_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.DataFrame:
     """Table 3 at our scale: stage 1 accuracy by modules, theta and selection, beside the paper's numbers."""
     points, here = (
