@@ -21,7 +21,8 @@ READ = bool(config.get("read"))
 # Where pages are executed: apart from those of a run.
 PAGES_AT = "runs/read" if READ else RUNS
 STAMP = f"book/_build/{'read' if READ else PROFILE}.stamp"
-PAPERMILL = f"{shlex.quote(sys.executable)} -m papermill --no-progress-bar -k python3"
+# Figures are also drawn for phones (`report.drawing.narrow_too`).
+PAPERMILL = f"LORAPAR_NARROW=1 {shlex.quote(sys.executable)} -m papermill --no-progress-bar -k python3"
 EXPERIMENTS = [f"{name}-seed{seed}" for name, seed in SETTINGS.experiment_runs()]
 PAGES = sorted(Path(path).stem for path in glob("notebooks/[0-9]*.ipynb"))
 # The one experiment whose page is in the book: LoRA-PAR, where the profile has it.

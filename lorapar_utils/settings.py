@@ -203,6 +203,17 @@ class ApiTeacher(Section):
     price_in: Annotated[float, Field(ge=0.0)] = 0.0  # a million prompt tokens, in your currency
     price_out: Annotated[float, Field(ge=0.0)] = 0.0  # a million completion tokens
 
+    def key_to_set(self) -> str | None:
+        """The environment variable that has no key yet, or None. An InputError if its name looks like a key."""
+        variable = self.api_key_env
+        like_a_name = variable.isidentifier() and (len(variable) <= 20 or variable.isupper())
+        if variable not in os.environ and not like_a_name:
+            # The value is not shown, because it looks like the key itself.
+            raise InputError(
+                f"teacher {self.name!r}: api_key_env is the name of an environment variable, such as OPENAI_API_KEY"
+            )
+        return None if os.environ.get(variable, "").strip().strip("\ufeff").strip() else variable
+
     @property
     def limit_field(self) -> str:
         """The request's token limit field: OpenAI's reasoning models refuse `max_tokens`, which others need."""

@@ -65,7 +65,7 @@ notebook.shown(to_ask, "Nothing: this page reads the published votes.")
 # only a last line that says *System 1* or *System 2* counts; anything else is an abstention. A local teacher is read by the log-likelihood
 # of its two labels, less its mean $\mu_t$ over the pool: with $\ell_k$ the label of System $k$ and $x$ the filled-in question, teacher $t$ has the margin
 #
-# $$m_t(x) &= \log\, p_t(\ell_2 \mid x) - \log\, p_t(\ell_1 \mid x) \\ v_t(x) &= \begin{cases} 2 & m_t(x) > \mu_t \\ 1 & \text{otherwise} \end{cases}$$ (eq-margin)
+# $$\begin{aligned} m_t(x) &= \log\, p_t(\ell_2 \mid x) - \log\, p_t(\ell_1 \mid x) \\ v_t(x) &= \begin{cases} 2 & m_t(x) > \mu_t \\ 1 & \text{otherwise} \end{cases} \end{aligned}$$ (eq-margin)
 #
 # Of $n_1$ votes for System 1 and $n_2$ for System 2 among $T$ teachers, the larger side wins if it reaches the quorum $q$, which is more than half unless
 # a profile sets it; the rest is undecided (0) and left out:
@@ -86,7 +86,7 @@ notebook.shown(pd.DataFrame({"votes": ballots.tolist()} | decided))
 # %% [markdown]
 # ### Eight of the examples
 #
-# Under each teacher's name its vote, 1 or 2; `system` is what the majority makes of them.
+# Under each teacher's name its vote: 1, 2, or 0 for an abstention. `system` is what the majority makes of them.
 
 # %% tags=["remove-input"]
 record = record_votes(settings, Examples(settings), retry=retry) if compute else notebook.published(settings, "voting")
@@ -144,8 +144,8 @@ notebook.shown(tables.panel_table(published, record))
 # %% [markdown]
 # ## Where they differ
 #
-# Of the examples of profile `laptop`, or of this run: a row counts the majority's votes by construction; 0 is undecided and left out of both sets. Below it, examples on
-# which the teachers differ, with their votes in the order of the table above.
+# A row counts the majority's votes by construction; 0 is undecided and left out of both sets. Below it, examples on which the teachers differ, with
+# their votes in the order of *Eight of the examples*.
 
 # %% tags=["remove-input"]
 confusion = pd.DataFrame(record.result["tables"]["confusion"]).query("teacher == 'majority'")

@@ -196,9 +196,9 @@ explorer.Page(
 #
 # Two disjoint samples of n examples are scored under one adapter, three times over. If they disagree, the selected elements are a matter of
 # which examples were drawn. Crosses: the same examples under adapters of two seeds, where element j of the one has nothing to do with
-# element j of the other; only the matrices can agree. Two samples of one system are also the yardstick for the two systems: their Jaccard
-# index above says that they differ only as far as it lies below that of one system with itself. This is the published record; a
-# profile with `importance.stability` makes its own.
+# element j of the other; only the matrices can agree. Two samples of one system are also a yardstick for two systems: these differ only as far as
+# their Jaccard index lies below that of one system with itself. The record is of profile `cpu-full`, whose pool is not the study's; a profile with
+# `importance.stability` makes its own.
 
 # %% mystnb={"image": {"alt": "Three panels against the number of scored examples, by system: rank correlation of elements, of matrix means, and Jaccard index, for two samples of examples and for two adapters."}, "figure": {"caption": "The curves level off where more examples stop changing the selection. Where the crosses lie far below the lines, importance hangs on the draw of the adapter.", "name": "fig-stability"}} tags=["remove-input"]
 stable = evidence()["stability"]

@@ -73,7 +73,7 @@ def elements(scores, theta):
 # Elements that both systems select are shared. Stage 1 trains those of System 1 alone and the share $\alpha$ of the shared ones, stage 2 those of System 2
 # alone and the share $\beta$: those that matter most to the system that is trained.
 #
-# $$M_1 &= (S_1 \backslash S_2) \cup {\operatorname{top}}_{\alpha}(S_1 \cap S_2) \\ M_2 &= (S_2 \backslash S_1) \cup {\operatorname{top}}_{\beta}(S_1 \cap S_2)$$ (eq-stages)
+# $$\begin{aligned} M_1 &= (S_1 \backslash S_2) \cup {\operatorname{top}}_{\alpha}(S_1 \cap S_2) \\ M_2 &= (S_2 \backslash S_1) \cup {\operatorname{top}}_{\beta}(S_1 \cap S_2) \end{aligned}$$ (eq-stages)
 #
 # How much the systems overlap is the Jaccard index: the size of $S_1 \cap S_2$ over that of $S_1 \cup S_2$. The package's partition is the same one.
 

@@ -30,10 +30,9 @@ import pandas as pd
 import torch
 
 from lorapar_utils.data.pool import load_pool
-from lorapar_utils.models.published import TRAINED_BY
 from lorapar_utils.records import evidence, own_records, pooled, study
 from lorapar_utils.report import claims, figures, notebook, tables
-from lorapar_utils.settings import load_profile, project_root
+from lorapar_utils.settings import load_profile
 
 settings = notebook.start(profile=profile)
 from lorapar_utils.optim import ActiveAdamW
@@ -92,7 +91,7 @@ notebook.shown(pd.DataFrame(columns).round(3))
 # of better completions likelier. With $\rho_t$ the ratio of its probability to that of the policy which wrote them, and the weight $\kappa$ of the divergence
 # from the policy that stage 2 starts from (`grpo.kl`), the loss of a token is
 #
-# $$L_t = &-\min\left(\rho_t A_i,\ \operatorname{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon) A_i\right) \\ &+ \kappa \operatorname{KL}\left[\pi \,\|\, \pi_0\right]$$ (eq-grpo)
+# $$\begin{aligned} L_t = &-\min\left(\rho_t A_i,\ \operatorname{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon) A_i\right) \\ &+ \kappa \operatorname{KL}\left[\pi \,\|\, \pi_0\right] \end{aligned}$$ (eq-grpo)
 
 # %%
 solution = "3 * 4 = 12\n12 + 5 = 17\n#### 17"
@@ -134,8 +133,8 @@ notebook.linked(tables.reinforced_table(study().values()), study().values(), set
 # ## Which of the paper's statements hold here?
 
 # %% tags=["remove-input"]
-on_stage2 = ("Tables 4 and 5", "Tables 2 and 4", "Table 2", "Table 7")
-notebook.scoreboard(settings, [claim for claim in claims.load_claims() if claim["paper"] in on_stage2])
+on_stage2 = [claim for claim in claims.load_claims() if "stage2" in str(claim["test"])]
+notebook.scoreboard(settings, on_stage2)
 
 # %% [markdown]
 # ## What the stages did in the first runs
@@ -156,11 +155,12 @@ figure = figures.learning_curves(*reinforced)
 # %% [markdown]
 # ## The same questions, stage by stage
 #
-# Three questions of each system, as the base model answers them and as LoRA-PAR does after each stage.
+# A question of each family and system, as the base model answers it and as LoRA-PAR of the study does after each stage, at seed 0.
 
 # %% tags=["remove-input"]
-questions = {row["id"]: row["prompt"] for row in load_pool(load_profile(project_root() / TRAINED_BY))}
-notebook.shown(tables.answers_table([r for r in records if r.name in ("base-seed0", "lorapar-seed0")], questions))
+questions = {row["id"]: row["prompt"] for row in load_pool(load_profile("study"))}
+by_stage = [study()[name] for name in ("base-seed0", "lorapar-seed0") if name in study()]
+notebook.shown(tables.answers_table(by_stage, questions))
 
 # %% [markdown]
 # ## Where stage 1 has seen no chain

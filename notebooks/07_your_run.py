@@ -51,8 +51,8 @@ why = f"no record of profile `{settings.profile}` is published" if own else "`ma
 notebook.shown(agreement.verdicts(settings), f"There is nothing to compare: {why}.")
 
 # %% tags=["remove-input"]
-if own and not published:
-    notebook.linked(tables.stage_table([], own.values()), own.values(), settings)
+alone = {} if published else own
+notebook.linked(tables.stage_table([], alone.values()), alone.values(), settings, "")
 
 # %% [markdown]
 # ## Votes, teacher by teacher

@@ -73,11 +73,12 @@ figure = figures.learning_curves(record)
 # %% [markdown]
 # ## The same questions after each stage
 #
-# What stands behind `####` is scored.
+# One of each task.
 
 # %% tags=["remove-input"]
-questions = {row["id"]: row["prompt"] for row in load_pool(settings)}
-notebook.shown(tables.answers_table([record], questions, of_each=4))
+# A record of another profile has other questions.
+pool = load_pool(settings) if record.run["profile"] == settings.profile else []
+notebook.shown(tables.answers_table([record], {row["id"]: row["prompt"] for row in pool}))
 
 # %% [markdown]
 # ## Try it yourself

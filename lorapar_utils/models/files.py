@@ -80,16 +80,17 @@ def source_of(settings: Settings, *, weights: bool = True) -> tuple[str, dict]:
 
 
 def unreachable_hub(source: str) -> str:
-    """Why the hub cannot be asked for `source`, empty if it can or if its cache has the model.
+    """Why the hub cannot be asked for `source`, empty if it can.
 
-    Its client would try for half a minute, also where `source` is a mistyped folder.
+    Its client would try for half a minute, also where `source` is a mistyped folder. It is left to the client where
+    the hub's cache has the model, where the hub is switched off, and behind a proxy.
     """
     cached = Path(constants.HF_HUB_CACHE, f"models--{source.replace('/', '--')}").is_dir()
-    if cached or constants.is_offline_mode() or getproxies():
+    if cached or constants.is_offline_mode() or getproxies().keys() - {"no"}:
         return ""
     hub = urlsplit(constants.ENDPOINT)
     try:
-        socket.create_connection((hub.hostname, hub.port or PORTS[hub.scheme]), timeout=5).close()
+        socket.create_connection((hub.hostname, hub.port or PORTS.get(hub.scheme, 443)), timeout=5).close()
     except OSError as error:
         return f"{hub.hostname} cannot be reached ({error.strerror or error})"
     return ""

@@ -8,7 +8,6 @@ lengths are a pool's means, completions reach their limit, and every completion 
 import copy
 import json
 import math
-import os
 import timeit
 from collections import Counter
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.experiment import is_kept
 from lorapar_utils.pipeline.scores import scores_folder
 from lorapar_utils.planning import duration, preflight
+from lorapar_utils.records.record import shell_word
 from lorapar_utils.settings import Settings, project_root
 from lorapar_utils.voting import split
 
@@ -223,23 +223,22 @@ def as_text(settings: Settings, machine: Machine, table: list[Row]) -> str:
 
 
 def _who_splits(settings: Settings) -> str:
-    """Who puts the training examples into the two systems."""
+    """Who puts the training examples into the two systems, and which teachers are asked on servers."""
     voting = settings.voting
+    servers = [teacher for teacher in voting.teachers if teacher.kind == "api"]
+    unset = sorted({teacher.key_to_set() for teacher in servers} - {None})
+    keys = f" ({', '.join(unset)} {'are' if len(unset) > 1 else 'is'} not set yet)" if unset else ""
+    on_servers = (
+        f"\nAsked on servers: {', '.join(teacher.name for teacher in servers)}{keys}. Questions and cost: "
+        f"`.venv/bin/python -m lorapar_utils.voting.split {shell_word(settings)} --dry-run`"
+    ) * bool(servers)
     if voting.split_by != "votes":
-        return f"Training examples are split by {voting.split_by}, not by votes."
+        return f"Training examples are split by {voting.split_by}, not by votes.{on_servers}"
     panel = f" (panel {voting.panel})" if voting.panel else ""
     quorum = f", quorum {voting.quorum}" if voting.quorum else ""
     tie = f", a tie is {voting.tie}" if voting.tie else ""
-    split_by = f"Training examples are split by votes of {', '.join(voting.members())}{panel}{quorum}{tie}."
-    servers = [teacher for teacher in voting.teachers if teacher.kind == "api"]
-    if not servers:
-        return split_by
-    unset = sorted({teacher.api_key_env for teacher in servers if not os.environ.get(teacher.api_key_env)})
-    keys = f" ({', '.join(unset)} {'are' if len(unset) > 1 else 'is'} not set yet)" if unset else ""
-    return (
-        f"{split_by}\nServers are asked too, for {', '.join(teacher.name for teacher in servers)}{keys}: "
-        f"`.venv/bin/python -m lorapar_utils.voting.split {settings.profile} --dry-run` counts questions and cost."
-    )
+    members = ", ".join(voting.members())
+    return f"Training examples are split by votes of {members}{panel}{quorum}{tie}.{on_servers}"
 
 
 def check_fits(settings: Settings, machine: Machine, phases: list[Phase]) -> None:

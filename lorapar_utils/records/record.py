@@ -180,7 +180,10 @@ def _items_path(path: Path) -> Path:
 
 def command(settings: Settings, notebook: str) -> str:
     """A shell command that runs `notebook` (a notebook and extra papermill parameters) over the profile."""
+    return f"papermill notebooks/{notebook} -p profile {shell_word(settings)}"
+
+
+def shell_word(settings: Settings) -> str:
+    """The profile's name or path, quoted for a shell, which expands `~` only where it is not quoted."""
     home, slash, rest = settings.profile_argument.partition("~/")
-    # The shell expands `~` only where it is not quoted.
-    profile = f"~/{shlex.quote(rest)}" if slash and not home else shlex.quote(settings.profile_argument)
-    return f"papermill notebooks/{notebook} -p profile {profile}"
+    return f"~/{shlex.quote(rest)}" if slash and not home else shlex.quote(settings.profile_argument)

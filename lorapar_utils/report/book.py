@@ -29,13 +29,11 @@ from lorapar_utils.records import (
     cite,
     evidence,
     own_records,
-    pooled,
-    published_records,
     record_link,
     study,
 )
 from lorapar_utils.report import agreement, claims, figures
-from lorapar_utils.report.drawing import NARROW
+from lorapar_utils.report.drawing import NARROW_PICTURE
 from lorapar_utils.settings import Settings, load_profile, project_root
 
 RECORD_LINK = re.compile(r'href="(?:\.\./)*(?:runs/([\w.-]+)/records|results/([\w.-]+))/')
@@ -68,8 +66,8 @@ def assemble(settings: Settings, experiment: Path, source: Path) -> None:
     shown = [name for name in figures.FIGURES if any(f"figures/{name}.svg" in text for text in pages.values())]
     shutil.copytree(book / "_static", source / "_static")
     narrow = source / "_static" / "narrow"
-    figures.save_all(pooled(evidence()), source / "figures", shown, formats=["svg"])
-    figures.save_all(pooled(evidence()), narrow, shown, formats=["svg"], column="single")
+    figures.save_all(figures.published(), source / "figures", shown, formats=["svg"])
+    figures.save_all(figures.published(), narrow, shown, formats=["svg"], column="single")
     for path in sorted(experiment.parent.parent.glob("*.ipynb")):
         _write_notebook(path, source / path.name, narrow)
     _write_notebook(experiment, source / "experiment.ipynb", narrow)
@@ -178,7 +176,6 @@ def page_context(settings: Settings) -> dict:
         "records": records,
         "own": own,
         "effect": effect,
-        "comparable": bool(published_records(settings.profile)),
         "compared": any(one.over_items for _, one in judged.values()),
         "equal": equal,
         "verdict": lambda claim: f"*{judged[claim][1].verdict}*",
@@ -286,7 +283,7 @@ def _write_notebook(path: Path, target: Path, narrow: Path) -> None:
                     data["text/html"] = _with_records_of_the_book(data["text/html"])
                 if "image/png" in data:
                     data["image/png"] = _with_palette(data["image/png"])
-                if phone := data.pop(NARROW, None):
+                if phone := data.pop(NARROW_PICTURE, None):
                     name = hashlib.sha256(base64.b64decode(data["image/png"])).hexdigest()
                     (narrow / f"{name}-single.png").write_bytes(base64.b64decode(_with_palette(phone)))
     target.write_text(json.dumps(notebook, indent=1), encoding="utf-8")

@@ -22,7 +22,7 @@ from lorapar_utils.records import Record
 COLUMNS = {"single": (3.25, 7), "double": (6.75, 8)}
 PAGE_FONT = 11
 # The MIME type of a figure's second picture, for narrow screens. 715 pixels: a phone has two or three for each of CSS.
-NARROW, NARROW_DPI = "application/vnd.lorapar.narrow+png", 220
+NARROW_PICTURE, NARROW_DPI = "application/vnd.lorapar.narrow+png", 220
 # Sizes in points; in a column they shrink with the font.
 SCALED = (
     *("font.size", "axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"),
@@ -193,7 +193,7 @@ def narrow_too(figure: Figure) -> dict[str, str]:
         narrow = figure.draw_again()
         narrow.savefig(file, format="png", dpi=NARROW_DPI)
     plt.close(narrow)
-    return {NARROW: base64.b64encode(file.getvalue()).decode()}
+    return {NARROW_PICTURE: base64.b64encode(file.getvalue()).decode()}
 
 
 def of_each(width: float, height: float, rows: float = 1) -> Callable:

@@ -889,6 +889,11 @@ FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
 FORMATS = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 
 
+def published() -> dict[str, Record]:
+    """The published records that figures show: those of one pool, but for the partition, which is the study's."""
+    return pooled(evidence()) | {name: record for name, record in study().items() if name == "importance"}
+
+
 def save_all(
     records: dict[str, Record],
     folder: Path,
@@ -941,7 +946,7 @@ def main(arguments: list[str] | None = None) -> int:
     formats = FigureCanvasBase.get_supported_filetypes()
     parser.add_argument("--formats", nargs="+", choices=formats, default=list(FORMATS), metavar="FORMAT")
     options = parser.parse_args(arguments)
-    records = read_records(options.records) if options.records else pooled(evidence())
+    records = read_records(options.records) if options.records else published()
     if not records:
         print(f"{options.records or 'results'}: no records; run `make book` and `make publish` first", file=sys.stderr)
         return 2

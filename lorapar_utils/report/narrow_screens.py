@@ -10,7 +10,7 @@ from pathlib import Path
 from bs4 import BeautifulSoup, Tag
 from sphinx.application import Sphinx
 
-NARROW = 2  # columns that fit a phone side by side
+FEW_COLUMNS = 2  # columns that fit a phone side by side
 SCREEN = "(max-width: 600px)"  # as in `custom.css`
 ROLES = {"table": "table", "thead": "rowgroup", "tbody": "rowgroup", "tr": "row", "td": "cell"}
 
@@ -34,8 +34,9 @@ def _fit(app: Sphinx, page: str, template: str, context: dict, doctree: object) 
 
 def picture(image: str, names: set[str], address: str) -> str:
     """The tag `<img>` within a `<picture>` that has the narrow drawing of it; unchanged if `names` has none."""
-    stem, suffix = re.search(r'src="(?:[^"]*/)?([^"/]*?)(\.\w+)?"', image).groups()
-    if (name := f"{stem}-single{suffix}") not in names:
+    source = re.search(r'\ssrc="(?:[^"]*/)?([^"/]*?)(\.\w+)"', image)
+    name = "{}-single{}".format(*source.groups()) if source else ""
+    if name not in names:
         return image
     return f'<picture><source media="{SCREEN}" srcset="{address}/{name}">{image}</picture>'
 
@@ -44,7 +45,7 @@ def stacked(table: str) -> str:
     """The table with `data-label`, the name of its column, in each cell; unchanged if it is narrow or has no head."""
     soup = BeautifulSoup(table, "html.parser")
     columns = _columns(soup)
-    if len(columns) <= NARROW:
+    if len(columns) <= FEW_COLUMNS:
         return table
     soup.table["class"] = [*soup.table.get("class", []), "stacked"]
     for name, role in ROLES.items():

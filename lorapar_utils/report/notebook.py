@@ -55,7 +55,8 @@ def start(*, profile: str, **parameters) -> Settings:
     _reject_unknown_parameters()
     _quiet()
     drawing.use_style()
-    if shell := get_ipython():
+    # The book's build asks for them; elsewhere nobody would see them.
+    if (shell := get_ipython()) and os.environ.get("LORAPAR_NARROW"):
         shell.display_formatter.mimebundle_formatter.for_type(Figure, drawing.narrow_too)
     settings = load_profile(profile, **parameters)
     claim_runs(settings)
@@ -63,8 +64,9 @@ def start(*, profile: str, **parameters) -> Settings:
     if not settings.publishable:
         display(Markdown("**This profile is for testing the pipeline: its numbers mean nothing.**"))
     if settings.model.source != load_profile("study").model.source:
-        what = f"The published records are of SmolLM2-135M; what this run makes is of `{settings.model.source}`."
-        display(Markdown(what))
+        published = load_profile("study").model.target_name
+        here = settings.model.source
+        display(Markdown(f"The published records are of {published}; a run of this profile is of `{here}`."))
     if settings.has_free_text:
         display(
             Markdown(
@@ -158,12 +160,12 @@ def _cite_own(cells: pd.DataFrame, behind: pd.Series, published: pd.Series, link
 
 def sources(records: Iterable[Record], settings: Settings) -> Styler:
     """The records behind a page: one row per experiment, with a link to the file of each seed; one for all tuning."""
-    profiles: dict[tuple, list[Record]] = {}
+    groups: dict[tuple, list[Record]] = {}
     for record in records:
         tuning = record.run["parameters"].get("sweep") == "tuning"
-        profiles.setdefault((record.run["profile"], tuning), []).append(record)
+        groups.setdefault((record.run["profile"], tuning), []).append(record)
     rows = []
-    for (profile, tuning), group in sorted(profiles.items()):
+    for (profile, tuning), group in sorted(groups.items()):
         cited = _cited(group, settings)
         rows += [{"profile": profile, "record": text} for text in ([", ".join(cited)] if tuning else cited)]
     return _as_html(pd.DataFrame(rows))
@@ -196,11 +198,11 @@ def _equal_digits(column: pd.Series) -> pd.Series:
     """Numbers as texts with as many decimals as the longest of the column has; other columns as they are."""
     if column.dtype.kind != "f":
         return column
-    texts = column.map("{:g}".format)
-    if texts.str.contains("e").any():
-        return texts
-    decimals = texts.str.partition(".")[2].str.len().max()
-    return column.map(lambda value: "–" if pd.isna(value) else f"{value:.{decimals}f}")
+    texts = column.dropna().map("{:g}".format)
+    if not texts.str.contains("e").any():
+        decimals = texts.str.partition(".")[2].str.len().max() if len(texts) else 0
+        texts = column.dropna().map(lambda value: f"{value:.{decimals}f}")
+    return texts.reindex(column.index, fill_value="–")
 
 
 def _shown(value: object) -> object:

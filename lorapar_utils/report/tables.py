@@ -85,27 +85,27 @@ def _records_last(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[[column for column in frame if column != "records"] + ["records"] * ("records" in frame)]
 
 
-def answers_table(records: Iterable[Record], questions: dict[str, str], of_each: int = 3) -> pd.DataFrame:
-    """The first questions of each system and their answers, a column a stage.
+def answers_table(records: Iterable[Record], questions: dict[str, str]) -> pd.DataFrame:
+    """The first question of each task and its answers, a column a stage; a wrong answer is marked.
 
     Parameters
     ----------
     records
-        One of each stage; an answer of a later record takes the place of an earlier one's.
+        An answer of a later record takes the place of an earlier one's at the same stage.
     questions
-        Maps the id of an item to its question; items that it lacks are left out.
-    of_each
-        Questions of a system.
+        Maps the id of an item to its question; items that it lacks, and those without an answer, are left out.
     """
-    items = [item for record in records for item in record.items if item["id"] in questions]
+    items = [item for record in records for item in record.items if item["id"] in questions and "completion" in item]
     if not items:
         return pd.DataFrame()
     frame = pd.DataFrame(items)
-    few = frame.drop_duplicates("id").groupby("system")["id"].head(of_each)
-    answers = frame.assign(completion=frame["completion"].map(_whole_lines))
-    answers = answers.pivot_table(index="id", columns="stage", values="completion", aggfunc="last").loc[few]
+    few = frame.drop_duplicates(["system", "task"])["id"]
+    frame["completion"] = [
+        _whole_lines(item["completion"]) + ("" if item.get("correct", True) else "\n(wrong)") for item in items
+    ]
+    answers = frame.pivot_table(index="id", columns="stage", values="completion", aggfunc="last").loc[few]
     answers.insert(0, "question", [questions[name] for name in few])
-    return answers.rename(columns=STAGES).reset_index(drop=True).rename_axis(columns=None)
+    return answers.fillna("–").rename(columns=STAGES).reset_index(drop=True).rename_axis(columns=None)
 
 
 def _whole_lines(text: str) -> str:
@@ -122,19 +122,18 @@ def gain_table(records: Iterable[Record]) -> pd.DataFrame:
     for record in records:
         for key, system in {"gain/system1": 1, "gain/system2": 2, "gain/overlap": None}.items():
             if key in record.metrics:
-                what = (record.run["profile"], record.run["parameters"]["title"], system)
+                what = (record.run["parameters"]["title"], system)
                 groups.setdefault(what, []).append(record)
     return pd.DataFrame(
         [
             {
-                "profile": profile,
                 "experiment": title,
                 "of": "all" if system is None else f"System {system}",
                 "gain, points": _gained(runs, system).gap(),
                 "gain, points, each seed": ", ".join(f"{100 * _gained([run], system).value:+z.1f}" for run in runs),
                 "records": _labels(runs),
             }
-            for (profile, title, system), runs in groups.items()
+            for (title, system), runs in groups.items()
         ]
     )
 
@@ -258,7 +257,7 @@ def _published_point(modules: str, theta: float, selection: str) -> dict[str, fl
 
 
 # How elements are scored -> its name; see `importance.SCORES`.
-SCORES = {
+SCORE_NAMES = {
     "second_order": "importance",
     "first_order": "gradient alone",
     "fisher": "curvature alone",
@@ -276,7 +275,7 @@ CONTROLS = {
 def selection_name(parameters: dict) -> str:
     """How LoRA-PAR's elements were chosen: by importance, by another score, or by a control."""
     score = parameters.get("score") or "second_order"
-    return CONTROLS.get(parameters["selection"], SCORES.get(score, score))
+    return CONTROLS.get(parameters["selection"], SCORE_NAMES.get(score, score))
 
 
 def theta_points(records: Iterable[Record]) -> list[dict]:

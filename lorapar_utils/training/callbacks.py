@@ -111,7 +111,8 @@ class Curve(TrainerCallback):
 class Completions(TrainerCallback):
     """Shows completions of the last step of GRPO with their rewards, which TRL writes to a file after it has logged.
 
-    A notebook has them in one table, which changes from step to step; elsewhere they are printed.
+    A notebook has them in one table, which changes from step to step; elsewhere, and by several processes, they are
+    printed.
     """
 
     def __init__(self, count: int):
@@ -124,9 +125,10 @@ class Completions(TrainerCallback):
         file = Path(args.output_dir) / "completions" / f"completions_{state.global_step:05d}.parquet"
         if not (state.is_world_process_zero and file.is_file()):
             return
-        rows = pd.read_parquet(file).head(self.count).round(2)
+        rows = pd.read_parquet(file).head(self.count)
         if self.shown is None:
-            print(rows.to_string(index=False))
+            with pd.option_context("display.max_colwidth", 60):
+                print(rows.round(2).to_string(index=False))
             return
         self.shown.update(self._table(rows))
 

@@ -143,16 +143,12 @@ def server_teacher(section: ApiTeacher, key: str, prompt: Callable[[dict], str])
 
 def _server(section: ApiTeacher) -> _Server:
     where, variable = f"teacher {section.name!r}", section.api_key_env
-    like_a_name = variable.isidentifier() and (len(variable) <= 20 or variable.isupper())
-    if variable not in os.environ and not like_a_name:
-        # The value is not shown, because it looks like the key itself.
-        raise InputError(f"{where}: api_key_env is the name of an environment variable, such as OPENAI_API_KEY")
-    key = os.environ.get(variable, "").strip().strip("\ufeff").strip()
-    if not key:
+    if section.key_to_set():
         raise InputError(
             f"{where}: the environment variable {variable} is not set; "
             "put the server's key there (any word, for a server without keys)"
         )
+    key = os.environ[variable].strip().strip("\ufeff").strip()
     if not (key.isascii() and key.isprintable()):
         raise InputError(
             f"{where}: the key in the environment variable {variable} has characters that cannot be sent; "

@@ -175,14 +175,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = load_profile(options.profile)
         if options.dry_run:
-            unset = {t.api_key_env: t.name for t in settings.voting.teachers if t.kind == "api"}
-            unset = {key: name for key, name in unset.items() if not os.environ.get(key)}
+            unset = {t.key_to_set() for t in settings.voting.teachers if t.kind == "api"} - {None}
             os.environ |= dict.fromkeys(unset, "none: nothing is asked")
             costs = voting_plan(settings)
             to_ask = costs.loc[costs["to ask"] > 0, "teacher"].tolist()
             print(costs.to_string(index=False), first_prompt(settings, to_ask), sep="\n\n")
-            for key, name in unset.items():
-                print(f"\nteacher {name!r}: {key} is not set; put the server's key there before you ask")
+            if unset:
+                print(f"\nnot set yet: {', '.join(sorted(unset))}; put the servers' keys there before you ask")
         else:
             counts = pd.Series(votes(settings, retry=True)["system"]).value_counts()
             print(", ".join(f"{DECISIONS[system]}: {count}" for system, count in counts.items()))

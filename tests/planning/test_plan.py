@@ -148,9 +148,15 @@ def test_a_plan_names_teachers_on_servers_and_the_keys_that_are_not_set(monkeypa
     monkeypatch.delenv("R1_KEY", raising=False)
     row = plan.Row("voting", 1, 0, "not made yet", 1e9, 5)
     told = plan.as_text(asked, LAPTOP, [row])
-    assert "Servers are asked too, for r1 (R1_KEY is not set yet): " in told and "split smoke --dry-run" in told
+    assert "Asked on servers: r1 (R1_KEY is not set yet). " in told and "split smoke --dry-run" in told
     monkeypatch.setenv("R1_KEY", "x")
-    assert "for r1: " in plan.as_text(asked, LAPTOP, [row])
+    assert "Asked on servers: r1. " in plan.as_text(asked, LAPTOP, [row])
+    constructed = asked.changed(voting={"split_by": "construction"})
+    assert "not by votes.\nAsked on servers: r1. " in plan.as_text(constructed, LAPTOP, [row])
+    with pytest.raises(InputError, match="api_key_env is the name of an environment variable") as caught:
+        pasted = load_profile("smoke", voting={"teachers": [teacher | {"api_key_env": "sk-abcdefgh"}]})
+        plan.as_text(pasted, LAPTOP, [row])
+    assert "sk-abc" not in str(caught.value)
 
 
 def job(rule, what="", reason="Missing output files: x"):

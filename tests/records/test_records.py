@@ -627,6 +627,32 @@ def test_the_forest_shows_every_claim_that_was_run_with_both_intervals():
     assert "none of these claims has been run" in figures.forest({}, [sides()]).axes[0].texts[0].get_text()
 
 
+def test_questions_stand_beside_the_answers_of_each_stage():
+    def item(stage, number, **more):
+        return {"stage": stage, "id": f"q{number}", "system": 1 + number // 2, "task": f"t{number % 2}", **more}
+
+    base = record("base-seed0", items=[item("base", n, completion="no", correct=False) for n in (0, 2, 3)])
+    trained = [item("stage1", n, completion="8 + 0 = 8\n#### 8", correct=True) for n in range(4)]
+    unasked = [item("stage1", 9, completion="x", correct=True), item("stage2", 0, loss=0.1)]
+    frame = tables.answers_table(
+        [base, record("a-seed0", items=trained + unasked)], {f"q{n}": f"Q{n}?" for n in range(5)}
+    )
+    assert frame["question"].tolist() == ["Q0?", "Q2?", "Q3?", "Q1?"]
+    assert frame["base model"].tolist() == ["no\n(wrong)"] * 3 + ["–"] and "after stage 2" not in frame
+    assert set(frame["after stage 1"]) == {"8\xa0+\xa00\xa0=\xa08\n####\xa08"}
+    of_loss_alone = record("a-seed0", items=[item("stage1", 0, loss=0.1)])
+    assert tables.answers_table([of_loss_alone], {"q0": "Q0?"}).empty
+
+
+def test_numbers_of_a_column_have_as_many_decimals_as_its_longest():
+    frame = pd.DataFrame(
+        {"share": [0.5, 0.495, None], "count": [1.0, 2.0, 30.0], "small": [1e-7, 1.0, None], "n": [1, 2, 3]}
+    )
+    shown = notebook.shown(frame).data
+    assert shown["share"].tolist() == ["0.500", "0.495", "–"] and shown["count"].tolist() == ["1", "2", "30"]
+    assert shown["small"].tolist() == ["1e-07", "1", "–"] and shown["n"].tolist() == [1, 2, 3]
+
+
 def test_arms_after_both_stages_are_means_over_blocks_and_no_arms_of_stage_1():
     def arm(seed, system2, stages=("sft", "grpo")):
         parameters = {"title": "LoRA", "measured_on": "test", "learning_rate": 0.002, "grpo_learning_rate": 1e-4}

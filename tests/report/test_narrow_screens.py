@@ -47,6 +47,8 @@ def test_a_figure_that_has_a_narrow_drawing_shows_it_on_a_phone():
     tags = BeautifulSoup(picture(image, {"0a1b-single.png"}, "_static/narrow"), "html.parser")
     assert tags.picture.source["srcset"] == "_static/narrow/0a1b-single.png" and tags.picture.img["alt"] == "Bars."
     assert picture(image, {"0a1b-single.svg", "other-single.png"}, "_static/narrow") == image
+    for without in ('<img alt="Bars.">', '<img data-src="0a1b.png">', '<img src="data:image/png;base64,iVBO+/8=">'):
+        assert picture(without, {"0a1b-single.png", "-single"}, "_static/narrow") == without
 
 
 def test_a_notebooks_figure_carries_its_narrow_drawing_into_the_book(tmp_path):

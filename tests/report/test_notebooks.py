@@ -1,3 +1,4 @@
+import ast
 import re
 import subprocess
 import sys
@@ -69,6 +70,22 @@ def prose() -> dict[str, str]:
 @pytest.mark.parametrize("name", sorted(prose()))
 def test_no_hand_typed_result(name):
     assert not typed_results(prose()[name])
+
+
+@pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
+def test_what_a_cell_shows_is_its_last_expression(path):
+    """IPython shows nothing of an `if`."""
+    for cell in (cell for cell in jupytext.read(path).cells if cell.cell_type == "code"):
+        last = ast.parse(cell.source).body[-1]
+        inside = [node for node in ast.walk(last) if isinstance(node, ast.Expr) and node is not last]
+        assert not any(ast.unparse(node).startswith("notebook.") for node in inside), cell.source
+
+
+@pytest.mark.parametrize("name", sorted(prose()))
+def test_formulas_of_several_lines_are_drawn_by_jupyterlab_too(name):
+    """MathJax takes `&` in an environment alone."""
+    for formula in re.findall(r"\$\$(.+?)\$\$", prose()[name], re.S):
+        assert "&" not in re.sub(r"\\begin\{(\w+)\}.*\\end\{\1\}", "", formula, flags=re.S), formula
 
 
 def test_a_planted_result_is_found():

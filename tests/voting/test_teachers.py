@@ -806,7 +806,16 @@ def test_a_dry_run_needs_no_key_and_shows_the_prompt_of_who_is_still_to_be_asked
     (project / "profiles/mine.yaml").write_text(yaml.safe_dump(profile))
     assert split.main(["mine", "--dry-run"]) == 0
     told = capsys.readouterr().out
-    assert "\n\nremote: " in told and "teacher 'remote': TEACHER_KEY is not set" in told
+    assert "\n\nremote: " in told and "not set yet: TEACHER_KEY; " in told
+
+
+@pytest.mark.parametrize("pasted", ["sk-abcdefgh-1", "gsk_abcdefghijklmnopqrstuvwxyz", "A=B", ""])
+def test_a_dry_run_shows_no_key_that_stands_in_the_place_of_its_variable(project, capsys, pasted):
+    profile = {"extends": "smoke", "voting": {"teachers": [api("http://127.0.0.1:9/v1", api_key_env=pasted)]}}
+    (project / "profiles/mine.yaml").write_text(yaml.safe_dump(profile))
+    assert split.main(["mine", "--dry-run"]) == 2
+    told = "".join(capsys.readouterr())
+    assert "api_key_env is the name of an environment variable" in told and not (pasted and pasted in told)
 
 
 def test_after_kill_9_only_what_is_missing_is_asked(project, monkeypatch):
