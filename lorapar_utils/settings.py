@@ -896,13 +896,17 @@ def _explain(item: dict, where: str) -> str:
         allowed = ", ".join(names) or "see profiles/defaults.yaml"
         return f"{where}: {key} is not a setting; allowed here: {allowed}"
     if item["type"] == "missing":
-        return f"{where}: {key} is missing; give it a value, as profiles/defaults.yaml does"
+        # The defaults have no teacher.
+        like = "book/reuse.md" if item["loc"][:2] == ("voting", "teachers") else "profiles/defaults.yaml"
+        return f"{where}: {key} is missing; give it a value, as {like} does"
     value = "" if isinstance(item["input"], dict) else f" = {item['input']!r}"
     return f"{where}: {key}{value}: {item['msg'].removeprefix('Value error, ')}{_remedy(item)}"
 
 
 def _remedy(item: dict) -> str:
     """Advice for a value that YAML read as another type than the setting has."""
+    if item["type"] == "float_parsing" and re.fullmatch(r"-?\d+,\d+", str(item["input"])):
+        return f"; write {item['input'].replace(',', '.')}"
     if item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
         return f"; YAML reads it as {_kind(item['input'])}, so put it in quotes"
     if item["type"] in ("tuple_type", "list_type"):

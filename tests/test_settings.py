@@ -110,6 +110,11 @@ def test_a_profile_that_says_nothing_is_refused_and_one_that_only_extends_is_not
         ("sft:\n  epochs: 1\n  epochs: 2\n", "line 3: the key 'epochs' is there twice"),
         ("sft:\n\tepochs: 1\n", "line 2: .*; indent with spaces, not with tabs"),
         ("seeds: 3\n", r"seeds = 3: .*; write a list: \[a, b\]"),
+        ("partition: {theta: '0,8'}\n", "partition.theta = '0,8': .*; write 0.8$"),
+        (
+            "voting: {teachers: [{kind: api, name: r1, role_play: true}]}\n",
+            "voting.teachers.0.api.model is missing; give it a value, as book/reuse.md does",
+        ),
         ("seeds: [0, -1]\n", "seeds.1 = -1: .*greater than or equal to 0"),
         ("model: packaged\n", "model = 'packaged': .*; write its settings below it"),
         (
