@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 
 from lorapar_utils import distributed
 from lorapar_utils.errors import InputError
-from lorapar_utils.partition import as_matrices
 
 # The label of a token without a loss, as in torch's cross_entropy.
 IGNORED = -100
@@ -96,7 +95,7 @@ def score_importance(
     device = next(iter(parameters.values())).device
     # One vector for all matrices: what is done to hundreds of small ones, a GPU would wait for.
     totals = [torch.zeros(sum(shape.numel() for shape in shapes.values()), device=device) for _ in range(2)]
-    gradient, fisher = (as_matrices(total, shapes) for total in totals)
+    gradient, fisher = (_as_matrices(total, shapes) for total in totals)
     if score not in WITHOUT_GRADIENTS:
         was_training = model.training
         model.eval()
@@ -114,7 +113,13 @@ def score_importance(
     scores = SCORES[score](g, f, phi)
     _check_scores(scores, shapes)
     # Matrices without shared memory, so that safetensors can write them.
-    return {name: values.to("cpu", copy=True) for name, values in as_matrices(scores, shapes).items()}
+    return {name: values.to("cpu", copy=True) for name, values in _as_matrices(scores, shapes).items()}
+
+
+def _as_matrices(vector: torch.Tensor, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Views of a vector as matrices, one after the other."""
+    parts = vector.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def _add_gradients(
@@ -347,7 +352,7 @@ def _check_examples(examples: Sequence[dict], context: int | None) -> None:
 
 def _check_scores(scores: torch.Tensor, shapes: dict[str, torch.Size]) -> None:
     if not torch.isfinite(scores).all():
-        name = next(name for name, values in as_matrices(scores, shapes).items() if not torch.isfinite(values).all())
+        name = next(name for name, values in _as_matrices(scores, shapes).items() if not torch.isfinite(values).all())
         raise InputError(f"scores of {name} hold NaN or infinity; load the model in float32 or check its weights")
     if not scores.any():
         raise InputError(

@@ -45,7 +45,7 @@ class Partition:
         """Parameter name -> BoolTensor of the parameter's shape, True = trained in `stage` (1 = SFT, 2 = GRPO, …)."""
         if stage not in range(1, len(self.active) + 1):
             raise InputError(f"stage = {stage!r}: must lie in 1..{len(self.active)}")
-        return as_matrices(self.active[stage - 1], self.shapes)
+        return _as_matrices(self.active[stage - 1], self.shapes)
 
     def regions(self) -> dict[str, torch.Tensor]:
         """Region name -> flat BoolTensor, shape (elements,). Every element is in exactly one region.
@@ -90,7 +90,7 @@ class Partition:
         parts = self.regions() | {f"stage{k}": mask for k, mask in enumerate(self.active, start=1)}
         rows = []
         for key, flat in parts.items():
-            for name, mask in as_matrices(flat, self.shapes).items():
+            for name, mask in _as_matrices(flat, self.shapes).items():
                 matrix = _locate(name)["matrix"]
                 # A is rank x in, B is out x rank.
                 shares = mask.float().mean(1 if matrix == "A" else 0)
@@ -326,7 +326,7 @@ def _count_prefix(scores: torch.Tensor, count: int) -> torch.Tensor:
     return mask
 
 
-def as_matrices(flat: torch.Tensor, shapes: Shapes) -> dict[str, torch.Tensor]:
+def _as_matrices(flat: torch.Tensor, shapes: Shapes) -> dict[str, torch.Tensor]:
     """Views of a vector as matrices, one after the other."""
     parts = flat.split([int(np.prod(shape)) for shape in shapes.values()])
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}

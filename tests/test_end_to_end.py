@@ -207,7 +207,7 @@ def commands():
     for path in sorted((ROOT / "notebooks").glob("*.py")):
         texts += [cell.source for cell in jupytext.read(path).cells if cell.cell_type == "markdown"]
     blocks = [block for text in texts for block in re.findall(r"```bash\n(.*?)```", text, re.S)]
-    found = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    found = [line.split("#")[0].strip().removeprefix(".venv/bin/") for block in blocks for line in block.splitlines()]
     # The guide's own profile is made, and its commands run, by test_guide.
     return sorted(
         {line for line in found if line.startswith(("make ", "papermill ", "python ")) and "mine" not in line}
