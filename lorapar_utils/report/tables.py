@@ -175,13 +175,21 @@ def _this_run(own: Iterable[Record], metric: Metric | None) -> dict[str, str]:
 
 
 def study_arms(records: Iterable[Record], *stages: str) -> dict[str, list[Record]]:
-    """The study's arms of these stages that answered the test split: title -> records, one for each block (seed)."""
+    """The study's arms of these stages that answered the test split: title -> records, one for each block (seed).
+
+    LoRA-PAR comes first, its own variants last.
+    """
     arms: dict[str, list[Record]] = {}
     for record in records:
         parameters = record.run["parameters"]
         if parameters.get("measured_on") == "test" and tuple(parameters.get("stages", ())) == stages:
             arms.setdefault(parameters["title"], []).append(record)
-    return arms
+    return dict(sorted(arms.items(), key=lambda arm: _place(arm[1][0].run["parameters"])))
+
+
+def _place(parameters: dict) -> tuple[bool, bool]:
+    plain = parameters.get("method") == "lorapar" and parameters.get("selection") == "importance"
+    return parameters.get("sweep") == "alpha_beta", not plain
 
 
 def arms_table(records: Iterable[Record]) -> pd.DataFrame:
