@@ -109,8 +109,10 @@ def answers_table(records: Iterable[Record], questions: dict[str, str]) -> pd.Da
 
 
 def _whole_lines(text: str) -> str:
-    """The text with short lines that do not break, such as those of a sum."""
-    return "\n".join(line.replace(" ", "\N{NO-BREAK SPACE}") if len(line) < 20 else line for line in text.split("\n"))
+    """The first six lines of a text; short ones, such as those of a sum, do not break."""
+    lines = text.split("\n")
+    lines = [*lines[:6], "…"] if len(lines) > 6 else lines
+    return "\n".join(line.replace(" ", "\N{NO-BREAK SPACE}") if len(line) < 20 else line for line in lines)
 
 
 def gain_table(records: Iterable[Record]) -> pd.DataFrame:

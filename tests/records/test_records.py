@@ -640,6 +640,8 @@ def test_questions_stand_beside_the_answers_of_each_stage():
     assert frame["question"].tolist() == ["Q0?", "Q2?", "Q3?", "Q1?"]
     assert frame["base model"].tolist() == ["no\n(wrong)"] * 3 + ["–"] and "after stage 2" not in frame
     assert set(frame["after stage 1"]) == {"8\xa0+\xa00\xa0=\xa08\n####\xa08"}
+    endless = record("a-seed0", items=[item("stage1", 0, completion="\n".join("12345678"), correct=True)])
+    assert tables.answers_table([endless], {"q0": "Q0?"})["after stage 1"][0] == "1\n2\n3\n4\n5\n6\n…"
     of_loss_alone = record("a-seed0", items=[item("stage1", 0, loss=0.1)])
     assert tables.answers_table([of_loss_alone], {"q0": "Q0?"}).empty
 
