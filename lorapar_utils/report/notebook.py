@@ -63,10 +63,10 @@ def start(*, profile: str, **parameters) -> Settings:
     print(f"profile {settings.profile}: results under runs/{settings.profile}/")
     if not settings.publishable:
         display(Markdown("**This profile is for testing the pipeline: its numbers mean nothing.**"))
-    if settings.model.source != load_profile("study").model.source:
-        published = load_profile("study").model.target_name
-        here = settings.model.source
-        display(Markdown(f"The published records are of {published}; a run of this profile is of `{here}`."))
+    published, here = load_profile("study").model, settings.model
+    if here.source != published.source:
+        what = f"The published records are of {published.target_name}; a run of this profile is of `{here.source}`."
+        display(Markdown(what))
     if settings.has_free_text:
         display(
             Markdown(
@@ -119,17 +119,19 @@ def linked(
         cells["records"] = ["; ".join(_cited(group, settings)) or "–" for group in behind]
         return _as_html(cells)
     published = frame[of_seeds[0]].map(lambda text: 0 if text == "–" else text.count(",") + 1)
+    has_dots = False
     for column in of_seeds:
         texts = frame[column].str.split(", ")
         # A seed without this score has a dash.
         pairs = [zip(*row, strict=False) for row in zip(texts, behind, strict=True)]
         seeds = [[pair for pair in row if pair[0] != "–"] for row in pairs]
         ends = _ends([[float(value) for value, _ in row] for row in seeds])
+        has_dots |= ends is not None
         mean = column.removesuffix(EACH_SEED)
         cells[mean] = [_with_seeds(*row, ends, link) for row in zip(cells[mean], seeds, strict=True)]
     _cite_own(cells, behind, published, link)
     table = _as_html(cells.drop(columns=[*of_seeds, "records", *({"seeds"} & set(cells))]))
-    return table.set_caption(DOTS) if any("<br>" in str(cell) for cell in cells.to_numpy().flat) else table
+    return table.set_caption(DOTS) if has_dots else table
 
 
 def _ends(rows: list[list[float]]) -> tuple[float, float] | None:

@@ -148,7 +148,7 @@ def _server(section: ApiTeacher) -> _Server:
             f"{where}: the environment variable {variable} is not set; "
             "put the server's key there (any word, for a server without keys)"
         )
-    key = os.environ[variable].strip().strip("\ufeff").strip()
+    key = section.key
     if not (key.isascii() and key.isprintable()):
         raise InputError(
             f"{where}: the key in the environment variable {variable} has characters that cannot be sent; "

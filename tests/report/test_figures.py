@@ -14,7 +14,7 @@ from conftest import ROOT
 from matplotlib.colors import to_hex, to_rgb
 
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, evidence, pooled, study
+from lorapar_utils.records import Record, study
 from lorapar_utils.report import drawing, figures, tables
 
 matplotlib.use("Agg")
@@ -22,7 +22,7 @@ matplotlib.use("Agg")
 
 @pytest.fixture(scope="module")
 def published():
-    return pooled(evidence())
+    return figures.published()
 
 
 @pytest.fixture(autouse=True)
