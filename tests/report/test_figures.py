@@ -120,7 +120,7 @@ def test_a_second_record_is_drawn_under_the_first_with_both_runs_named(published
     figure = figures.importance_map(record, other)
     assert len(figure.subfigs) == 2 and len(figure.axes) == 2 * len(figures.importance_map(record).axes)
     titles = [part._suptitle.get_text() for part in figure.subfigs]
-    assert titles == ["profile cpu", "profile mine, theta 0.8"]
+    assert titles == ["profile study", "profile mine, theta 0.8"]
 
 
 def test_partition_map_stacks_what_each_layer_selects_up_to_one(published):
