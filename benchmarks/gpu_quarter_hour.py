@@ -267,7 +267,7 @@ def together(
         while (waiting or running) and time.monotonic() < end:
             while waiting and len(running) < at_once:
                 name = waiting.pop(0)
-                with logs[name].open("w", encoding="utf-8") as log:
+                with logs[name].open("a", encoding="utf-8") as log:
                     # A session of its own, so that what it starts is killed with it.
                     options = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True, **where}
                     running[name] = subprocess.Popen(commands[name], **options)
@@ -414,6 +414,9 @@ def run_blocks(options: argparse.Namespace, out: Path, where: dict, end: float) 
         env = where["env"] | shared | {"OMP_NUM_THREADS": threads}
         try:
             statuses = together(commands, at_once, end, files, where | {"env": env}, records.save)
+            # A card that was too small for so many has room for half of them; each goes on where it stopped.
+            again = {name: commands[name] for name, status in statuses.items() if status not in (0, TIME_IS_UP)}
+            statuses |= together(again, max(1, at_once // 2), end, files, where | {"env": env}, records.save)
         finally:
             records.write()  # with the logs of those that were not finished
     failed = {name: status for name, status in statuses.items() if status}

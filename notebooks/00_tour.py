@@ -65,7 +65,7 @@ notebook.linked(tables.arms_table(study().values()), study().values(), settings)
 
 # %% tags=["remove-input"]
 own = figures.main_records(own_records(settings))
-notebook.linked(tables.stage_table([], own), own, settings, "")
+notebook.linked(tables.stage_table(own), own, settings, "")
 
 # %% [markdown]
 # ## Ask the model, before and after

@@ -35,7 +35,7 @@ modules = None  # QKV, GUD or QKVGUD
 import pandas as pd
 import torch
 
-from lorapar_utils.records import evidence, study
+from lorapar_utils.records import study
 from lorapar_utils.report import explorer, figures, notebook
 
 changed = {"seed": seed, "theta": theta, "alpha": alpha, "beta": beta, "modules": modules}
@@ -149,22 +149,11 @@ notebook.shown(means.rename(columns=words))
 # %% mystnb={"image": {"alt": "Three heat maps of layer against module: System 1 importance, System 2 importance, and their difference."}, "figure": {"caption": "Mean importance by layer and module, and the difference of the two systems.", "name": "fig-importance-map"}} tags=["remove-input"]
 figure = figures.importance_map(*records)
 
-# %% mystnb={"image": {"alt": "Bars of mean importance by module for matrix A and matrix B, System 1 beside System 2."}, "figure": {"caption": "Mean importance of the elements of A and of B, by module: which of a layer's two factors it sits in. The dashed line is the average element.", "name": "fig-importance-matrix"}} tags=["remove-input"]
-figure = figures.importance_by_matrix(*records)
-
-# %% mystnb={"image": {"alt": "Lines of mean importance against rank for matrices A and B, one line a system."}, "figure": {"caption": "Mean importance by rank. Under a random initialisation the ranks are exchangeable, so the lines should be flat.", "name": "fig-importance-rank"}} tags=["remove-input"]
-figure = figures.importance_by_rank(*records)
-
 # %% [markdown]
 # ## Two systems, four regions
 
 # %% mystnb={"image": {"alt": "One panel for each module with a bar for each layer: blue, elements of System 1 alone; green, of both; orange, of System 2 alone; grey, of neither."}, "figure": {"caption": "The partition. Each bar is a layer's elements of one module: blue and green are what System 1 selects, green and orange what System 2 does.", "name": "fig-partition"}} tags=["remove-input"]
 figure = figures.partition_map(*records)
-
-# %% mystnb={"image": {"alt": "Scatter of System 1 against System 2 importance of LoRA elements, coloured by region."}, "figure": {"caption": "A sample of elements: importance to System 1 and to System 2, coloured by region. The title says how far the two sets overlap, and the legend how large each region is.", "name": "fig-importance-scatter"}} tags=["remove-input"]
-figure = figures.importance_scatter(*records)
-# %% mystnb={"image": {"alt": "Curves of the share of importance held by the most important share of elements, one for each system."}, "figure": {"caption": "Share of the importance that the most important elements hold. The steeper the curve, the fewer elements a given theta needs.", "name": "fig-concentration"}} tags=["remove-input"]
-figure = figures.concentration(*records)
 
 # %% [markdown]
 # ## What would these figures be without two systems?
@@ -197,22 +186,12 @@ explorer.Page(
 # Two disjoint samples of n examples are scored under one adapter, three times over. If they disagree, the selected elements are a matter of
 # which examples were drawn. Crosses: the same examples under adapters of two seeds, where element j of the one has nothing to do with
 # element j of the other; only the matrices can agree. Two samples of one system are also a yardstick for two systems: these differ only as far as
-# their Jaccard index lies below that of one system with itself. The record is of profile `cpu-full`, whose pool is not the study's; a profile with
-# `importance.stability` makes its own.
+# their Jaccard index lies below that of one system with itself.
 
 # %% mystnb={"image": {"alt": "Three panels against the number of scored examples, by system: rank correlation of elements, of matrix means, and Jaccard index, for two samples of examples and for two adapters."}, "figure": {"caption": "The curves level off where more examples stop changing the selection. Where the crosses lie far below the lines, importance hangs on the draw of the adapter.", "name": "fig-stability"}} tags=["remove-input"]
-stable = evidence()["stability"]
+stable = study()["stability"]
 steady = pd.DataFrame(stable.result["tables"]["stability"])
 figure = figures.stability(steady)
-
-# %% tags=["remove-input"]
-agreements = {
-    "rank_correlation": "rank correlation",
-    "by_matrix": "of matrix means",
-    "jaccard": "Jaccard index",
-}
-means = steady.groupby(["differ", "n", "system"])[list(agreements)].mean().round(3)
-notebook.shown(means.rename(columns=agreements).unstack().rename(columns="System {}".format, level="system"))
 
 # %% [markdown]
 # ## What would change our mind

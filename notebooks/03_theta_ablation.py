@@ -16,9 +16,9 @@
 # %% [markdown]
 # # 3. Theta: how few elements are enough?
 #
-# - **Question.** How does accuracy depend on theta, and does importance choose better than chance?
+# - **Question.** Does importance choose better elements than chance, than another system's importance, than a lower rank?
 # - **Paper.** Table 3.
-# - **Inputs.** The published experiments that start with SFT on System 1; this run's beside them.
+# - **Inputs.** The study's arms after stage 1; this run's experiments on theta.
 # - **Outputs.** The table and figure below.
 # - **Cost.** None: nothing is trained here.
 
@@ -29,7 +29,7 @@ profile = "laptop"  # a file of profiles/, or a path
 import pandas as pd
 import torch
 
-from lorapar_utils.records import evidence, own_records, pooled, study
+from lorapar_utils.records import own_records, study
 from lorapar_utils.report import claims, figures, notebook, tables
 
 settings = notebook.start(profile=profile)
@@ -87,35 +87,27 @@ counts = {t: int(elements(system1, t).sum()) for t in (0.5, 0.7, 0.9, 0.99)}
 notebook.shown(pd.DataFrame({"theta": counts.keys(), "elements of 1000": counts.values()}))
 
 # %% [markdown]
-# ## Accuracy by theta
-
-# %% tags=["remove-input"]
-records, own = (figures.stage1_records(some) for some in (pooled(evidence()), own_records(settings)))
-notebook.linked(tables.theta_table(records, own), [*records, *own], settings)
-
-# %% mystnb={"image": {"alt": "Test accuracy with error bars against the share of active elements, one line for each way of selecting."}, "figure": {"caption": "Test accuracy after stage 1 against the share of elements that it trains; bars: 95 % over test items. Compare ways of selecting at the same place from left to right.", "name": "fig-theta"}} tags=["remove-input"]
-figure = figures.theta_curve(records, own)
-
-# %% [markdown]
-# ## How to read it
+# ## What it was worth
 #
-# Each dot is a seed, and a link to its record. Compare rows of equal size only. An interval that covers another row's value leaves the two unranked;
-# the claims below compare them item by item and seed by seed, which is sharper. Ways of selecting at equal theta are of different size: the curve, not
-# the table, compares those.
-#
-# ## The study: every arm at its own rate
-#
-# The runs above share one learning rate, tuned for one of them, so they show how far an arm gets in so many steps. In [the study](protocol) each arm has
-# its own, chosen on validation. The table has a row for each arm whose blocks are published.
-
-# %% mystnb={"image": {"alt": "Validation loss of System 1 against the learning rate of stage 1, a line for each arm, the least value of each circled."}, "figure": {"caption": "The rates that were tried, at a seed that no block has; circles: the least loss of each arm.", "name": "fig-tuning"}} tags=["remove-input"]
-figure = figures.tuning(figures.tuned_records(study(), "sft"))
+# In [the study](protocol) each arm has its own learning rate, chosen on validation, and trains for the same steps on the same System 1 examples. LoRA-PAR stands beside what could
+# explain it: the other system's elements, as many by chance within each matrix, and LoRA with fewer or with all elements.
 
 # %% mystnb={"image": {"alt": "Training loss against the step of stage 1 on a log scale, a line with a band for each arm of the study, all falling side by side."}, "figure": {"caption": "Training loss of every arm of the study: the mean over its blocks, smoothed over eight steps. A band reaches from the lowest to the highest block.", "name": "fig-arm-curves"}} tags=["remove-input"]
 figure = figures.arm_curves(study().values())
 
+# %% [markdown]
+# On the test split, beside the paper's LLaMA-2-7B on GSM8K: compare the order, not the height.
+
 # %% tags=["remove-input"]
 notebook.linked(tables.arms_table(study().values()), study().values(), settings)
+
+# %% [markdown]
+# ## Each arm at its own rate
+#
+# An arm with fewer elements wants a higher rate, so one rate for all would have compared the rates.
+
+# %% mystnb={"image": {"alt": "Validation loss of System 1 against the learning rate of stage 1, a line for each arm, the least value of each circled."}, "figure": {"caption": "The rates that were tried, at a seed that no block has; circles: the least loss of each arm.", "name": "fig-tuning"}} tags=["remove-input"]
+figure = figures.tuning(figures.tuned_records(study(), "sft"))
 
 # %% [markdown]
 # ## Which of the paper's statements hold here?
@@ -123,6 +115,15 @@ notebook.linked(tables.arms_table(study().values()), study().values(), settings)
 # %% tags=["remove-input"]
 on_theta = [claim for claim in claims.load_claims() if claim["paper"] in ("Table 3", "central claim")]
 notebook.scoreboard(settings, on_theta)
+
+# %% [markdown]
+# ## Accuracy by theta
+#
+# Table 3 varies theta. The study's own sweep has not been run; experiments on theta of this run would be below, beside the paper's numbers.
+
+# %% tags=["remove-input"]
+own = figures.stage1_records(own_records(settings))
+notebook.linked(tables.theta_table(own), own, settings, "This run has none.")
 
 # %% [markdown]
 # ## What would change our mind
@@ -143,4 +144,4 @@ notebook.scoreboard(settings, on_theta)
 
 # %% tags=["remove-input"]
 stage1 = [r for r in study().values() if tuple(r.run["parameters"].get("stages", ())) == ("sft",)]
-notebook.sources([*records, *own, *stage1], settings)
+notebook.sources([*stage1, *own], settings)

@@ -18,7 +18,7 @@
 #
 # - **Question.** Does stage 2 add System 2 skill, and does stage 1's System 1 skill survive it?
 # - **Paper.** Section 3.4; Tables 2 and 7.
-# - **Inputs.** The published two-stage experiments; this run's beside them.
+# - **Inputs.** The study's arms after both stages; this run's experiments.
 # - **Outputs.** Tables and curves below.
 # - **Cost.** None: nothing is trained here.
 
@@ -30,7 +30,7 @@ import pandas as pd
 import torch
 
 from lorapar_utils.data.pool import load_pool
-from lorapar_utils.records import evidence, own_records, pooled, study
+from lorapar_utils.records import own_records, study
 from lorapar_utils.report import claims, figures, notebook, tables
 from lorapar_utils.settings import load_profile
 
@@ -117,41 +117,19 @@ group = {"completion": completions, "reward": rewards, "advantage": advantages}
 notebook.shown(pd.DataFrame(group).round(2))
 
 # %% [markdown]
-# ## The study: each arm at its own rates
+# ## What stage 2 did
 #
-# [The study](protocol) chooses each arm's rate of stage 2, and whether a KL term helps, on validation, at a seed that no block has. Stage 1 has the rates
-# of the [chapter on theta](03_theta_ablation). Then every arm answers the test split once a block; arms that have done so are in the table.
+# LoRA-PAR of [the study](protocol) by step, and what its stage 2 is worth when it trains something else: nothing that both systems share ($\beta = 0$ of {eq}`eq-stages`), or as many
+# elements by chance. All three start from the same stage 1. The paper's number is of LLaMA-2-7B on GSM8K: compare the direction.
 
-# %% mystnb={"image": {"alt": "Validation accuracy on both systems against the learning rate of stage 2, a line for each arm, the best value of each circled, hollow diamonds for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried, with KL 0.04; circles: the best of each arm; hollow diamonds: the same rate without KL.", "name": "fig-tuning-of-stage2"}} tags=["remove-input"]
-figure = figures.tuning_of_stage2(figures.tuned_records(study(), "sft", "grpo"))
-
-# %% tags=["remove-input"]
-otherwise = "No arm has answered the test split after stage 2 yet."
-notebook.linked(tables.reinforced_table(study().values()), study().values(), settings, otherwise)
-
-# %% [markdown]
-# ## Which of the paper's statements hold here?
+# %% mystnb={"image": {"alt": "Panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage."}, "figure": {"caption": "LoRA-PAR of the study, seed 0: blue is stage 1, orange stage 2.", "name": "fig-learning"}} tags=["remove-input"]
+figure = figures.learning_curves(study()["lorapar-seed0"])
 
 # %% tags=["remove-input"]
-on_stage2 = [claim for claim in claims.load_claims() if "stage2" in str(claim["test"])]
-notebook.scoreboard(settings, on_stage2)
+asked = ("lorapar", "beta_0.0", "random_stage2")
+of_stage2 = [record for record in study().values() if record.experiment in asked]
+notebook.linked(tables.reinforced_table(of_stage2), of_stage2, settings)
 
-# %% [markdown]
-# ## What the stages did in the first runs
-#
-# What follows was made before the study, from another pool and at one learning rate for every arm: accuracy on that pool's test split after each stage.
-
-# %% tags=["remove-input"]
-published, here = evidence(), own_records(settings)
-records, own = figures.main_records(pooled(published)), figures.main_records(here)
-notebook.linked(tables.stage_table(records, own), [*records, *own], settings)
-
-# %% [markdown]
-# ## Learning curves
-
-# %% mystnb={"image": {"alt": "Six panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage, validation accuracy of each system."}, "figure": {"caption": "LoRA-PAR, seed 0, of the runs above. The line among the validation curves is where stage 2 begins.", "name": "fig-learning"}} tags=["remove-input"]
-reinforced = [r for r in (*records, *own) if r.run["parameters"]["method"] == "lorapar" and r.run["seed"] == 0]
-figure = figures.learning_curves(*reinforced)
 # %% [markdown]
 # ## The same questions, stage by stage
 #
@@ -163,40 +141,29 @@ by_stage = [study()[name] for name in ("base-seed0", "lorapar-seed0") if name in
 notebook.shown(tables.answers_table(by_stage, questions))
 
 # %% [markdown]
-# ## Where stage 1 has seen no chain
+# ## Each arm at its own rates
 #
-# [The votes](01_voting) put chains into System 1 too, so stage 1 learns to write them, and what is left to stage 2 are slips of arithmetic. Here
-# (records of the profile `cpu-chains`) the systems are told apart by construction, and System 1 asks enough short sums that the arithmetic holds. Stage 1
-# then stops chains too early, and most of what GRPO teaches is how many lines to write. In two of three seeds LoRA-PAR learns to write too many, also
-# where one is enough; a chain that is right up to there counts as wrong here. Three seeds of two commits: [withdrawn as a verdict](lab_log), the study
-# does it again. What stage 2 gained over stage 1, item by item:
+# The rate of stage 2, and whether a KL term helps, are chosen on validation, at a seed that no block has. Stage 1 has the rates
+# of the [chapter on theta](03_theta_ablation). Arms against each other, LoRA among them, are in the [next chapter](05_benchmarks).
 
-# %% tags=["remove-input"]
-chains = [r for name, r in published.items() if name.startswith("cpu-chains/") and r.run["parameters"].get("stages")]
-gains = [r for r in chains if r.run["parameters"]["sweep"] == "two_stage"]
-notebook.linked(tables.gain_table(gains), gains, settings)
+# %% mystnb={"image": {"alt": "Validation accuracy on both systems against the learning rate of stage 2, a line for each arm, the best value of each circled, hollow diamonds for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried, with KL 0.04; circles: the best of each arm; hollow diamonds: the same rate without KL.", "name": "fig-tuning-of-stage2"}} tags=["remove-input"]
+figure = figures.tuning_of_stage2(figures.tuned_records(study(), "sft", "grpo"))
 
 # %% [markdown]
-# ## Table 2: how much of the shared region each stage trains
+# ## Which of the paper's statements hold here?
+
+# %% tags=["remove-input"]
+on_stage2 = [claim for claim in claims.load_claims() if claim["paper"] in ("Table 2", "Tables 2 and 4", "Table 7")]
+notebook.scoreboard(settings, on_stage2)
+
+# %% [markdown]
+# ## This run
 #
-# alpha is the share of the shared elements that stage 1 trains, beta that of stage 2. Ours are means over the seeds, with intervals over
-# test items; the paper's are LLaMA-2-7B on GSM8K: compare the direction, not the height.
+# Accuracy after each stage.
 
 # %% tags=["remove-input"]
-grid, own_grid = (
-    [r for r in some.values() if r.run["parameters"].get("sweep") == "alpha_beta"] for some in (pooled(published), here)
-)
-notebook.linked(tables.alpha_beta_table(grid, own_grid), [*grid, *own_grid], settings)
-
-# %% [markdown]
-# ## Table 7: does the order matter?
-
-# %% [markdown]
-# Profile `cpu-chains`, as above; the paper's columns are of Qwen-2.5-7B on GSM8K, so compare the order, not the height.
-
-# %% tags=["remove-input"]
-# The same pool and split for both orders, where stage 2 has something to teach.
-notebook.linked(tables.order_table(chains), chains, settings)
+own = own_records(settings)
+notebook.linked(tables.stage_table(figures.main_records(own)), own.values(), settings)
 
 # %% [markdown]
 # ## What would change our mind
@@ -216,5 +183,5 @@ notebook.linked(tables.order_table(chains), chains, settings)
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
 # %% tags=["remove-input"]
-both_stages = [r for r in study().values() if "grpo" in r.run["parameters"].get("stages", ())]
-notebook.sources([*records, *own, *chains, *grid, *own_grid, *both_stages], settings)
+tuned = figures.tuned_records(study(), "sft", "grpo")
+notebook.sources([*of_stage2, *tuned], settings)

@@ -46,13 +46,13 @@ settings = notebook.start(profile=profile)
 
 # %% tags=["remove-input"]
 own = own_records(settings)
-published = {record.name: record for record in published_records(settings.profile)}
+published = published_records(settings.profile)
 why = f"no record of profile `{settings.profile}` is published" if own else "`make book` trains, and fills this page"
 notebook.shown(agreement.verdicts(settings), f"There is nothing to compare: {why}.")
 
 # %% tags=["remove-input"]
 alone = {} if published else own
-notebook.linked(tables.stage_table([], alone.values()), alone.values(), settings, "")
+notebook.linked(tables.stage_table(alone.values()), alone.values(), settings, "")
 
 # %% [markdown]
 # ## Votes, teacher by teacher

@@ -272,7 +272,7 @@ def test_no_link_of_the_book_is_dead(built):
         local = {link for link in links if not re.match(r"[a-z]+:|//", link) and "${" not in link}
         dead[page.name] = sorted(link for link in local if not (html / unquote(link)).exists())
     assert sum(len(links) for links in dead.values()) == 0, dead
-    assert any("_static/records/cpu-full/" in page.read_text() for page in html.glob("*.html"))
+    assert any("_static/records/study/" in page.read_text() for page in html.glob("*.html"))
 
 
 @pytest.mark.slow

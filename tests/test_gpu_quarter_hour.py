@@ -105,6 +105,9 @@ if name in os.environ.get("HANGS", "").split():
     time.sleep(600)
 if name in os.environ.get("FAILS", "").split():
     sys.exit(f"{name} broke")
+if name in os.environ.get("FAILS_ONCE", "").split() and not Path("failed").is_file():
+    Path("failed").write_text("")
+    sys.exit(f"{name} found no memory")
 def record(profile, name):
     folder = Path("runs", profile, "records")
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,6 +143,12 @@ def start(rehearsed, tmp_path):
         return subprocess.Popen([sys.executable, "-c", code], env=env)
 
     return started
+
+
+def test_a_cell_that_finds_no_memory_beside_the_others_is_tried_again_after_them(start, tmp_path):
+    assert start(FAILS_ONCE="lora_sft").wait() == 0
+    assert statuses(tmp_path / "out") == ALL_WELL
+    assert "found no memory" in (tmp_path / "packed" / "logs" / "lora_sft-seed0.log").read_text()
 
 
 def left(out) -> set[str]:

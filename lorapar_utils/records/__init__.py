@@ -3,11 +3,10 @@
 from lorapar_utils.records.blocks import blocks, check_block
 from lorapar_utils.records.evidence import (
     common_seeds,
-    evidence,
     mean_outcomes,
     own_records,
-    pooled,
     published_records,
+    published_votes,
     score_after,
     study,
 )
@@ -30,14 +29,13 @@ __all__ = [
     "claim_runs",
     "command",
     "common_seeds",
-    "evidence",
     "linked_dots",
     "linked_text",
     "mean_outcomes",
     "new_record",
     "own_records",
-    "pooled",
     "published_records",
+    "published_votes",
     "read_record",
     "read_records",
     "record_link",

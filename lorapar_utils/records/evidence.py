@@ -6,39 +6,20 @@ from lorapar_utils.records.intervals import Metric
 from lorapar_utils.records.record import Record, read_records
 from lorapar_utils.settings import Settings, project_root
 
-# Folders of `results/` with the published evidence -> what their records' names begin with. Of two records with one
-# name the first counts. Profiles `cpu…` came before `study`, from another pool, so no table mixes them.
-EVIDENCE = {
-    "study": "study/",
-    "cpu": "",
-    "cpu-full": "",
-    "cpu-chains": "cpu-chains/",
-    "cpu-elsewhere": "cpu-elsewhere/",
-}
 
-
-def published_records(profile: str) -> list[Record]:
-    """The committed records of `profile`, in name order; empty if none was published."""
-    return list(read_records(project_root() / "results" / profile).values())
-
-
-def evidence() -> dict[str, Record]:
-    """The published records on which every statement of the book rests, whatever profile built it."""
-    records: dict[str, Record] = {}
-    for profile, prefix in EVIDENCE.items():
-        for record in published_records(profile):
-            records.setdefault(f"{prefix}{record.name}", record)
-    return records
+def published_records(profile: str) -> dict[str, Record]:
+    """The committed records of `profile` by name; empty if none was published."""
+    return read_records(project_root() / "results" / profile)
 
 
 def study() -> dict[str, Record]:
-    """The published records of the study, by name: the claims rest on these alone."""
-    return {record.name: record for record in published_records("study")}
+    """The published records of the study: every statement of the book on training rests on these alone."""
+    return published_records("study")
 
 
-def pooled(records: dict[str, Record]) -> dict[str, Record]:
-    """Those of `evidence` that were made from one pool; tables pair no others."""
-    return {name: record for name, record in records.items() if "/" not in name}
+def published_votes() -> Record:
+    """The published votes: those of the profile `laptop`, because the study's labels are its generators'."""
+    return published_records("laptop")["voting"]
 
 
 def own_records(settings: Settings) -> dict[str, Record]:

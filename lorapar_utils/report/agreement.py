@@ -18,7 +18,7 @@ LEVEL = 0.95
 def verdicts(settings: Settings) -> pd.DataFrame:
     """One row for each comparison that this run allows: what was compared, how far it agrees, the verdict and why."""
     own = own_records(settings)
-    published = {record.name: record for record in published_records(settings.profile)}
+    published = published_records(settings.profile)
     rows = []
     teachers = votes(own.get("voting"), published.get("voting"))
     if len(teachers):

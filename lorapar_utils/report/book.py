@@ -23,7 +23,7 @@ import nbformat
 import pandas as pd
 from PIL import Image
 
-from lorapar_utils.records import Record, blocks, cite, evidence, own_records, record_link, study
+from lorapar_utils.records import Record, blocks, cite, own_records, record_link, study
 from lorapar_utils.report import agreement, claims, figures
 from lorapar_utils.report.drawing import NARROW_PICTURE
 from lorapar_utils.settings import Settings, load_profile, project_root
@@ -123,9 +123,9 @@ def _with_records_of_the_book(text: str) -> str:
 def page_context(settings: Settings) -> dict:
     """The names that pages can use: `effect(claim)`, `verdict(claim)`, `table(name)`, …
 
-    Numbers are those of the published evidence; `own` are this run's records.
+    Numbers are those of the study's published records; `own` are this run's.
     """
-    records, own = evidence(), own_records(settings)
+    own = own_records(settings)
     link = partial(record_link, settings=settings)
 
     declared, published = claims.load_claims(), study()
@@ -158,14 +158,13 @@ def page_context(settings: Settings) -> dict:
 
     makers = {
         "agreement": lambda: agreement.verdicts(settings),
-        "status": lambda: status_table((own or records).values(), link),
+        "status": lambda: status_table((own or published).values(), link),
         "gpu": lambda: gpu_table("gpu-h100.json"),
         "gpu_second": lambda: gpu_table("gpu-h100-second.json"),
         "gpu_third": lambda: gpu_table("gpu-h100-third.json"),
     }
     return {
         "settings": settings,
-        "records": records,
         "own": own,
         "effect": effect,
         "compared": any(one.over_items for _, one in judged.values()),
@@ -174,7 +173,7 @@ def page_context(settings: Settings) -> dict:
         "testable": sum(claim["test"]["kind"] != "none" for claim in declared),
         "verdicts": Counter(one.verdict for _, one in judged.values()).most_common(),
         "table": lambda name: to_markdown(makers[name]()),
-        "environment": next(iter((own or records).values())).environment,
+        "environment": next(iter((own or published).values())).environment,
     }
 
 

@@ -188,7 +188,7 @@ def scoreboard(
     Parameters
     ----------
     records
-        By name, as `records.evidence` gives them. The verdict rests on these alone.
+        By name, as `records.study` gives them. The verdict rests on these alone.
     own
         Records of a reader's run, by name: its effect stands beside, where it has what the claim compares.
     claims

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from lorapar_utils.cache import write_atomically
-from lorapar_utils.records import Record, evidence, pooled, read_records, study
+from lorapar_utils.records import Record, read_records, study
 from lorapar_utils.report import claims, figures, tables
 
 
@@ -16,37 +16,29 @@ def _swept(name: str) -> Callable[[dict[str, Record]], list[Record]]:
     return lambda records: [record for record in records.values() if record.run["parameters"].get("sweep") == name]
 
 
-def _published_by(variant: str) -> Callable[[dict[str, Record]], list[Record]]:
-    return lambda records: [record for key, record in records.items() if key.startswith(f"{variant}/")]
-
-
-# Table name -> (selection of records, function from records to the table). The tables in `VARIED` also take records of
-# varied profiles, which have other pools.
+# Table name -> (selection of records, function from records to the table). The study's are always of its published
+# records.
 TABLES: dict[str, tuple[Callable, Callable]] = {
+    "study_stage1": (lambda records: study().values(), tables.arms_table),
+    "study_stage2": (lambda records: study().values(), tables.reinforced_table),
+    "claims": (lambda records: study(), claims.scoreboard),
     "stages": (figures.two_stage_records, tables.stage_table),
     "table1_voting": (_swept("voting"), tables.voting_table),
-    "table2_alpha_beta": (_swept("alpha_beta"), tables.alpha_beta_table),
+    "table2_alpha_beta": (figures.two_stage_records, tables.alpha_beta_table),
     "table3_theta": (figures.stage1_records, tables.theta_table),
-    "table6_methods": (figures.two_stage_records, tables.benchmark_table),
-}
-VARIED: dict[str, tuple[Callable, Callable]] = {
-    "table7_order": (_published_by("cpu-chains"), tables.order_table),
-    "table4_gsm8k": (_published_by("cpu-elsewhere"), lambda records: tables.benchmark_table(records, "gsm8k")),
-    "table4_mmlu": (_published_by("cpu-elsewhere"), lambda records: tables.benchmark_table(records, "mmlu")),
-    "table4_humaneval": (_published_by("cpu-elsewhere"), lambda records: tables.benchmark_table(records, "humaneval")),
-    "claims": (lambda records: study(), claims.scoreboard),
+    "table4_methods": (figures.two_stage_records, tables.benchmark_table),
+    "table7_order": (figures.two_stage_records, tables.order_table),
 }
 
 
 def save_all(records: dict[str, Record], folder: Path) -> list[Path]:
     """Write each table as .html, .csv and .tex, if the table's records exist; the same records give the same bytes."""
     paths = []
-    for name, (choose, make) in (TABLES | VARIED).items():
-        inputs = choose(pooled(records) if name in TABLES else records)
-        if not inputs:
+    for name, (choose, make) in TABLES.items():
+        frame = make(choose(records))
+        if frame.empty:
             print(f"{name}: skipped, there is no record of it")
             continue
-        frame = make(inputs)
         table = frame.drop(columns="records", errors="ignore")  # only the .csv names the records of each row
         texts = {"html": table.to_html(index=False, border=0), "csv": frame.to_csv(index=False), "tex": _latex(table)}
         for suffix, text in texts.items():
@@ -69,10 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--records",
         type=Path,
-        help="such as runs/laptop/records; without it, the published evidence (the study's own are always published)",
+        help="such as runs/laptop/records; without it, the study's",
     )
     options = parser.parse_args(arguments)
-    records = read_records(options.records) if options.records else evidence()
+    records = read_records(options.records) if options.records else study()
     if not records:
         print(f"{options.records or 'results'}: no records; run `make book` and `make publish` first", file=sys.stderr)
         return 2

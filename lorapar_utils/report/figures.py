@@ -6,7 +6,7 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import FancyBboxPatch
 
 from lorapar_utils.errors import InputError
-from lorapar_utils.records import Record, evidence, null_model, pooled, read_records, study
+from lorapar_utils.records import Record, intervals, null_model, published_votes, read_records, study
 from lorapar_utils.records.intervals import Metric
 from lorapar_utils.report import claims, tables
 from lorapar_utils.report.drawing import (
@@ -533,15 +533,6 @@ def _note(text: str) -> Figure:
     return axes.figure
 
 
-def arm_of(parameters: Mapping) -> str:
-    """What a run trains, as `ARM_COLOURS` names it."""
-    if parameters["method"] == "lorapar":
-        return tables.selection_name(parameters)
-    if parameters.get("r") == 3:
-        return "all elements, r = 3"
-    return "all elements, PEFT's initialisation" if parameters.get("init") == "lora" else "all elements"
-
-
 def _look(axes: Axes, arm: str) -> dict:
     """An arm's colour; of several lines of one colour, such as two thetas, the later ones are dashed."""
     colour = ARM_COLOURS[arm]
@@ -589,7 +580,7 @@ def _tried(records: Sequence[Record], rate: str, metric: str) -> pd.DataFrame:
         [
             {
                 "title": _as_in_tables(re.sub(r", (rate|KL).*", "", record.run["parameters"]["title"])),
-                "arm": arm_of(record.run["parameters"]),
+                "arm": tables.arm_of(record.run["parameters"]),
                 "rate": record.run["parameters"][rate],
                 "kl": record.run["parameters"]["kl"],
                 "value": record.metric(metric).value,
@@ -638,7 +629,7 @@ def arm_curves(records: Iterable[Record]) -> Figure:
         return _note("no arm of the study has been trained yet")
     axes = new_figure(7.5, 4.4).subplots()
     for title, runs in arms.items():
-        arm = arm_of(runs[0].run["parameters"])
+        arm = tables.arm_of(runs[0].run["parameters"])
         logs = [run.result["tables"]["history_stage1"] for run in runs]
         losses = [pd.Series({row["step"]: row["loss"] for row in log if "loss" in row}) for log in logs]
         losses = [series.rolling(WINDOW).mean() for series in losses]
@@ -654,13 +645,14 @@ def arm_curves(records: Iterable[Record]) -> Figure:
 
 
 @for_every_width
-def theta_curve(records: list[Record], own: list[Record] = ()) -> Figure:
+def theta_curve(records: list[Record]) -> Figure:
     """Stage 1 test accuracy against the share of active elements: a line per selection, a panel per set of modules.
 
-    Points are means over the seeds; intervals are over test items. Black crosses are a reader's run, `own`.
+    Points are means over the seeds; intervals are over test items.
     """
-    here = tables.theta_points(own)
     rows = pd.DataFrame([point | point["metric"]._asdict() for point in tables.theta_points(records)])
+    if rows.empty:
+        raise InputError("records: none is of an experiment on theta; run one first")
     modules = list(dict.fromkeys(rows["modules"]))
     figure = new_figure(max(6.5, 4.2 * len(modules)), 4, rows=len(modules))
     panels = figure.subplots(*beside(len(modules)), sharey=True, squeeze=False).ravel()
@@ -678,10 +670,6 @@ def theta_curve(records: list[Record], own: list[Record] = ()) -> Figure:
                 linewidth=in_points(1),
                 label=selection,
             )
-        points = [(p["active"], p["metric"].value) for p in here if p["modules"] == which]
-        if points:
-            cross = {"markersize": in_points(9), "markeredgewidth": in_points(2)}
-            axes.plot(*zip(*points, strict=True), "kx", label="this run", **cross)
         axes.set(title=which, xlabel="share of elements active in stage 1", ylim=(0, 1), xlim=(-0.03, 1.05))
         axes.set_ylabel("test accuracy")
         axes.label_outer()
@@ -762,83 +750,42 @@ def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
 
 
 @for_every_width
-def stage_accuracy(records: list[Record], own: list[Record] = ()) -> Figure:
-    """Test accuracy of each system before training, after stage 1 and after stage 2, with 95 % intervals.
+def stage_accuracy(records: Iterable[Record]) -> Figure:
+    """Test accuracy of each system before training and after each stage: a dot a seed, the mean with its interval.
 
-    For free text, overlap with the reference instead. Rows of a reader's run, `own`, say so.
+    The interval is Student's over seeds, over test items where there is one seed. For free text it is the overlap with
+    the reference.
     """
-    rows = []
-    for record, whose in [*((record, "") for record in records), *((record, "this run: ") for record in own)]:
+    seeds: dict[tuple[str, str], list[Metric]] = {}
+    for record in records:
+        title = record.run["parameters"]["title"]
         for key, metric in record.metrics.items():
             stage, _, field = key.partition("/")
             if stage in tables.STAGES and field in SCORES:
-                title = f"{whose}{record.run['parameters']['title']}"
-                rows.append({"title": title, "stage": stage, "field": field, **metric._asdict()})
-    if not rows:
+                # The base model has one name, as an experiment and as a stage.
+                words = tables.STAGES[stage] if stage == "base" else f"{title}\n{tables.STAGES[stage]}"
+                seeds.setdefault((words, field), []).append(metric)
+    if not seeds:
         raise InputError("records: none has scores by stage; run the experiments first")
-    frame = pd.DataFrame(rows)
-    # The base model has one name, as an experiment and as a stage.
-    words = [
-        f"{row.title}\n{tables.STAGES[row.stage]}".replace("base model\nbase model", "base model")
-        for row in frame.itertuples()
-    ]
-    frame["words"] = words
-    titles = list(dict.fromkeys(words))
-    axes = new_figure(7.5, 0.55 * len(titles) + 1.4).subplots()
-    for field, offset in (("system1", -0.14), ("system2", 0.14), ("overlap", 0.0)):
-        part, (label, colour) = frame[frame["field"] == field], SCORES[field]
-        if part.empty:
-            continue
-        y = [titles.index(title) + offset for title in part["words"]]
-        errors = [part["value"] - part["low"], part["high"] - part["value"]]
-        axes.errorbar(part["value"], y, xerr=errors, fmt="o", color=SYSTEM_COLOURS[colour], label=label)
-    axes.set_yticks(range(len(titles)), titles, fontsize="small")
+    rows = list(dict.fromkeys(words for words, _ in seeds))
+    axes = new_figure(7.5, 0.5 * len(rows) + 1.2).subplots()
+    for (words, field), metrics in seeds.items():
+        label, system = SCORES[field]
+        place = rows.index(words) + {"system1": -0.14, "system2": 0.14}.get(field, 0)
+        values = [metric.value for metric in metrics]
+        mean = intervals.over_seeds(values) if len(values) > 1 else metrics[0]
+        look = {"color": SYSTEM_COLOURS[system]}
+        if mean.low is not None:
+            axes.plot([mean.low, mean.high], [place] * 2, linewidth=in_points(1.2), **look)
+        axes.plot(values, [place] * len(values), "|", markersize=in_points(6), alpha=0.7, **look)
+        axes.plot(mean.value, place, MARKERS[system - 1], label=label, **look)
+    axes.set_yticks(range(len(rows)), rows, fontsize="small")
     axes.invert_yaxis()
-    scored = "overlap" if set(frame["field"]) == {"overlap"} else "accuracy"
-    axes.set(xlabel=f"test {scored} (95 % interval)", xlim=(-0.02, 1.02))
-    axes.legend(loc="best")
+    scored = "overlap" if {field for _, field in seeds} == {"overlap"} else "accuracy"
+    axes.set(xlabel=f"test {scored}", xlim=(0, None))
+    handles = handles_of(axes)
+    axes.legend(handles.values(), handles.keys(), loc="best")
     return axes.figure
-
-
-@for_every_width
-def pareto(records: list[Record]) -> Figure:
-    """Accuracy at the end against active elements, training time and peak memory, with the Pareto front.
-
-    One point per method (see `tables.method_runs`): the mean over the seeds, with the 95 % interval over test items.
-    A method without a recorded cost is left out of that cost's panel.
-    """
-    points = tables.cost_points(records)
-    if points.empty:
-        raise KeyError("of a trained method of Tables 4 and 6")
-    panels = [
-        ("active", "active elements in the last stage (log scale)"),
-        ("core_seconds", "training time, core-seconds"),
-        ("peak_bytes", "peak memory of the run, GB"),
-    ]
-    figure = new_figure(7.5, 7, rows=1.5)
-    all_axes = figure.subplots(*((3, 1) if column_of_style() == "single" else (2, 2)), sharey=True).ravel()
-    all_axes, aside = all_axes[: len(panels)], all_axes[len(panels) :]
-    for axes, (cost, label) in zip(all_axes, panels, strict=True):
-        part = points.dropna(subset=[cost]).sort_values([cost, "value"], ascending=[True, False])
-        scale = 1e9 if cost == "peak_bytes" else 1
-        for row in part.itertuples():
-            errors = [[row.value - row.low], [row.high - row.value]]
-            look = {"color": ARM_COLOURS[row.method], "fmt": _marker(row.method), "label": row.method}
-            axes.errorbar(getattr(row, cost) / scale, row.value, yerr=errors, **look)
-        if part.empty:
-            axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
-        front = part[part["value"] > part["value"].cummax().shift(fill_value=-1)]
-        axes.step(front[cost] / scale, front["value"], where="post", color="#666666", linewidth=in_points(1), zorder=0)
-        axes.set(xlabel=label, ylim=(-0.02, 1.02))
-    all_axes[0].set(xscale="log")
-    figure.supylabel("accuracy at the end (95 % interval)", size=plt.rcParams["axes.labelsize"])
-    handles = handles_of(all_axes[0])
-    if len(aside):
-        aside[0].axis("off")
-        aside[0].legend(handles.values(), handles.keys(), loc="center", frameon=False)
-    else:
-        legend(figure, handles)
-    return figure
 
 
 def two_stage_records(records: dict[str, Record]) -> list[Record]:
@@ -887,15 +834,14 @@ FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "tuning_of_stage2": lambda records: tuning_of_stage2(tuned_records(study(), "sft", "grpo")),
     "arm_curves": lambda records: arm_curves(study().values()),
     "without_systems": lambda records: without_systems(records["importance"]),
-    "pareto": lambda records: pareto(list(records.values())),
 }
 # Format -> metadata that makes the bytes of two runs equal.
 FORMATS = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 
 
 def published() -> dict[str, Record]:
-    """The published records that figures show: those of one pool, but for the partition, which is the study's."""
-    return pooled(evidence()) | {name: record for name, record in study().items() if name == "importance"}
+    """The published records that figures show: the study's, and the votes."""
+    return study() | {"voting": published_votes()}
 
 
 def save_all(
@@ -944,7 +890,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--records",
         type=Path,
-        help="such as runs/laptop/records; without it, the published evidence (the study's own are always published)",
+        help="such as runs/laptop/records; without it, the published ones (the study's own are always published)",
     )
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="FIGURE")
     formats = FigureCanvasBase.get_supported_filetypes()

@@ -20,11 +20,11 @@ from lorapar_utils.records import (
     Record,
     cite,
     claim_runs,
-    evidence,
     linked_dots,
     linked_text,
     own_records,
     published_records,
+    published_votes,
     record_link,
     study,
 )
@@ -77,8 +77,8 @@ def start(*, profile: str, **parameters) -> Settings:
 
 
 def published(settings: Settings, name: str) -> Record:
-    """The published record `name` of this profile, else of the evidence: for a page that is told not to compute."""
-    records = evidence() | {record.name: record for record in published_records(settings.profile)}
+    """The published record `name` of this profile, else of the study or its votes: for a page that computes nothing."""
+    records = study() | {"voting": published_votes()} | published_records(settings.profile)
     if name not in records:
         raise InputError(f"compute = False: no record {name} of profile {settings.profile} is published; compute it")
     return records[name]
@@ -104,8 +104,8 @@ def linked(
     """A table of `tables` with links to records, whose tooltips have commit and date.
 
     Under the mean of a column that has each seed's values is a strip with a dot for each; a single seed's value is
-    itself a link, and this run's column cites its own seeds. Other tables keep the column `records`. Columns without a
-    value are left out. Of an empty table it shows the line `otherwise`.
+    itself a link. Other tables keep the column `records`. Columns without a value are left out. Of an empty table it
+    shows the line `otherwise`.
     """
     if frame.empty:
         return shown(frame, otherwise)
@@ -118,7 +118,6 @@ def linked(
     if not of_seeds:
         cells["records"] = ["; ".join(_cited(group, settings)) or "–" for group in behind]
         return _as_html(cells)
-    published = frame[of_seeds[0]].map(lambda text: 0 if text == "–" else text.count(",") + 1)
     has_dots = False
     for column in of_seeds:
         texts = frame[column].str.split(", ")
@@ -129,7 +128,6 @@ def linked(
         has_dots |= ends is not None
         mean = column.removesuffix(EACH_SEED)
         cells[mean] = [_with_seeds(*row, ends, link) for row in zip(cells[mean], seeds, strict=True)]
-    _cite_own(cells, behind, published, link)
     table = _as_html(cells.drop(columns=[*of_seeds, "records", *({"seeds"} & set(cells))]))
     return table.set_caption(DOTS) if has_dots else table
 
@@ -151,25 +149,21 @@ def _with_seeds(cell: str, seeds: list[tuple[str, Record]], ends: tuple | None, 
     return f"{cell}<br>{linked_dots(seeds, ends, link)}"
 
 
-def _cite_own(cells: pd.DataFrame, behind: pd.Series, published: pd.Series, link: Callable) -> None:
-    """Name this run's seeds, which follow the published ones, in the first column that has its values."""
-    column = next((column for column in cells if column.endswith("this run")), None)
-    for row, group in behind.items():
-        if column and (own := group[published[row] :]):
-            cited = ", ".join(linked_text(f"seed {record.run['seed']}", record, link) for record in own)
-            cells.loc[row, column] += f" ({cited})"
-
-
 def sources(records: Iterable[Record], settings: Settings) -> Styler:
     """The records behind a page: one row per experiment, with a link to the file of each seed; one for all tuning."""
     groups: dict[tuple, list[Record]] = {}
     for record in records:
         tuning = record.run["parameters"].get("sweep") == "tuning"
         groups.setdefault((record.run["profile"], tuning), []).append(record)
+    link = partial(record_link, settings=settings)
     rows = []
     for (profile, tuning), group in sorted(groups.items()):
-        cited = _cited(group, settings)
-        rows += [{"profile": profile, "record": text} for text in ([", ".join(cited)] if tuning else cited)]
+        texts = _cited(group, settings)
+        if tuning:  # by number: there are dozens, whose names are in the links
+            texts = [
+                "tuning " + ", ".join(linked_text(str(i), record, link) for i, record in enumerate(group, start=1))
+            ]
+        rows += [{"profile": profile, "record": text} for text in texts]
     return _as_html(pd.DataFrame(rows))
 
 
@@ -183,7 +177,7 @@ def _cited(records: Iterable[Record], settings: Settings) -> list[str]:
 
 
 def scoreboard(settings: Settings, judged: list[dict] | None = None) -> Styler:
-    """The claims `judged` (None: all) by the published evidence, this run's effects beside, with links to records."""
+    """The claims `judged` (None: all) by the published records, this run's effects beside, with links to records."""
     link = partial(record_link, settings=settings)
     return _as_html(claims.scoreboard(study(), judged, link, own_records(settings)))
 

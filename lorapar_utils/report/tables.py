@@ -1,11 +1,10 @@
 """Records in, tables out: ours beside the paper's, each with n and interval. No training, no torch.
 
 Column `records` names the records of a row's numbers, and a column `X, each seed` holds the values whose mean column X
-is, in the records' order; `notebook.linked` makes links and dots of them. A table that is also given records `own`,
-those of a reader's run, has their numbers in columns of their own.
+is, in the records' order; `notebook.linked` makes links and dots of them.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -32,26 +31,23 @@ def written(
 STAGES = {"base": "base model", "stage1": "after stage 1", "stage2": "after stage 2"}
 
 
-def stage_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.DataFrame:
+def stage_table(records: Iterable[Record]) -> pd.DataFrame:
     """One row per experiment and stage: test accuracy on System 1 and System 2 over the seeds, and the active share.
 
     Where the answers are free text, overlap with the reference and loss take the place of the accuracies.
     """
-    published, here = (_trained(some) for some in (records, own))
     rows = []
-    for what in dict.fromkeys([*published, *here]):
-        group, mine = published.get(what, []), here.get(what, [])
-        first, stage = (group or mine)[0], what[-1]
+    for what, group in _trained(records).items():
+        first, stage = group[0], what[-1]
         free_text = f"{stage}/overlap" in first.metrics
         row = {"experiment": first.run["parameters"]["title"], "stage": STAGES[stage]}
         for name, system in ({"overlap": None} if free_text else {"System 1": 1, "System 2": 2}).items():
             row |= _seen(name, group, stage, system)
-            row |= {f"{name}, this run": _over_seeds(mine, stage, system)} if mine else {}
         if free_text:
-            losses = [run.metrics[f"{stage}/loss"].value for run in group or mine if f"{stage}/loss" in run.metrics]
+            losses = [run.metrics[f"{stage}/loss"].value for run in group if f"{stage}/loss" in run.metrics]
             row["loss"] = f"{sum(losses) / len(losses):.2f}" if losses else "–"
         row["active"] = written(first.metrics.get(f"active/{stage}"), Metric.share, "–")
-        rows.append(row | {"records": _labels([*group, *mine])})
+        rows.append(row | {"records": _labels(group)})
     return _records_last(pd.DataFrame(rows)).fillna("–")
 
 
@@ -115,65 +111,25 @@ def _whole_lines(text: str) -> str:
     return "\n".join(line.replace(" ", "\N{NO-BREAK SPACE}") if len(line) < 20 else line for line in lines)
 
 
-def gain_table(records: Iterable[Record]) -> pd.DataFrame:
-    """The gain of stage 2 over stage 1 by experiment and system, paired over test items, and each seed's.
-
-    Where the answers are free text, the gain is in overlap.
-    """
-    groups: dict[tuple, list[Record]] = {}
-    for record in records:
-        for key, system in {"gain/system1": 1, "gain/system2": 2, "gain/overlap": None}.items():
-            if key in record.metrics:
-                what = (record.run["parameters"]["title"], system)
-                groups.setdefault(what, []).append(record)
-    return pd.DataFrame(
-        [
-            {
-                "experiment": title,
-                "of": "all" if system is None else f"System {system}",
-                "gain, points": _gained(runs, system).gap(),
-                "gain, points, each seed": ", ".join(f"{100 * _gained([run], system).value:+z.1f}" for run in runs),
-                "records": _labels(runs),
-            }
-            for (title, system), runs in groups.items()
-        ]
-    )
-
-
-def _gained(runs: list[Record], system: int | None) -> Metric:
-    return _difference([mean_outcomes(runs, stage, system) for stage in ("stage2", "stage1")])
-
-
-def theta_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.DataFrame:
+def theta_table(records: Iterable[Record]) -> pd.DataFrame:
     """Table 3 at our scale: stage 1 accuracy by modules, theta and selection, beside the paper's numbers."""
-    points, here = (
-        {(point["modules"], point["theta"], point["selection"]): point for point in theta_points(some)}
-        for some in (records, own)
-    )
     rows = []
-    for key in sorted({*points, *here}):
-        point, mine = points.get(key), here.get(key)
-        modules, theta, selection = key
+    for point in theta_points(records):
+        modules, theta, selection = key = point["modules"], point["theta"], point["selection"]
         paper_point = _published_point(*key)
         rows.append(
             {
                 "modules": modules,
                 "theta": theta,
                 "selection": selection,
-                "active (stage 1)": f"{100 * (point or mine)['active']:.1f} %",
-                **_seen("ours, accuracy", point["records"] if point else [], "stage1"),
-                **_this_run(own, mine and mine["metric"]),
+                "active (stage 1)": f"{100 * point['active']:.1f} %",
+                **_seen("ours, accuracy", point["records"], "stage1"),
                 "paper, active %": _or_dash(paper_point.get("active")),
                 "paper, accuracy %": _or_dash(paper_point.get("accuracy")),
-                "records": _labels(run for side in (point, mine) if side for run in side["records"]),
+                "records": _labels(point["records"]),
             }
         )
     return pd.DataFrame(rows)
-
-
-def _this_run(own: Iterable[Record], metric: Metric | None) -> dict[str, str]:
-    """The column of a reader's run, if there is one."""
-    return {"this run": written(metric, missing="–")} if own else {}
 
 
 def study_arms(records: Iterable[Record], *stages: str) -> dict[str, list[Record]]:
@@ -195,54 +151,52 @@ def _place(parameters: dict) -> tuple[bool, bool]:
 
 
 def arms_table(records: Iterable[Record]) -> pd.DataFrame:
-    """The study's arms after stage 1 alone: elements, loss and accuracy on the test split, means over blocks (seeds).
+    """The study's arms after stage 1 alone, on the test split, beside the paper's accuracies on GSM8K (LLaMA-2-7B).
 
-    Each value has Student's 95 % interval over blocks from two blocks on. Losses are in nats a token.
+    Means over blocks (seeds), with Student's 95 % interval from two blocks on. Losses are in nats a token.
     """
-    rows = [
-        (
-            title,
-            f"{runs[0].metric('active/stage1').value * runs[0].metric('active/stage1').n / 1e6:.2f} M",
-            f"{runs[0].run['parameters']['learning_rate']:g}",
-            _over_blocks(runs, "stage1/loss1", 1, ".4f"),
-            ", ".join(f"{record.metric('stage1/loss1').value:.4f}" for record in runs),
-            _over_blocks(runs, "stage1/system1", 100, ".1f"),
-            _over_blocks(runs, "stage1/lenient1", 100, ".1f"),
-            _over_blocks(runs, "stage1/system2", 100, ".1f"),
-            len(runs),
-            _labels(runs),
-        )
-        for title, runs in study_arms(records, "sft").items()
-    ]
+    rows = []
     loss = "loss of System 1, nats"
-    columns = [
-        "arm",
-        "elements",
-        "rate of stage 1",
-        loss,
-        f"{loss}, each seed",
-        "System 1, %",
-        "leniently, %",
-        "System 2, %",
-    ]
-    columns += ["seeds", "records"]
-    return pd.DataFrame(rows, columns=columns)
+    for title, runs in study_arms(records, "sft").items():
+        parameters, active = runs[0].run["parameters"], runs[0].metric("active/stage1")
+        every = parameters["method"] == "lora" and parameters["r"] == 8
+        selection = "all elements" if every else selection_name(parameters) if parameters["method"] == "lorapar" else ""
+        row = {"arm": title, "elements": f"{active.value * active.n / 1e6:.2f} M"}
+        row["rate of stage 1"] = f"{parameters['learning_rate']:g}"
+        row[loss] = _over_blocks(runs, "stage1/loss1", 1, ".4f")
+        row[f"{loss}, each seed"] = ", ".join(f"{record.metric('stage1/loss1').value:.4f}" for record in runs)
+        row["System 1, %"] = _over_blocks(runs, "stage1/system1", 100, ".1f")
+        row["leniently, %"] = _over_blocks(runs, "stage1/lenient1", 100, ".1f")
+        row["System 2, %"] = _over_blocks(runs, "stage1/system2", 100, ".1f")
+        paper_point = _published_point(parameters["modules"], parameters["theta"], selection)
+        row["paper, %"] = _or_dash(paper_point.get("accuracy"))
+        rows.append(row | {"seeds": len(runs), "records": _labels(runs)})
+    return pd.DataFrame(rows)
+
+
+# Title of the arm -> what the paper reports of it on GSM8K after both stages, in percent (Tables 2, 4 and 5).
+PAPER_AFTER_BOTH = {
+    "LoRA-PAR, theta 0.9": "34.6 LLaMA-2-7B, 81.7 Qwen-2.5-7B",
+    "LoRA, r = 8": "69.8 Qwen-2.5-7B",
+    "LoRA-PAR, nothing shared in stage 2": "27.8 LLaMA-2-7B",
+}
 
 
 def reinforced_table(records: Iterable[Record]) -> pd.DataFrame:
-    """The study's arms after both stages: rates, accuracy on the test split and what stage 2 gained on System 2.
+    """The study's arms after both stages: accuracy on the test split and what stage 2 changed, beside the paper's.
 
     Means over blocks (seeds) with Student's 95 % interval, in percent and points.
     """
     rows = []
     for title, runs in study_arms(records, "sft", "grpo").items():
-        parameters = runs[0].run["parameters"]
-        row = {"arm": title, "rate, KL of stage 2": f"{parameters['grpo_learning_rate']:g}, {parameters['kl']:g}"}
-        row["System 1, %"] = _over_blocks(runs, "stage2/system1", 100, ".1f")
-        row["System 2, %"] = _over_blocks(runs, "stage2/system2", 100, ".1f")
-        row["System 2, %, each seed"] = ", ".join(f"{100 * run.metric('stage2/system2').value:.1f}" for run in runs)
+        active = runs[0].metric("active/stage2")
+        row = {"arm": title, "elements of stage 2": f"{active.value * active.n / 1e6:.2f} M"}
+        for system in (1, 2):
+            row[f"System {system}, %"] = _over_blocks(runs, f"stage2/system{system}", 100, ".1f")
+            row[f"System {system}, gain"] = _over_blocks(runs, f"gain/system{system}", 100, "+z.1f")
         row["both, %"] = _over_blocks(runs, "stage2/accuracy", 100, ".1f")
-        row["gained on System 2, points"] = _over_blocks(runs, "gain/system2", 100, "+z.1f")
+        row["both, %, each seed"] = ", ".join(f"{100 * run.metric('stage2/accuracy').value:.1f}" for run in runs)
+        row["paper, %"] = PAPER_AFTER_BOTH.get(title, "–")
         rows.append(row | {"seeds": len(runs), "records": _labels(runs)})
     return pd.DataFrame(rows)
 
@@ -288,6 +242,15 @@ def selection_name(parameters: dict) -> str:
     return CONTROLS.get(parameters["selection"], SCORE_NAMES.get(score, score))
 
 
+def arm_of(parameters: Mapping) -> str:
+    """What a run trains, as figures name it."""
+    if parameters["method"] == "lorapar":
+        return selection_name(parameters)
+    if parameters.get("r") == 3:
+        return "all elements, r = 3"
+    return "all elements, PEFT's initialisation" if parameters.get("init") == "lora" else "all elements"
+
+
 def theta_points(records: Iterable[Record]) -> list[dict]:
     """One point for each modules, theta and selection: mean accuracy over the seeds, with an interval over test items.
 
@@ -298,9 +261,9 @@ def theta_points(records: Iterable[Record]) -> list[dict]:
         parameters = record.run["parameters"]
         if score_after(record, "stage1") is None:
             continue
-        selection = selection_name(parameters)
         every = parameters["method"] != "lorapar" or parameters["theta"] == 1.0
-        key = (parameters["modules"], 1.0 if every else parameters["theta"], "all elements" if every else selection)
+        selection = "all elements" if parameters["theta"] == 1.0 else arm_of(parameters)
+        key = (parameters["modules"], 1.0 if every else parameters["theta"], selection)
         groups.setdefault(key, {}).setdefault(record.run["seed"], record)
     return [
         {
@@ -352,9 +315,12 @@ TRAINED_ON = {("mmlu", "open-platypus"): "mmlu_platypus"}
 
 
 def method_runs(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """The records of each row of Tables 4 and 6, one per seed; of LoRA-PAR only those at `USUAL` parameters."""
+    """The records of each row of Tables 4 and 6, one per seed; of LoRA-PAR only those at `USUAL` parameters.
+
+    Of a method that was run at several ranks, those of the highest.
+    """
     titles = {(row.method, row.init, row.stages): row.title for row in METHOD_ROWS}
-    runs: dict[str, dict[int, Record]] = {}
+    runs: dict[str, dict[int, dict[int, Record]]] = {}
     for record in records:
         parameters = record.run["parameters"]
         if "stages" not in parameters:
@@ -365,82 +331,46 @@ def method_runs(records: Iterable[Record]) -> dict[str, list[Record]]:
         usual &= parameters.get("score") in (None, "second_order")
         if key not in titles or (key[0] == "lorapar" and not usual):
             continue
-        runs.setdefault(titles[key], {}).setdefault(record.run["seed"], record)
-    return {row.title: list(runs[row.title].values()) for row in METHOD_ROWS if row.title in runs}
+        of_rank = runs.setdefault(titles[key], {}).setdefault(parameters.get("r") or 0, {})
+        of_rank.setdefault(record.run["seed"], record)
+    return {row.title: list(runs[row.title][max(runs[row.title])].values()) for row in METHOD_ROWS if row.title in runs}
 
 
-def benchmark_table(records: Iterable[Record], benchmark: str = "pool", own: Iterable[Record] = ()) -> pd.DataFrame:
-    """Tables 4 and 6 at our scale: every method on one benchmark, over the seeds, beside the paper's numbers.
+def benchmark_table(records: Iterable[Record]) -> pd.DataFrame:
+    """Tables 4 and 6 at our scale: every method on each benchmark, over the seeds, beside the paper's numbers.
 
     Our accuracies are after stage 1, where there are two stages, and at the end. The paper's are after each of two
-    epochs: both SFT, or SFT then GRPO. The gap to LoRA is paired over test items and seeds. A method without a record
-    reads "not run", and has no row where the benchmark is not our pool. `truncated` is the share of completions that
-    never ended, which count as wrong.
+    epochs: both SFT, or SFT then GRPO. The gap to LoRA is paired over test items and seeds. `truncated` is the share of
+    completions that never ended, which count as wrong.
     """
-    runs, here = method_runs(records), method_runs(own)
+    runs = method_runs(records)
     pools = {record.run["parameters"].get("pool") for group in runs.values() for record in group}
-    column = TRAINED_ON.get((benchmark, pools.pop())) if len(pools) == 1 else None
-    column = column or PUBLISHED.get(benchmark)
-    published = _published_epochs(column) if column else {}
+    pool = pools.pop() if len(pools) == 1 else None
     rows = []
-    for row in METHOD_ROWS:
-        group, mine = runs.get(row.title, []), here.get(row.title, [])
-        if benchmark != "pool" and not group:
-            continue
-        last, last_here = _last(group), _last(mine)
-        epochs = published.get(row.paper, (None, None))
-        rows.append(
-            {
-                "method": row.title,
-                "seeds": len(group),
-                "active": written(group[0].metrics.get(f"active/{last}") if group else None, Metric.share, "–"),
-                "ours, after stage 1": _over_seeds(group, _stage_of("stage1", benchmark)) if last == "stage2" else "–",
-                **_seen("ours, at the end", group, _stage_of(last, benchmark)),
-                **_this_run(own, _mean(mine, _stage_of(last_here, benchmark))),
-                "gap to LoRA": _gap_to_lora(runs, row.title, benchmark),
-                "truncated": _truncated(group, _stage_of(last, benchmark)),
-                "paper, epoch 1 %": _or_dash(epochs[0]),
-                "paper, epoch 2 %": _or_dash(epochs[1]),
-                "records": _labels([*group, *mine]),
-            }
-        )
+    for benchmark, column in PUBLISHED.items():
+        published = _published_epochs(TRAINED_ON.get((benchmark, pool), column))
+        for row in METHOD_ROWS:
+            group = runs.get(row.title, [])
+            last = _last(group)
+            if _mean(group, _stage_of(last, benchmark)) is None:
+                continue
+            epochs = published.get(row.paper, (None, None))
+            rows.append(
+                {
+                    "method": row.title,
+                    "on": benchmark,
+                    "seeds": len(group),
+                    "active": written(group[0].metrics.get(f"active/{last}"), Metric.share, "–"),
+                    "after stage 1": _over_seeds(group, _stage_of("stage1", benchmark)) if last == "stage2" else "–",
+                    **_seen("at the end", group, _stage_of(last, benchmark)),
+                    "gap to LoRA": _gap_to_lora(runs, row.title, benchmark),
+                    "truncated": _truncated(group, _stage_of(last, benchmark)),
+                    "paper, epoch 1 %": _or_dash(epochs[0]),
+                    "paper, epoch 2 %": _or_dash(epochs[1]),
+                    "records": _labels(group),
+                }
+            )
     return pd.DataFrame(rows)
-
-
-def cost_points(records: Iterable[Record]) -> pd.DataFrame:
-    """One row per trained method: accuracy at the end with interval, active elements, time and peak bytes of training.
-
-    Time is in core-seconds (on a GPU: seconds), because profiles differ in threads. Time and bytes are means over the
-    seeds; NaN where a record does not have them.
-    """
-    rows = []
-    for title, group in method_runs(records).items():
-        last = _last(group)
-        if last == "base":
-            continue
-        stages = [stage for stage in ("stage1", "stage2") if score_after(group[0], stage)]
-        active = group[0].metric(f"active/{last}")
-        rows.append(
-            {
-                "method": title,
-                "active": active.value * active.n,
-                "core_seconds": pd.Series(
-                    [_cores(run) * sum(_value(run, f"{s}/train_seconds") for s in stages) for run in group]
-                ).mean(),
-                "peak_bytes": pd.Series([_value(run, f"{last}/peak_bytes") for run in group]).mean(),
-                **intervals.share(list(mean_outcomes(group, last).values()))._asdict(),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _cores(record: Record) -> int:
-    hardware = record.environment["hardware"]
-    return 1 if hardware["gpu"] else hardware["threads"]
-
-
-def _value(record: Record, metric: str) -> float:
-    return record.metrics.get(metric, Metric(float("nan"), 0)).value
 
 
 def _published_epochs(column: str) -> dict[str, tuple[float | None, float | None]]:
@@ -482,36 +412,31 @@ def _gap_to_lora(runs: dict[str, list[Record]], title: str, benchmark: str) -> s
     return _paired([mean_outcomes(side, _stage_of(_last(side), benchmark)) for side in sides])
 
 
-def alpha_beta_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.DataFrame:
+def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
     """Table 2 at our scale: accuracy after each stage by alpha and beta, over the seeds, beside the paper's numbers.
 
     The gap to alpha = beta = 1 after both stages is paired over items, at the seeds that both cells have.
     """
     published = {(row["alpha"], row["beta"]): row for row in paper("table2_alpha_beta")}
-    runs, here = (
-        _grouped(some, lambda parameters: (parameters["alpha"], parameters["beta"])) for some in (records, own)
-    )
-    rows = []
-    for alpha, beta in sorted({*runs, *here}):
-        group, mine = runs.get((alpha, beta), []), here.get((alpha, beta), [])
-        either = (group or mine)[0]
-        rows.append(
+    cells = _grouped(filter(_has_both_stages, records), lambda parameters: (parameters["alpha"], parameters["beta"]))
+    return pd.DataFrame(
+        [
             {
                 "alpha": alpha,
                 "beta": beta,
-                "seeds": len(group),
-                "active (stage 1)": either.metric("active/stage1").share(),
-                "active (stage 2)": either.metric("active/stage2").share(),
-                "after SFT": _over_seeds(group, "stage1"),
-                **_seen("after RL", group, "stage2"),
-                **_this_run(own, _mean(mine, "stage2")),
-                "gap to alpha = beta = 1": _gap(group, runs.get((1.0, 1.0), []), "stage2"),
+                "seeds": len(runs),
+                "active (stage 1)": runs[0].metric("active/stage1").share(),
+                "active (stage 2)": runs[0].metric("active/stage2").share(),
+                "after SFT": _over_seeds(runs, "stage1"),
+                **_seen("after RL", runs, "stage2"),
+                "gap to alpha = beta = 1": _gap(runs, cells.get((1.0, 1.0), []), "stage2"),
                 "paper, after SFT %": published.get((alpha, beta), {}).get("sft", "–"),
                 "paper, after RL %": published.get((alpha, beta), {}).get("rl", "–"),
-                "records": _labels([*group, *mine]),
+                "records": _labels(runs),
             }
-        )
-    return pd.DataFrame(rows)
+            for (alpha, beta), runs in sorted(cells.items())
+        ]
+    )
 
 
 def _grouped(records: Iterable[Record], key: Callable[[dict], Hashable]) -> dict[Hashable, list[Record]]:
@@ -522,95 +447,65 @@ def _grouped(records: Iterable[Record], key: Callable[[dict], Hashable]) -> dict
     return groups
 
 
-def order_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.DataFrame:
+def order_table(records: Iterable[Record]) -> pd.DataFrame:
     """Table 7 at our scale: LoRA-PAR's stages in both orders, over the seeds, beside the paper's (Qwen-2.5-7B)."""
     published = {row["schedule"]: row for row in paper("table7_order")}
-    runs, here = (_grouped(filter(_has_both_stages, some), lambda p: tuple(p["stages"])) for some in (records, own))
+    orders = _grouped(filter(_has_both_stages, records), lambda parameters: tuple(parameters["stages"]))
     rows = []
-    for stages in sorted({*runs, *here}, reverse=True):
-        group, mine = runs.get(stages, []), here.get(stages, [])
+    for stages, runs in sorted(orders.items(), reverse=True):
         row = published["SFT then RL (LoRA-PAR)" if stages == ("sft", "grpo") else "RL then SFT"]
         rows.append(
             {
                 "schedule": " then ".join("RL" if stage == "grpo" else "SFT" for stage in stages),
-                "seeds": len(group),
-                "after phase 1": _over_seeds(group, "stage1"),
-                **_seen("after phase 2", group, "stage2"),
-                **_this_run(own, _mean(mine, "stage2")),
-                "gap to SFT then RL": _gap(group, runs.get(("sft", "grpo"), []), "stage2"),
+                "seeds": len(runs),
+                "after phase 1": _over_seeds(runs, "stage1"),
+                **_seen("after phase 2", runs, "stage2"),
+                "gap to SFT then RL": _gap(runs, orders.get(("sft", "grpo"), []), "stage2"),
                 "paper, phase 1 %": row["phase1"],
                 "paper, phase 2 %": row["phase2"],
-                "records": _labels([*group, *mine]),
+                "records": _labels(runs),
             }
         )
     return pd.DataFrame(rows)
 
 
 def _has_both_stages(record: Record) -> bool:
+    """Whether it is LoRA-PAR, by importance, after both stages."""
     parameters = record.run["parameters"]
-    return parameters.get("method") == "lorapar" and set(parameters["stages"]) == {"sft", "grpo"}
+    both = set(parameters.get("stages", ())) == {"sft", "grpo"}
+    return both and parameters.get("method") == "lorapar" and parameters.get("selection") == "importance"
 
 
-def agreement_table(*records: Record) -> pd.DataFrame:
-    """From voting records, one column each: how the teachers split the pool, and how far they agree."""
+def agreement_table(record: Record) -> pd.DataFrame:
+    """From a voting record: how the teachers split the pool, and how far they agree."""
     labels = {
         "system1_share": "share voted System 1",
         "undecided": "undecided, left out",
         "kappa": "Fleiss' kappa",
         "alpha": "Krippendorff's alpha",
     }
-    columns = {
-        f"profile {record.run['profile']}": [written(record.metrics.get(key), Metric.number) for key in labels]
-        for record in records
-    }
-    return pd.DataFrame({"measure": labels.values()} | columns)
+    values = [written(record.metrics.get(key), Metric.number) for key in labels]
+    return pd.DataFrame({"measure": labels.values(), "value": values})
 
 
-def teacher_table(*records: Record) -> pd.DataFrame:
-    """From voting records: each teacher's agreement with the construction labels, its AUC, its abstentions if any."""
-    names = dict.fromkeys(
-        key.removeprefix("accuracy/") for record in records for key in record.metrics if key.startswith("accuracy/")
-    )
-    styles = {"agrees with construction": ("accuracy", Metric.percent), "AUC": ("auc", Metric.number)}
-    if any(m.value for record in records for key, m in record.metrics.items() if key.startswith("abstained/")):
-        styles["abstained"] = ("abstained", Metric.percent)
-    rows = [
-        {"teacher": name}
-        | {
-            f"{column}, {record.run['profile']}": written(record.metrics.get(f"{key}/{name}"), style, "–")
-            for column, (key, style) in styles.items()
-            for record in records
-        }
-        for name in names
-    ]
+def teacher_table(record: Record) -> pd.DataFrame:
+    """From a voting record: agreement with the construction labels and AUC of each teacher and of the panel.
+
+    With a column of abstentions where there are any.
+    """
+    metrics = record.metrics
+    names = [key.removeprefix("accuracy/") for key in metrics if key.startswith("accuracy/")]
+    abstained = {key: metric for key, metric in metrics.items() if key.startswith("abstained/")}
+    rows = []
+    for name in names:
+        auc = metrics.get("auc/margins" if name == "majority" else f"auc/{name}")
+        row = {"teacher": "the panel" if name == "majority" else name}
+        row["agrees with construction"] = metrics[f"accuracy/{name}"].percent()
+        row["AUC"] = written(auc, Metric.number, "–")
+        if any(metric.value for metric in abstained.values()):
+            row["abstained"] = written(abstained.get(f"abstained/{name}"), Metric.percent, "–")
+        rows.append(row)
     return pd.DataFrame(rows)
-
-
-def certain_table(*records: Record) -> pd.DataFrame:
-    """From voting records: agreement with construction among the examples with the largest summed margins."""
-    return pd.DataFrame(
-        [
-            {
-                "profile": record.run["profile"],
-                "kept": f"{100 * row['kept']:.0f} % most certain",
-                "voted System 1": f"{100 * row['system1_share']:.0f} %",
-                "agrees with construction": Metric(**row["accuracy"]).percent(),
-            }
-            for record in records
-            for row in record.result["tables"]["certain"]
-        ]
-    )
-
-
-def panel_table(*records: Record) -> pd.DataFrame:
-    """From voting records: the split that each panel makes, and the share of examples that it moves."""
-    rows = [
-        {"profile": record.run["profile"]} | row | {"accuracy": written(row["accuracy"] and Metric(**row["accuracy"]))}
-        for record in records
-        for row in record.result["tables"]["panels"]
-    ]
-    words = {"role_play": "role play", "system1_share": "voted System 1", "accuracy": "agrees with construction"}
-    return pd.DataFrame(rows).round(2).rename(columns=words)
 
 
 # Our strategies -> the paper's rows of Table 1. We have no counterpart of DeepSeek-R1 alone.
@@ -624,33 +519,30 @@ SPLITS = {
 }
 
 
-def voting_table(records: Iterable[Record], own: Iterable[Record] = ()) -> pd.DataFrame:
+def voting_table(records: Iterable[Record]) -> pd.DataFrame:
     """Table 1 at our scale: stage 1 accuracy by how the examples were split, and the gap to a random split.
 
     The gap is paired over test items, with a 95 % bootstrap interval. An item counts as the mean over common seeds.
     """
     published = {row["strategy"]: row["accuracy"] for row in paper("table1_data_classification")}
-    runs, here = (_by_experiment(some) for some in (records, own))
-    rows = []
-    for name, strategy in SPLITS.items():
-        group, mine = runs.get(name, []), here.get(name, [])
-        if not group and not mine:
-            continue
-        rows.append(
+    runs = _by_experiment(records)
+    return pd.DataFrame(
+        [
             {
-                "split": (group or mine)[0].run["parameters"]["title"],
-                "seeds": len(group),
-                **_seen("ours, accuracy", group, "stage1"),
-                **_this_run(own, _mean(mine, "stage1")),
+                "split": runs[name][0].run["parameters"]["title"],
+                "seeds": len(runs[name]),
+                **_seen("ours, accuracy", runs[name], "stage1"),
                 **{
-                    f"gap to a random split{part}": _gap(group, runs.get("split_random", []), "stage1", system)
+                    f"gap to a random split{part}": _gap(runs[name], runs.get("split_random", []), "stage1", system)
                     for part, system in (("", None), (", System 1", 1), (", System 2", 2))
                 },
                 "paper, GSM8K %": published.get(strategy, "–"),
-                "records": _labels([*group, *mine]),
+                "records": _labels(runs[name]),
             }
-        )
-    return pd.DataFrame(rows)
+            for name, strategy in SPLITS.items()
+            if name in runs
+        ]
+    )
 
 
 def _by_experiment(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -680,7 +572,7 @@ def _difference(sides: list[dict[str, float]]) -> Metric | None:
 
 
 def label(record: Record) -> str:
-    """Profile and name of a record, such as `cpu-full/lora-seed0`."""
+    """Profile and name of a record, such as `study/lorapar-seed0`."""
     return f"{record.run['profile']}/{record.name}"
 
 

@@ -255,7 +255,7 @@ def test_free_text_is_scored_by_overlap_and_loss(project, saved_model):
     history = record.result["tables"]["history_stage2"]
     assert all("rewards/overlap/mean" in entry for entry in history if "reward" in entry)
     assert any("validation/overlap" in entry for entry in history)
-    assert set(tables.stage_table([record])) >= {"overlap", "loss"} and len(tables.gain_table([record])) == 1
+    assert set(tables.stage_table([record])) >= {"overlap", "loss"}
     figures.stage_accuracy([record])
 
 

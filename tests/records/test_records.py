@@ -14,10 +14,9 @@ from conftest import ROOT
 from lorapar_utils.errors import InputError
 from lorapar_utils.records import (
     Record,
-    evidence,
     intervals,
     new_record,
-    pooled,
+    published_votes,
     read_record,
     read_records,
     record_link,
@@ -253,21 +252,6 @@ def test_a_base_model_at_chance_leaves_no_headroom():
     assert claims.judge(claim, records).verdict == "inconclusive"
 
 
-def test_the_evidence_is_the_study_and_what_came_before_it(project):
-    values = {"study": ["a-seed0"], "cpu": ["a-seed0", "b-seed0"], "cpu-full": ["b-seed0", "b-seed1"], "laptop": ["c"]}
-    for number, (profile, names) in enumerate(values.items()):
-        for name in names:
-            write_record(record(name, x=Metric(number, 1)), project / "results" / profile / f"{name}.json")
-    found = {name: record.metric("x").value for name, record in evidence().items()}
-    assert found == {"study/a-seed0": 0, "a-seed0": 1, "b-seed0": 1, "b-seed1": 2}
-
-
-def test_records_of_other_pools_keep_their_profile_in_their_name(project):
-    for profile in ("cpu", "cpu-full", "cpu-chains"):
-        write_record(record("a-seed0"), project / "results" / profile / "a-seed0.json")
-    assert list(evidence()) == ["a-seed0", "cpu-chains/a-seed0"] and list(pooled(evidence())) == ["a-seed0"]
-
-
 def test_a_verdict_rests_on_the_published_records_and_this_run_stands_beside():
     published = blocks_of(a=[30, 31, 32, 30, 31], b=[20, 22, 20, 21, 20])
     own = blocks_of(a=[0], b=[40])
@@ -278,7 +262,7 @@ def test_a_verdict_rests_on_the_published_records_and_this_run_stands_beside():
 
 
 def test_a_table_of_teachers_names_its_measures_and_abstentions_where_there_are_any():
-    voting = evidence()["voting"]
+    voting = published_votes()
     shown = notebook.shown(tables.agreement_table(voting)).to_html()
     assert "undecided, left out" in shown and "Fleiss" in shown
     assert not any("abstained" in column for column in tables.teacher_table(voting))
@@ -336,16 +320,14 @@ def test_benchmark_table_pairs_each_method_with_lora_and_names_what_was_not_run(
             trained("lorapar", 3, ["sft", "grpo"], 0, stage="stage2", split_by="random"),
         ]
     ).set_index("method")
-    assert rows.loc["LoRA", "ours, at the end"].startswith("75.0 %") and rows.loc["LoRA", "seeds"] == 2
+    assert rows.loc["LoRA", "at the end"].startswith("75.0 %") and rows.loc["LoRA", "seeds"] == 2
     assert rows.loc["IA3", "gap to LoRA"].startswith("-25.0 [")
     assert rows.loc["LoRA-PAR over LoRA", "gap to LoRA"].startswith("+25.0 [")
     assert rows.loc["LoRA-PAR over LoRA", "seeds"] == 1
     assert rows.loc["IA3", "truncated"] == "25.0 %"
-    assert rows.loc["PiSSA", "ours, at the end"] == "not run" and rows.loc["PiSSA", "paper, epoch 2 %"] == 33.59
-    costs = tables.cost_points([trained("lora", 0, ["sft_all"], 20)]).iloc[0]
-    assert (costs["active"], costs["core_seconds"], costs["value"]) == (40.0, 5.0, 0.5) and np.isnan(
-        costs["peak_bytes"]
-    )
+    assert rows.loc["IA3", "paper, epoch 2 %"] == 26.46 and "PiSSA" not in rows.index
+    lower = trained("lora", 0, ["sft_all"], 0, r=3)
+    assert tables.benchmark_table([lower, trained("lora", 0, ["sft_all"], 20, r=8)])["at the end"][0].startswith("50")
 
 
 def test_the_orders_of_stages_are_compared_at_the_seeds_that_both_have():
@@ -357,6 +339,9 @@ def test_the_orders_of_stages_are_compared_at_the_seeds_that_both_have():
     )
 
 
+PAR = {"method": "lorapar", "selection": "importance", "stages": ["sft", "grpo"]}
+
+
 def cell(alpha, beta, seed, right):
     """A cell of Table 2 whose first `right` of 40 test items are correct after either stage."""
     items = [
@@ -366,7 +351,11 @@ def cell(alpha, beta, seed, right):
     ]
     active = {f"active/stage{k}": Metric(share, 100) for k, share in ((1, alpha / 2), (2, beta / 2))}
     return record(
-        f"a{alpha}b{beta}-seed{seed}", items=items, seed=seed, parameters={"alpha": alpha, "beta": beta}, **active
+        f"a{alpha}b{beta}-seed{seed}",
+        items=items,
+        seed=seed,
+        parameters={"alpha": alpha, "beta": beta, **PAR},
+        **active,
     )
 
 
@@ -392,7 +381,7 @@ def test_every_row_of_a_table_links_the_records_that_it_was_made_from(monkeypatc
         (f"lora-seed{s}.json", f"lora-seed{s}") for s in (0, 1)
     ]
     assert re.search(r">[\d.]+\xa0% \[[\d.]+,\xa0[\d.]+\], n\xa0=\xa0\d+<", rows["IA3"])  # lines break at two places
-    assert "ia3-seed0.json" in rows["IA3"] and "href" not in rows["PiSSA"]
+    assert "ia3-seed0.json" in rows["IA3"]
     titled = record("a", parameters={"title": "r < 8"}, **{"base/accuracy": intervals.proportion([True])})
     assert "r &lt; 8" in notebook.linked(tables.stage_table([titled]), [titled], load_profile("smoke")).to_html()
     said = []
@@ -405,7 +394,7 @@ def test_a_seed_without_a_score_has_no_dot_and_moves_none():
     for item in runs[1].items:
         item["stage"] = "elsewhere"
     frame = tables.benchmark_table(runs)
-    assert frame.set_index("method").loc["LoRA", "ours, at the end, each seed"] == "25.0, –, 75.0"
+    assert frame.set_index("method").loc["LoRA", "at the end, each seed"] == "25.0, –, 75.0"
     page = notebook.linked(frame, runs, load_profile("smoke")).to_html()
     assert re.findall(r'title="([\d.]+): (lora-seed.)', page) == [("25.0", "lora-seed0"), ("75.0", "lora-seed2")]
 
@@ -426,7 +415,7 @@ def test_values_of_single_seeds_are_dots_that_are_links_and_columns_without_a_va
     places = re.findall(r'title="([\d.]+): (lorapar-seed.).*?left: (\d+)%', page)
     assert places == [("50.0", "lorapar-seed0", "45"), ("75.0", "lorapar-seed1", "90"), ("25.0", "lorapar-seed0", "0")]
     assert "lorapar-seed1.json" in page and "<th" in page
-    assert "records" not in rows[1] and "this run" not in rows[1]
+    assert "records" not in rows[1]
 
 
 def test_a_share_of_nothing_but_misses_has_an_interval_with_width():
@@ -448,7 +437,13 @@ def test_macro_average_weighs_groups_alike():
 def test_tables_are_exported_in_three_formats(tmp_path):
     records = {r.name: r for r in [trained("lora", 0, ["sft_all"], 20), trained("a_b&c", 0, ["sft_all"], 20)]}
     written = {path.name for path in exports.save_all(records, tmp_path)}
-    assert {"table6_methods.html", "table6_methods.csv", "table6_methods.tex", "stages.tex"} <= written
+    assert {
+        "table4_methods.html",
+        "table4_methods.csv",
+        "table4_methods.tex",
+        "study_stage2.csv",
+        "stages.tex",
+    } <= written
     latex = (tmp_path / "stages.tex").read_text()
     assert r"\toprule" in latex and r"a\_b\&c" in latex
     assert "table7_order.csv" not in written
@@ -600,7 +595,14 @@ def test_readme_shows_what_the_published_records_say():
 def test_arms_of_the_study_are_means_over_blocks_and_tuning_runs_are_none_of_them():
     def arm(seed, loss, **more):
         parameters = {"title": "LoRA", "measured_on": "test", "learning_rate": 0.002, "sweep": "regions"}
-        parameters |= {"stages": ["sft"], "method": "lora", "kl": 0.04} | more
+        parameters |= {
+            "stages": ["sft"],
+            "method": "lora",
+            "r": 8,
+            "kl": 0.04,
+            "modules": "QKVGUD",
+            "theta": 0.9,
+        } | more
         metrics = {"stage1/loss1": Metric(loss, 400), "active/stage1": Metric(1.0, 8)}
         metrics |= {f"stage1/{key}": Metric(0.5, 400) for key in ("system1", "lenient1", "system2")}
         return record(f"lora-seed{seed}", seed=seed, parameters=parameters, **metrics)
@@ -612,6 +614,11 @@ def test_arms_of_the_study_are_means_over_blocks_and_tuning_runs_are_none_of_the
     reach = scipy.stats.t.ppf(0.975, 1) * np.std([0.1, 0.2], ddof=1) / 2**0.5
     assert table["loss of System 1, nats"].tolist() == [f"0.1500 [{0.15 - reach:.4f}, {0.15 + reach:.4f}]"]
     assert tables.arms_table([tuned]).empty
+    assert table["paper, %"].tolist() == [30.63]
+    par = arm(0, 0.1, method="lorapar", selection="importance")
+    lower = arm(0, 0.1, r=3, title="LoRA, r = 3")
+    assert tables.arms_table([par])["paper, %"].tolist() == [27.3]
+    assert tables.arms_table([lower])["paper, %"].tolist() == ["–"]
     assert [r.name for r in figures.tuned_records({"a": tuned, "b": arm(0, 0.1)}, "sft")] == ["lora-seed100"]
     assert "no learning rate" in figures.tuning([]).axes[0].texts[0].get_text()
 
@@ -657,15 +664,18 @@ def test_numbers_of_a_column_have_as_many_decimals_as_its_longest():
 
 def test_arms_after_both_stages_are_means_over_blocks_and_no_arms_of_stage_1():
     def arm(seed, system2, stages=("sft", "grpo")):
-        parameters = {"title": "LoRA", "measured_on": "test", "learning_rate": 0.002, "grpo_learning_rate": 1e-4}
-        parameters |= {"kl": 0.04, "stages": list(stages)}
-        metrics = {f"stage2/{key}": Metric(0.5, 400) for key in ("system1", "accuracy")}
+        parameters = {"title": "LoRA, r = 8", "measured_on": "test", "stages": list(stages)}
+        metrics = {"stage2/system1": Metric(0.5, 400), "stage2/accuracy": Metric(system2 + 0.1, 800)}
         metrics |= {"stage2/system2": Metric(system2, 400), "gain/system2": Metric(system2 - 0.1, 400)}
+        metrics |= {"gain/system1": Metric(-0.02, 400), "active/stage2": Metric(0.4, 2_000_000)}
         return record(f"lora_rl-seed{seed}", seed=seed, parameters=parameters, **metrics)
 
     blocks = [arm(0, 0.2), arm(1, 0.3)]
     (row,) = tables.reinforced_table([*blocks, arm(2, 0.9, ("sft",))]).to_dict("records")
     reach = 100 * scipy.stats.t.ppf(0.975, 1) * np.std([0.2, 0.3], ddof=1) / 2**0.5
     assert row["System 2, %"] == f"25.0 [{25 - reach:.1f}, {25 + reach:.1f}]" and row["seeds"] == 2
-    assert row["System 2, %, each seed"] == "20.0, 30.0" and row["rate, KL of stage 2"] == "0.0001, 0.04"
-    assert row["gained on System 2, points"].startswith("+15.0 [") and tables.arms_table(blocks).empty
+    assert row["both, %, each seed"] == "30.0, 40.0" and row["elements of stage 2"] == "0.80 M"
+    assert row["System 1, gain"].startswith("-2.0 [") and row["System 2, gain"].startswith("+15.0 [")
+    assert row["paper, %"] == "69.8 Qwen-2.5-7B" and tables.arms_table(blocks).empty
+    declared = {spec.title for spec in load_profile("study").experiments.values()}
+    assert tables.PAPER_AFTER_BOTH.keys() <= declared
