@@ -260,14 +260,18 @@ def together(
     logs: dict[str, Path],
     where: dict,
     save: Callable[[], None] = lambda: None,
+    mode: str = "w",
 ) -> dict[str, int]:
-    """Exit statuses of commands that run so many at once; those that have not ended at `end` are killed."""
+    """Exit statuses of commands that run so many at once; those that have not ended at `end` are killed.
+
+    `mode` is that of their logs.
+    """
     waiting, running, statuses = list(commands), {}, {}
     try:
         while (waiting or running) and time.monotonic() < end:
             while waiting and len(running) < at_once:
                 name = waiting.pop(0)
-                with logs[name].open("a", encoding="utf-8") as log:
+                with logs[name].open(mode, encoding="utf-8") as log:
                     # A session of its own, so that what it starts is killed with it.
                     options = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True, **where}
                     running[name] = subprocess.Popen(commands[name], **options)
@@ -416,7 +420,9 @@ def run_blocks(options: argparse.Namespace, out: Path, where: dict, end: float) 
             statuses = together(commands, at_once, end, files, where | {"env": env}, records.save)
             # A card that was too small for so many has room for half of them; each goes on where it stopped.
             again = {name: commands[name] for name, status in statuses.items() if status not in (0, TIME_IS_UP)}
-            statuses |= together(again, max(1, at_once // 2), end, files, where | {"env": env}, records.save)
+            if time.monotonic() < end:
+                half = max(1, at_once // 2)
+                statuses |= together(again, half, end, files, where | {"env": env}, records.save, mode="a")
         finally:
             records.write()  # with the logs of those that were not finished
     failed = {name: status for name, status in statuses.items() if status}

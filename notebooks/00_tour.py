@@ -58,7 +58,7 @@ figure = figures.pipeline()
 # ## What has been found so far
 #
 # Every table and figure is made from records: small files with metrics, intervals, and the command that made them. `results/` holds the
-# published ones, `runs/` this clone's own. The study's arms, after stage 1:
+# published ones, `runs/` this clone's own. The study's arms, after stage 1, and below them what this run has trained, if anything:
 
 # %% tags=["remove-input"]
 notebook.linked(tables.arms_table(study().values()), study().values(), settings)

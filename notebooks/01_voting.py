@@ -33,7 +33,7 @@ import numpy as np
 import pandas as pd
 
 from lorapar_utils.records import own_records
-from lorapar_utils.report import claims, figures, notebook, tables
+from lorapar_utils.report import figures, notebook, tables
 
 settings = notebook.start(profile=profile)
 from lorapar_utils.pipeline.examples import Examples
@@ -126,10 +126,7 @@ figure = figures.split_accuracy(record)
 # in several ways are in a table below.
 
 # %% tags=["remove-input"]
-notebook.scoreboard(settings, [claim for claim in claims.load_claims() if claim["paper"] == "Table 1"])
-
-# %% tags=["remove-input"]
-own = own_records(settings).values()
+own = [r for r in own_records(settings).values() if r.run["parameters"].get("sweep") == "voting"]
 notebook.linked(tables.voting_table(own), own, settings, "")
 
 # %% [markdown]
@@ -153,4 +150,4 @@ notebook.linked(tables.voting_table(own), own, settings, "")
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
 # %% tags=["remove-input"]
-notebook.sources([record], settings)
+notebook.sources([record, *own], settings)

@@ -19,7 +19,7 @@
 # - **Question.** Does importance choose better elements than chance, than another system's importance, than a lower rank?
 # - **Paper.** Table 3.
 # - **Inputs.** The study's arms after stage 1; this run's experiments on theta.
-# - **Outputs.** The table and figure below.
+# - **Outputs.** The tables and figures below.
 # - **Cost.** None: nothing is trained here.
 
 # %% tags=["parameters", "remove-input"]

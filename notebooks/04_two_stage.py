@@ -120,7 +120,7 @@ notebook.shown(pd.DataFrame(group).round(2))
 # ## What stage 2 did
 #
 # LoRA-PAR of [the study](protocol) by step, and what its stage 2 is worth when it trains something else: nothing that both systems share ($\beta = 0$ of {eq}`eq-stages`), or as many
-# elements by chance. All three start from the same stage 1. The paper's number is of LLaMA-2-7B on GSM8K: compare the direction.
+# elements by chance. All three start from the same stage 1, at LoRA-PAR's rates. The paper's numbers are of 7B models: compare the direction.
 
 # %% mystnb={"image": {"alt": "Panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage."}, "figure": {"caption": "LoRA-PAR of the study, seed 0: blue is stage 1, orange stage 2.", "name": "fig-learning"}} tags=["remove-input"]
 figure = figures.learning_curves(study()["lorapar-seed0"])
@@ -143,7 +143,7 @@ notebook.shown(tables.answers_table(by_stage, questions))
 # %% [markdown]
 # ## Each arm at its own rates
 #
-# The rate of stage 2, and whether a KL term helps, are chosen on validation, at a seed that no block has. Stage 1 has the rates
+# The rate of stage 2, and whether a KL term helps, are chosen for each of four arms on validation, at a seed that no block has. Stage 1 has the rates
 # of the [chapter on theta](03_theta_ablation). Arms against each other, LoRA among them, are in the [next chapter](05_benchmarks).
 
 # %% mystnb={"image": {"alt": "Validation accuracy on both systems against the learning rate of stage 2, a line for each arm, the best value of each circled, hollow diamonds for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried, with KL 0.04; circles: the best of each arm; hollow diamonds: the same rate without KL.", "name": "fig-tuning-of-stage2"}} tags=["remove-input"]
@@ -159,17 +159,23 @@ notebook.scoreboard(settings, on_stage2)
 # %% [markdown]
 # ## This run
 #
-# Accuracy after each stage.
+# Accuracy after each stage; where it has such experiments, Table 2 (alpha and beta) and Table 7 (the order of the stages).
 
 # %% tags=["remove-input"]
-own = own_records(settings)
-notebook.linked(tables.stage_table(figures.main_records(own)), own.values(), settings)
+own = figures.two_stage_records(own_records(settings))
+notebook.linked(tables.stage_table(own), own, settings)
+
+# %% tags=["remove-input"]
+notebook.linked(tables.alpha_beta_table(own), own, settings, "")
+
+# %% tags=["remove-input"]
+notebook.linked(tables.order_table(own), own, settings, "")
 
 # %% [markdown]
 # ## What would change our mind
 #
-# On stage 2: gains whose intervals lie above zero at every seed say that it teaches; a System 1 that falls as far says that it only moves the
-# skill. On the partition: if LoRA with every element ends above LoRA-PAR by more than the interval, freezing costs accuracy.
+# On stage 2: a gain whose interval over blocks lies above zero says that it teaches; a System 1 that falls as far says that it only moves the
+# skill. On the partition: if random elements gained less than those of System 2, importance would have chosen them for stage 2.
 #
 # ## Try it yourself
 #
@@ -184,4 +190,4 @@ notebook.linked(tables.stage_table(figures.main_records(own)), own.values(), set
 
 # %% tags=["remove-input"]
 tuned = figures.tuned_records(study(), "sft", "grpo")
-notebook.sources([*of_stage2, *tuned], settings)
+notebook.sources([*by_stage, *of_stage2, *tuned, *own], settings)

@@ -151,6 +151,12 @@ def test_a_cell_that_finds_no_memory_beside_the_others_is_tried_again_after_them
     assert "found no memory" in (tmp_path / "packed" / "logs" / "lora_sft-seed0.log").read_text()
 
 
+def test_a_cell_that_fails_when_time_is_up_keeps_its_status(start, tmp_path):
+    assert start(8, FAILS="lora_sft", HANGS="importance_0.9").wait() == 0
+    note = "0 of 2 cells; whole blocks: none; importance_0.9-seed0: 124; lora_sft-seed0: 1"
+    assert summary(tmp_path / "out")["blocks"]["note"] == note
+
+
 def left(out) -> set[str]:
     return {path.name for path in out.iterdir()} & LEFT
 

@@ -17,9 +17,9 @@ def study() -> dict[str, Record]:
     return published_records("study")
 
 
-def published_votes() -> Record:
-    """The published votes: those of the profile `laptop`, because the study's labels are its generators'."""
-    return published_records("laptop")["voting"]
+def published_votes() -> dict[str, Record]:
+    """The published record `voting`, by name: that of `laptop`, because the study's labels are its generators'."""
+    return {name: record for name, record in published_records("laptop").items() if name == "voting"}
 
 
 def own_records(settings: Settings) -> dict[str, Record]:

@@ -1,4 +1,4 @@
-"""Every table of the book as HTML, CSV and LaTeX (booktabs), from records, without training and torch."""
+"""Tables as HTML, CSV and LaTeX (booktabs), from records, without training and torch."""
 
 import argparse
 import sys
@@ -55,7 +55,7 @@ def _latex(frame: pd.DataFrame) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m lorapar_utils.report.exports tables`: every table, from the published records or those of a folder."""
+    """`python -m lorapar_utils.report.exports tables`: the tables, from the published records or those of a folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("tables", type=Path)
     parser.add_argument(

@@ -1,7 +1,6 @@
 """Figures from records, without training and torch."""
 
 import argparse
-import itertools
 import math
 import re
 import sys
@@ -49,15 +48,10 @@ ARM_COLOURS = {
     "all elements, r = 3": "#888888",
     "all elements, PEFT's initialisation": "#56B4E9",
     "magnitude": "#5D3A9B",  # the largest values too, as many as hold theta of them
-    "LoRA-PAR over LoRA": SYSTEM_COLOURS[1],
-    "LoRA": "#222222",
-    "LoRA + RL": "#222222",
+    "gradient alone": "#009E73",
+    "curvature alone": "#882255",
+    "random scores": "#999933",
 }
-# The other scores and methods take turns in an order of their own, which no figure's contents change.
-_METHODS = (row.title for row in tables.METHOD_ROWS)
-_OTHERS = dict.fromkeys(["gradient alone", "curvature alone", "random scores", *_METHODS])
-_REMAINING = itertools.cycle(["#009E73", "#882255", "#999933", "#44AA99", "#AA4499", "#8B4513", "#332288"])
-ARM_COLOURS |= {arm: next(_REMAINING) for arm in _OTHERS if arm not in ARM_COLOURS}
 LINESTYLES = ("-", "--", ":", "-.")
 # From more of System 1 to more of System 2.
 BOTH_SYSTEMS = LinearSegmentedColormap.from_list("systems", [SYSTEM_COLOURS[1], "white", SYSTEM_COLOURS[2]])
@@ -533,15 +527,21 @@ def _note(text: str) -> Figure:
     return axes.figure
 
 
+def _colour(arm: str) -> str:
+    """The colour of an arm; LoRA of any other rank has that of rank 3."""
+    return ARM_COLOURS.get(arm, ARM_COLOURS["all elements, r = 3"])
+
+
 def _look(axes: Axes, arm: str) -> dict:
     """An arm's colour; of several lines of one colour, such as two thetas, the later ones are dashed."""
-    colour = ARM_COLOURS[arm]
+    colour = _colour(arm)
     before = sum(line.get_color() == colour and not line.get_label().startswith("_") for line in axes.lines)
     return {"color": colour, "linestyle": LINESTYLES[before % len(LINESTYLES)]}
 
 
 def _marker(arm: str) -> str:
-    return MARKERS[list(ARM_COLOURS).index(arm) % len(MARKERS)]
+    colours = list(ARM_COLOURS.values())
+    return MARKERS[colours.index(_colour(arm)) % len(MARKERS)]
 
 
 @for_every_width
@@ -570,7 +570,7 @@ def tuning_of_stage2(records: Sequence[Record]) -> Figure:
     accuracy = "accuracy on both systems, % of validation"
     axes = _rates_against(rows, "learning rate of stage 2", accuracy, pd.Series.idxmax)
     for arm, points in without.groupby("arm", sort=False):
-        axes.plot(points["rate"], points["value"], "D", fillstyle="none", color=ARM_COLOURS[arm], label="_without KL")
+        axes.plot(points["rate"], points["value"], "D", fillstyle="none", color=_colour(arm), label="_without KL")
     return axes.figure
 
 
@@ -665,7 +665,7 @@ def theta_curve(records: list[Record]) -> Figure:
                 points["value"],
                 yerr=errors,
                 marker=_marker(selection),
-                color=ARM_COLOURS[selection],
+                color=_colour(selection),
                 linestyle="-" if len(points) > 1 else "none",
                 linewidth=in_points(1),
                 label=selection,
@@ -751,7 +751,7 @@ def _validation_curves(axes: Axes, histories: list[list[dict]]) -> None:
 
 @for_every_width
 def stage_accuracy(records: Iterable[Record]) -> Figure:
-    """Test accuracy of each system before training and after each stage: a dot a seed, the mean with its interval.
+    """Test accuracy of each system before training and after each stage: a tick a seed, the mean with its interval.
 
     The interval is Student's over seeds, over test items where there is one seed. For free text it is the overlap with
     the reference.
@@ -789,13 +789,13 @@ def stage_accuracy(records: Iterable[Record]) -> Figure:
 
 
 def two_stage_records(records: dict[str, Record]) -> list[Record]:
-    """Experiments that were trained or scored, the base model first."""
-    experiments = [r for r in records.values() if "stages" in r.run["parameters"]]
-    return sorted(experiments, key=lambda r: (len(r.run["parameters"]["stages"]), r.name))
+    """Experiments that were trained or scored: the base model, then by the number of stages, LoRA-PAR first."""
+    experiments = [r for r in tables.on_test(records.values()) if "stages" in r.run["parameters"]]
+    return sorted(experiments, key=lambda r: (len(r.run["parameters"]["stages"]), tables.place(r), r.name))
 
 
 def main_records(records: dict[str, Record]) -> list[Record]:
-    """The headline: the base model, LoRA-PAR, and LoRA with all elements."""
+    """The base model, and the arms that are compared after both stages."""
     return [
         r for r in two_stage_records(records) if r.run["parameters"]["sweep"] == "two_stage" or r.name == "base-seed0"
     ]
@@ -813,7 +813,7 @@ def tuned_records(records: dict[str, Record], *stages: str) -> list[Record]:
     return [record for record in tuned if tuple(record.run["parameters"].get("stages", ())) == stages]
 
 
-# The figures of `make figures` and the book: name -> function from records by name.
+# The figures of `make figures`, some of which no page of the book shows: name -> function from records by name.
 FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "pipeline": lambda records: pipeline(),
     "votes_by_steps": lambda records: votes_by_steps(records["voting"]),
@@ -841,7 +841,7 @@ FORMATS = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 
 def published() -> dict[str, Record]:
     """The published records that figures show: the study's, and the votes."""
-    return study() | {"voting": published_votes()}
+    return study() | published_votes()
 
 
 def save_all(

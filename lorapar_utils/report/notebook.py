@@ -78,7 +78,7 @@ def start(*, profile: str, **parameters) -> Settings:
 
 def published(settings: Settings, name: str) -> Record:
     """The published record `name` of this profile, else of the study or its votes: for a page that computes nothing."""
-    records = study() | {"voting": published_votes()} | published_records(settings.profile)
+    records = study() | published_votes() | published_records(settings.profile)
     if name not in records:
         raise InputError(f"compute = False: no record {name} of profile {settings.profile} is published; compute it")
     return records[name]

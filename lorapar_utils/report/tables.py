@@ -52,13 +52,19 @@ def stage_table(records: Iterable[Record]) -> pd.DataFrame:
 
 
 # What tells one trained model from another, beside its stages.
-IDENTITY = ("method", "init", "score", "modules", "selection", "theta", "alpha", "beta", "panel", "split_by")
+IDENTITY = ("method", "init", "r", "score", "modules", "selection", "theta", "alpha", "beta")
+IDENTITY += ("flipped", "panel", "split_by")
+
+
+def on_test(records: Iterable[Record]) -> list[Record]:
+    """Those that answered the test split: runs that chose settings are left out."""
+    return [record for record in records if record.run["parameters"].get("measured_on", "test") == "test"]
 
 
 def _trained(records: Iterable[Record]) -> dict[tuple, list[Record]]:
     """The records, one per seed, of what was scored: parameters, the stages up to this one, the stage's name."""
     groups: dict[tuple, dict[int, Record]] = {}
-    for record in records:
+    for record in on_test(records):
         parameters = record.run["parameters"]
         identity = tuple(parameters.get(key) for key in IDENTITY)
         for number, stage in enumerate(("base", "stage1", "stage2")):
@@ -73,7 +79,7 @@ def _seen(column: str, runs: list[Record], stage: str, system: int | None = None
     """A column of the mean score over the seeds, and the column of each seed's."""
     means = [_mean([run], stage, system) for run in runs]
     each = ", ".join(f"{100 * mean.value:.1f}" if mean else "–" for mean in means)
-    return {column: _over_seeds(runs, stage, system) if runs else "not run", f"{column}, each seed": each or "–"}
+    return {column: _over_seeds(runs, stage, system), f"{column}, each seed": each}
 
 
 def _records_last(frame: pd.DataFrame) -> pd.DataFrame:
@@ -142,10 +148,12 @@ def study_arms(records: Iterable[Record], *stages: str) -> dict[str, list[Record
         parameters = record.run["parameters"]
         if parameters.get("measured_on") == "test" and tuple(parameters.get("stages", ())) == stages:
             arms.setdefault(parameters["title"], []).append(record)
-    return dict(sorted(arms.items(), key=lambda arm: _place(arm[1][0].run["parameters"])))
+    return dict(sorted(arms.items(), key=lambda arm: place(arm[1][0])))
 
 
-def _place(parameters: dict) -> tuple[bool, bool]:
+def place(record: Record) -> tuple[bool, bool]:
+    """Sorts LoRA-PAR before the arms that it is compared with, and its own variants of stage 2 behind them."""
+    parameters = record.run["parameters"]
     plain = parameters.get("method") == "lorapar" and parameters.get("selection") == "importance"
     return parameters.get("sweep") == "alpha_beta", not plain
 
@@ -159,8 +167,6 @@ def arms_table(records: Iterable[Record]) -> pd.DataFrame:
     loss = "loss of System 1, nats"
     for title, runs in study_arms(records, "sft").items():
         parameters, active = runs[0].run["parameters"], runs[0].metric("active/stage1")
-        every = parameters["method"] == "lora" and parameters["r"] == 8
-        selection = "all elements" if every else selection_name(parameters) if parameters["method"] == "lorapar" else ""
         row = {"arm": title, "elements": f"{active.value * active.n / 1e6:.2f} M"}
         row["rate of stage 1"] = f"{parameters['learning_rate']:g}"
         row[loss] = _over_blocks(runs, "stage1/loss1", 1, ".4f")
@@ -168,18 +174,10 @@ def arms_table(records: Iterable[Record]) -> pd.DataFrame:
         row["System 1, %"] = _over_blocks(runs, "stage1/system1", 100, ".1f")
         row["leniently, %"] = _over_blocks(runs, "stage1/lenient1", 100, ".1f")
         row["System 2, %"] = _over_blocks(runs, "stage1/system2", 100, ".1f")
-        paper_point = _published_point(parameters["modules"], parameters["theta"], selection)
-        row["paper, %"] = _or_dash(paper_point.get("accuracy"))
+        paper_point = _published_point(parameters["modules"], parameters["theta"], arm_of(parameters))
+        row["paper, GSM8K %"] = _or_dash(paper_point.get("accuracy"))
         rows.append(row | {"seeds": len(runs), "records": _labels(runs)})
     return pd.DataFrame(rows)
-
-
-# Title of the arm -> what the paper reports of it on GSM8K after both stages, in percent (Tables 2, 4 and 5).
-PAPER_AFTER_BOTH = {
-    "LoRA-PAR, theta 0.9": "34.6 LLaMA-2-7B, 81.7 Qwen-2.5-7B",
-    "LoRA, r = 8": "69.8 Qwen-2.5-7B",
-    "LoRA-PAR, nothing shared in stage 2": "27.8 LLaMA-2-7B",
-}
 
 
 def reinforced_table(records: Iterable[Record]) -> pd.DataFrame:
@@ -187,7 +185,7 @@ def reinforced_table(records: Iterable[Record]) -> pd.DataFrame:
 
     Means over blocks (seeds) with Student's 95 % interval, in percent and points.
     """
-    rows = []
+    rows, published = [], _after_both_stages()
     for title, runs in study_arms(records, "sft", "grpo").items():
         active = runs[0].metric("active/stage2")
         row = {"arm": title, "elements of stage 2": f"{active.value * active.n / 1e6:.2f} M"}
@@ -196,9 +194,22 @@ def reinforced_table(records: Iterable[Record]) -> pd.DataFrame:
             row[f"System {system}, gain"] = _over_blocks(runs, f"gain/system{system}", 100, "+z.1f")
         row["both, %"] = _over_blocks(runs, "stage2/accuracy", 100, ".1f")
         row["both, %, each seed"] = ", ".join(f"{100 * run.metric('stage2/accuracy').value:.1f}" for run in runs)
-        row["paper, %"] = PAPER_AFTER_BOTH.get(title, "–")
+        row["paper, GSM8K %"] = published.get(title, "–")
         rows.append(row | {"seeds": len(runs), "records": _labels(runs)})
     return pd.DataFrame(rows)
+
+
+def _after_both_stages() -> dict[str, str]:
+    """Title of an arm -> what the paper reports of it on GSM8K after both stages, in percent, and of which model."""
+    llama, qwen = "LLaMA-2-7B", "Qwen-2.5-7B"
+    of_llama = {row["method"]: row["gsm8k_e2"] for row in paper("table4_benchmarks") if "gsm8k_e2" in row}
+    of_qwen = {row["method"]: row["epoch2"] for row in paper("table5_qwen")["rows"]}
+    unshared = next(row["rl"] for row in paper("table2_alpha_beta") if (row["alpha"], row["beta"]) == (1, 0))
+    return {
+        "LoRA-PAR, theta 0.9": f"{of_llama['LoRA-PAR, LoRA, theta=0.9']} {llama}, {of_qwen['LoRA-PAR']} {qwen}",
+        "LoRA, r = 8": f"{of_qwen['LoRA + RL']} {qwen}",
+        "LoRA-PAR, nothing shared in stage 2": f"{unshared} {llama}",
+    }
 
 
 def _over_blocks(runs: Sequence[Record], key: str, unit: float, form: str) -> str:
@@ -213,8 +224,8 @@ def _published_point(modules: str, theta: float, selection: str) -> dict[str, fl
     """The paper's active share and accuracy at one point of Table 3, in percent; {} where it has no such point."""
     table = paper("table3_theta")
     if selection == "all elements":
-        return {"active": 100.0, "accuracy": table["full_lora_accuracy"][modules]}
-    row = next((row for row in table[modules] if row["theta"] == theta), {})
+        return {"active": 100.0, "accuracy": table["full_lora_accuracy"].get(modules)}
+    row = next((row for row in table.get(modules, ()) if row["theta"] == theta), {})
     if selection == "random":
         return row | {"accuracy": row.get("random")}
     return row if selection == "importance" else {}
@@ -243,11 +254,11 @@ def selection_name(parameters: dict) -> str:
 
 
 def arm_of(parameters: Mapping) -> str:
-    """What a run trains, as figures name it."""
-    if parameters["method"] == "lorapar":
+    """What a run trains, as figures name it; LoRA of another rank than 8 with its rank."""
+    if parameters["method"] == "lorapar" and parameters.get("theta") != 1.0:
         return selection_name(parameters)
-    if parameters.get("r") == 3:
-        return "all elements, r = 3"
+    if parameters.get("r", 8) != 8:
+        return f"all elements, r = {parameters['r']}"
     return "all elements, PEFT's initialisation" if parameters.get("init") == "lora" else "all elements"
 
 
@@ -257,14 +268,13 @@ def theta_points(records: Iterable[Record]) -> list[dict]:
     A point takes one record per seed, from any experiment. At theta = 1 every selection is LoRA with all elements.
     """
     groups: dict[tuple, dict[int, Record]] = {}
-    for record in records:
+    for record in on_test(records):
         parameters = record.run["parameters"]
         if score_after(record, "stage1") is None:
             continue
-        every = parameters["method"] != "lorapar" or parameters["theta"] == 1.0
-        selection = "all elements" if parameters["theta"] == 1.0 else arm_of(parameters)
-        key = (parameters["modules"], 1.0 if every else parameters["theta"], selection)
-        groups.setdefault(key, {}).setdefault(record.run["seed"], record)
+        selection = arm_of(parameters)
+        theta = 1.0 if selection.startswith("all elements") else parameters["theta"]
+        groups.setdefault((parameters["modules"], theta, selection), {}).setdefault(record.run["seed"], record)
     return [
         {
             "modules": modules,
@@ -310,8 +320,14 @@ METHOD_ROWS = (
 # The parameters of LoRA-PAR in the paper; other values are ablations.
 USUAL = {"selection": "importance", "theta": 0.9, "alpha": 1.0, "beta": 1.0, "split_by": None, "panel": None}
 # The columns of Table 4 beside each of our benchmarks. For MMLU the paper trained on Dolly-15k or on Open-Platypus.
-PUBLISHED = {"pool": "gsm8k", "gsm8k": "gsm8k", "mmlu": "mmlu_dolly", "humaneval": "humaneval"}
+PUBLISHED = {"pool": "gsm8k", "gsm8k": "gsm8k", "gsm_symbolic": None, "mmlu": "mmlu_dolly", "humaneval": "humaneval"}
 TRAINED_ON = {("mmlu", "open-platypus"): "mmlu_platypus"}
+
+
+def _is_usual(parameters: Mapping, *but: str) -> bool:
+    """Whether LoRA-PAR was run as in the paper, whatever the parameters named `but` are."""
+    as_usual = all(parameters.get(name) == value for name, value in USUAL.items() if name not in but)
+    return as_usual and parameters.get("score") in (None, "second_order")
 
 
 def method_runs(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -321,15 +337,13 @@ def method_runs(records: Iterable[Record]) -> dict[str, list[Record]]:
     """
     titles = {(row.method, row.init, row.stages): row.title for row in METHOD_ROWS}
     runs: dict[str, dict[int, dict[int, Record]]] = {}
-    for record in records:
+    for record in on_test(records):
         parameters = record.run["parameters"]
         if "stages" not in parameters:
             continue
         stages = tuple(parameters["stages"])
         key = (parameters["method"], parameters.get("init", "normal"), stages) if stages else ("base", None, ())
-        usual = {name: parameters.get(name) for name in USUAL} == USUAL
-        usual &= parameters.get("score") in (None, "second_order")
-        if key not in titles or (key[0] == "lorapar" and not usual):
+        if key not in titles or (key[0] == "lorapar" and not _is_usual(parameters)):
             continue
         of_rank = runs.setdefault(titles[key], {}).setdefault(parameters.get("r") or 0, {})
         of_rank.setdefault(record.run["seed"], record)
@@ -348,7 +362,8 @@ def benchmark_table(records: Iterable[Record]) -> pd.DataFrame:
     pool = pools.pop() if len(pools) == 1 else None
     rows = []
     for benchmark, column in PUBLISHED.items():
-        published = _published_epochs(TRAINED_ON.get((benchmark, pool), column))
+        column = TRAINED_ON.get((benchmark, pool), column)
+        published = _published_epochs(column) if column else {}
         for row in METHOD_ROWS:
             group = runs.get(row.title, [])
             last = _last(group)
@@ -406,7 +421,7 @@ def _truncated(runs: list[Record], stage: str) -> str:
 
 
 def _gap_to_lora(runs: dict[str, list[Record]], title: str, benchmark: str) -> str:
-    if title == "LoRA" or "LoRA" not in runs or title not in runs:
+    if title == "LoRA" or "LoRA" not in runs:
         return "–"
     sides = common_seeds([runs[title], runs["LoRA"]])
     return _paired([mean_outcomes(side, _stage_of(_last(side), benchmark)) for side in sides])
@@ -415,10 +430,11 @@ def _gap_to_lora(runs: dict[str, list[Record]], title: str, benchmark: str) -> s
 def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
     """Table 2 at our scale: accuracy after each stage by alpha and beta, over the seeds, beside the paper's numbers.
 
-    The gap to alpha = beta = 1 after both stages is paired over items, at the seeds that both cells have.
+    The gap to alpha = beta = 1 after both stages is paired over items, at the seeds that both cells have. One cell
+    alone is no table.
     """
     published = {(row["alpha"], row["beta"]): row for row in paper("table2_alpha_beta")}
-    cells = _grouped(filter(_has_both_stages, records), lambda parameters: (parameters["alpha"], parameters["beta"]))
+    cells = _ablated(records, lambda p: p["stages"] == ["sft", "grpo"] and (p["alpha"], p["beta"]), "alpha", "beta")
     return pd.DataFrame(
         [
             {
@@ -439,18 +455,28 @@ def alpha_beta_table(records: Iterable[Record]) -> pd.DataFrame:
     )
 
 
-def _grouped(records: Iterable[Record], key: Callable[[dict], Hashable]) -> dict[Hashable, list[Record]]:
-    """The records by a function of their parameters."""
-    groups: dict[Hashable, list[Record]] = {}
-    for record in records:
-        groups.setdefault(key(record.run["parameters"]), []).append(record)
-    return groups
+def _ablated(records: Iterable[Record], cell: Callable[[dict], Hashable], *varied: str) -> dict[Hashable, list[Record]]:
+    """LoRA-PAR after both stages, one record a seed, by the `cell` of its parameters; {} unless there are two cells.
+
+    What is not `varied` is as in the paper; a record whose cell is False is left out.
+    """
+    cells: dict[Hashable, dict[int, Record]] = {}
+    for record in on_test(records):
+        parameters = record.run["parameters"]
+        both = parameters.get("method") == "lorapar" and set(parameters.get("stages", ())) == {"sft", "grpo"}
+        both &= parameters.get("init", "normal") == "normal"
+        if both and _is_usual(parameters, *varied) and (key := cell(parameters)):
+            cells.setdefault(key, {}).setdefault(record.run["seed"], record)
+    return {key: list(runs.values()) for key, runs in cells.items()} if len(cells) > 1 else {}
 
 
 def order_table(records: Iterable[Record]) -> pd.DataFrame:
-    """Table 7 at our scale: LoRA-PAR's stages in both orders, over the seeds, beside the paper's (Qwen-2.5-7B)."""
+    """Table 7 at our scale: LoRA-PAR's stages in both orders, over the seeds, beside the paper's (Qwen-2.5-7B).
+
+    One order alone is no table.
+    """
     published = {row["schedule"]: row for row in paper("table7_order")}
-    orders = _grouped(filter(_has_both_stages, records), lambda parameters: tuple(parameters["stages"]))
+    orders = _ablated(records, lambda parameters: tuple(parameters["stages"]))
     rows = []
     for stages, runs in sorted(orders.items(), reverse=True):
         row = published["SFT then RL (LoRA-PAR)" if stages == ("sft", "grpo") else "RL then SFT"]
@@ -467,13 +493,6 @@ def order_table(records: Iterable[Record]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def _has_both_stages(record: Record) -> bool:
-    """Whether it is LoRA-PAR, by importance, after both stages."""
-    parameters = record.run["parameters"]
-    both = set(parameters.get("stages", ())) == {"sft", "grpo"}
-    return both and parameters.get("method") == "lorapar" and parameters.get("selection") == "importance"
 
 
 def agreement_table(record: Record) -> pd.DataFrame:
@@ -525,7 +544,7 @@ def voting_table(records: Iterable[Record]) -> pd.DataFrame:
     The gap is paired over test items, with a 95 % bootstrap interval. An item counts as the mean over common seeds.
     """
     published = {row["strategy"]: row["accuracy"] for row in paper("table1_data_classification")}
-    runs = _by_experiment(records)
+    runs = _by_experiment(on_test(records))
     return pd.DataFrame(
         [
             {
@@ -554,21 +573,16 @@ def _by_experiment(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def _gap(runs: list[Record], control: list[Record], stage: str, system: int | None = None) -> str:
-    if not runs or not control or runs is control:
+    if not control or runs is control:
         return "–"
     return _paired([mean_outcomes(side, stage, system) for side in common_seeds([runs, control])])
 
 
 def _paired(sides: list[dict[str, float]]) -> str:
-    difference = _difference(sides)
-    return difference.gap() if difference else "no seed in common"
-
-
-def _difference(sides: list[dict[str, float]]) -> Metric | None:
-    """Mean difference of two sides' outcomes over common items, with an interval; None without a common item."""
+    """Mean difference of two sides' outcomes over common items, with an interval."""
     first, second = sides
     common = sorted(first.keys() & second.keys())
-    return intervals.mean([first[key] - second[key] for key in common]) if common else None
+    return intervals.mean([first[key] - second[key] for key in common]).gap() if common else "no seed in common"
 
 
 def label(record: Record) -> str:

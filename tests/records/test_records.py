@@ -262,7 +262,7 @@ def test_a_verdict_rests_on_the_published_records_and_this_run_stands_beside():
 
 
 def test_a_table_of_teachers_names_its_measures_and_abstentions_where_there_are_any():
-    voting = published_votes()
+    voting = published_votes()["voting"]
     shown = notebook.shown(tables.agreement_table(voting)).to_html()
     assert "undecided, left out" in shown and "Fleiss" in shown
     assert not any("abstained" in column for column in tables.teacher_table(voting))
@@ -307,7 +307,7 @@ def trained(method, seed, stages, right, *, stage="stage1", **more):
     return record(f"{method}-seed{seed}", items=items, seed=seed, parameters=parameters, **metrics)
 
 
-def test_benchmark_table_pairs_each_method_with_lora_and_names_what_was_not_run():
+def test_benchmark_table_pairs_each_method_with_lora_and_leaves_out_what_was_not_run():
     rows = tables.benchmark_table(
         [
             trained("lora", 0, ["sft_all"], 20),
@@ -339,7 +339,7 @@ def test_the_orders_of_stages_are_compared_at_the_seeds_that_both_have():
     )
 
 
-PAR = {"method": "lorapar", "selection": "importance", "stages": ["sft", "grpo"]}
+PAR = {"method": "lorapar", "selection": "importance", "theta": 0.9, "stages": ["sft", "grpo"]}
 
 
 def cell(alpha, beta, seed, right):
@@ -614,11 +614,11 @@ def test_arms_of_the_study_are_means_over_blocks_and_tuning_runs_are_none_of_the
     reach = scipy.stats.t.ppf(0.975, 1) * np.std([0.1, 0.2], ddof=1) / 2**0.5
     assert table["loss of System 1, nats"].tolist() == [f"0.1500 [{0.15 - reach:.4f}, {0.15 + reach:.4f}]"]
     assert tables.arms_table([tuned]).empty
-    assert table["paper, %"].tolist() == [30.63]
+    assert table["paper, GSM8K %"].tolist() == [30.63]
     par = arm(0, 0.1, method="lorapar", selection="importance")
     lower = arm(0, 0.1, r=3, title="LoRA, r = 3")
-    assert tables.arms_table([par])["paper, %"].tolist() == [27.3]
-    assert tables.arms_table([lower])["paper, %"].tolist() == ["–"]
+    assert tables.arms_table([par])["paper, GSM8K %"].tolist() == [27.3]
+    assert tables.arms_table([lower])["paper, GSM8K %"].tolist() == ["–"]
     assert [r.name for r in figures.tuned_records({"a": tuned, "b": arm(0, 0.1)}, "sft")] == ["lora-seed100"]
     assert "no learning rate" in figures.tuning([]).axes[0].texts[0].get_text()
 
@@ -676,6 +676,38 @@ def test_arms_after_both_stages_are_means_over_blocks_and_no_arms_of_stage_1():
     assert row["System 2, %"] == f"25.0 [{25 - reach:.1f}, {25 + reach:.1f}]" and row["seeds"] == 2
     assert row["both, %, each seed"] == "30.0, 40.0" and row["elements of stage 2"] == "0.80 M"
     assert row["System 1, gain"].startswith("-2.0 [") and row["System 2, gain"].startswith("+15.0 [")
-    assert row["paper, %"] == "69.8 Qwen-2.5-7B" and tables.arms_table(blocks).empty
+    assert row["paper, GSM8K %"] == "69.83 Qwen-2.5-7B" and tables.arms_table(blocks).empty
     declared = {spec.title for spec in load_profile("study").experiments.values()}
-    assert tables.PAPER_AFTER_BOTH.keys() <= declared
+    assert tables._after_both_stages().keys() <= declared
+
+
+def test_tables_of_the_study_have_no_run_that_chose_settings_and_keep_ranks_apart(tmp_path):
+    exports.save_all(study(), tmp_path)
+    named = {name for path in tmp_path.glob("*.csv") for name in re.findall(r"study/([\w.-]+)", path.read_text())}
+    assert named and not {name for name in named if name.startswith(("tune", "gate"))}
+    stages = pd.read_csv(tmp_path / "stages.csv")["experiment"].tolist()
+    assert {"LoRA, r = 8", "LoRA, r = 3"} <= set(stages)
+    cells = pd.read_csv(tmp_path / "table2_alpha_beta.csv")
+    assert cells[["alpha", "beta"]].to_numpy().tolist() == [[1, 0], [1, 1]] and cells["seeds"].nunique() == 1
+
+
+def test_cells_of_other_thetas_and_orders_are_none_of_table_2_and_one_cell_is_no_table():
+    cells = [cell(1.0, 1.0, 0, 20), cell(0.5, 1.0, 0, 20)]
+    other = cell(1.0, 1.0, 1, 40)
+    other.run["parameters"] |= {"theta": 0.8}
+    reverse = cell(1.0, 1.0, 2, 40)
+    reverse.run["parameters"] |= {"stages": ["grpo", "sft"]}
+    assert tables.alpha_beta_table([*cells, other, reverse])["seeds"].tolist() == [1, 1]
+    assert tables.alpha_beta_table(cells[:1]).empty and tables.order_table([cells[0]]).empty
+    assert tables.order_table([cells[0], other, reverse])["schedule"].tolist() == ["SFT then RL", "RL then SFT"]
+
+
+def test_a_readers_own_modules_and_ranks_have_rows_without_a_number_of_the_papers():
+    def run(r, **more):
+        one = trained("lora", 0, ["sft"], 20, modules="qkv_proj+down_proj", r=r, **more)
+        one.metrics["active/stage1"] = Metric(1.0, 10)
+        return one
+
+    frame = tables.theta_table([run(8), run(4)])
+    assert frame["selection"].tolist() == ["all elements", "all elements, r = 4"]
+    assert frame["paper, accuracy %"].tolist() == ["–", "–"]
