@@ -122,7 +122,7 @@ figure = figures.split_accuracy(record)
 # ## Does a better split train a better model?
 #
 # The paper's Table 1 says so: from a random split to a vote of five teachers in their roles, accuracy on GSM8K grows by less than two points. The study asks it as a dose: labels by construction,
-# and the same with a share of them flipped, with the votes on that axis ([protocol](protocol)). It has not been run. Experiments of this run that split the examples
+# and the same with a share of them flipped, with the votes on that axis ([protocol](../book/protocol.md)). It has not been run. Experiments of this run that split the examples
 # in several ways are in a table below.
 
 # %% tags=["remove-input"]

@@ -197,7 +197,7 @@ figure = figures.stability(steady)
 # ## What would change our mind
 #
 # A Jaccard index far below that of the model without two systems would mean that each system has elements of its own; the study's is above it. Whether it
-# matters whose elements are trained is a question to training, and five blocks have asked it: [what they found](findings).
+# matters whose elements are trained is a question to training, and five blocks have asked it: [what they found](../book/findings.md).
 #
 # ## Try it yourself
 #

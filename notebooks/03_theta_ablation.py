@@ -89,7 +89,7 @@ notebook.shown(pd.DataFrame({"theta": counts.keys(), "elements of 1000": counts.
 # %% [markdown]
 # ## What it was worth
 #
-# In [the study](protocol) each arm has its own learning rate, chosen on validation, and trains for the same steps on the same System 1 examples. LoRA-PAR stands beside what could
+# In [the study](../book/protocol.md) each arm has its own learning rate, chosen on validation, and trains for the same steps on the same System 1 examples. LoRA-PAR stands beside what could
 # explain it: the other system's elements, as many by chance within each matrix, and LoRA with fewer or with all elements.
 
 # %% mystnb={"image": {"alt": "Training loss against the step of stage 1 on a log scale, a line with a band for each arm of the study, all falling side by side."}, "figure": {"caption": "Training loss of every arm of the study: the mean over its blocks, smoothed over eight steps. A band reaches from the lowest to the highest block.", "name": "fig-arm-curves"}} tags=["remove-input"]

@@ -119,7 +119,7 @@ notebook.shown(pd.DataFrame(group).round(2))
 # %% [markdown]
 # ## What stage 2 did
 #
-# LoRA-PAR of [the study](protocol) by step, and what its stage 2 is worth when it trains something else: nothing that both systems share ($\beta = 0$ of {eq}`eq-stages`), or as many
+# LoRA-PAR of [the study](../book/protocol.md) by step, and what its stage 2 is worth when it trains something else: nothing that both systems share ($\beta = 0$ of {eq}`eq-stages`), or as many
 # elements by chance. All three start from the same stage 1, at LoRA-PAR's rates. The paper's numbers are of 7B models: compare the direction.
 
 # %% mystnb={"image": {"alt": "Panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage."}, "figure": {"caption": "LoRA-PAR of the study, seed 0: blue is stage 1, orange stage 2.", "name": "fig-learning"}} tags=["remove-input"]
@@ -144,7 +144,7 @@ notebook.shown(tables.answers_table(by_stage, questions))
 # ## Each arm at its own rates
 #
 # The rate of stage 2, and whether a KL term helps, are chosen for each of four arms on validation, at a seed that no block has. Stage 1 has the rates
-# of the [chapter on theta](03_theta_ablation). Arms against each other, LoRA among them, are in the [next chapter](05_benchmarks).
+# of the [chapter on theta](03_theta_ablation.ipynb). Arms against each other, LoRA among them, are in the [next chapter](05_benchmarks.ipynb).
 
 # %% mystnb={"image": {"alt": "Validation accuracy on both systems against the learning rate of stage 2, a line for each arm, the best value of each circled, hollow diamonds for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried, with KL 0.04; circles: the best of each arm; hollow diamonds: the same rate without KL.", "name": "fig-tuning-of-stage2"}} tags=["remove-input"]
 figure = figures.tuning_of_stage2(figures.tuned_records(study(), "sft", "grpo"))

@@ -62,13 +62,13 @@ notebook.scoreboard(settings, of_arms)
 # %% [markdown]
 # ## What it saves
 #
-# Fewer elements mean a smaller optimizer state, which is little beside the base model; gradients are computed for every element. Page [Use it](use) has the bytes, and
-# [Beyond one machine](scale) what a step takes at 7B on a GPU.
+# Fewer elements mean a smaller optimizer state, which is little beside the base model; gradients are computed for every element. Page [Use it](../book/use.md) has the bytes, and
+# [Beyond one machine](../book/scale.md) what a step takes at 7B on a GPU.
 #
 # ## GSM8K, MMLU, HumanEval, and another architecture
 #
 # On SmolLM2-135M these benchmarks leave no room: it is near the floor on GSM8K and HumanEval and at chance on MMLU, before training and after training on another pool
-# ([lab log](lab_log)). Table 5 needs Qwen-2.5-7B and a GPU; `profiles/qwen2.5-7b.yaml` is its profile. Every method of this run, on every benchmark that it was scored on:
+# ([lab log](../book/lab_log.md)). Table 5 needs Qwen-2.5-7B and a GPU; `profiles/qwen2.5-7b.yaml` is its profile. Every method of this run, on every benchmark that it was scored on:
 
 # %% tags=["remove-input"]
 own = figures.two_stage_records(own_records(settings))

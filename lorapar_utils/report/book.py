@@ -29,6 +29,8 @@ from lorapar_utils.report.drawing import NARROW_PICTURE
 from lorapar_utils.settings import Settings, load_profile, project_root
 
 RECORD_LINK = re.compile(r'href="(?:\.\./)*(?:runs/([\w.-]+)/records|results/([\w.-]+))/')
+# From a notebook to a page: in JupyterLab they lie in two folders, in the book in one.
+PAGE_LINK = re.compile(r"\]\(\.\./book/(?=[\w]+\.md\))")
 ICON_SCRIPT = re.compile(r'<script [^>]*src="[^"]*/fontawesome\.js[^"]*"></script>')
 UNBROKEN = "\N{NON-BREAKING HYPHEN}"
 EXTRAS = ("_config.yml", "_toc.yml", "references.bib", "claims.yaml")
@@ -267,6 +269,8 @@ def _write_notebook(path: Path, target: Path, narrow: Path) -> None:
         tags = cell.metadata.setdefault("tags", [])
         if "injected-parameters" in tags:
             tags.append("remove-cell")
+        if cell.cell_type == "markdown":
+            cell.source = PAGE_LINK.sub("](", cell.source)
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if not _is_progress(o)]
             for data in (o.data for o in cell.outputs if "data" in o):

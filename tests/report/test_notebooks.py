@@ -2,11 +2,14 @@ import ast
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jupytext
 import nbformat
 import pytest
 from conftest import ROOT
+
+from lorapar_utils.report import book
 
 PAIRS = sorted((ROOT / "notebooks").glob("*.py"))
 # Prose whose numbers are settings, dates or notes of single runs, each for a reason that its page states.
@@ -49,6 +52,15 @@ def test_pair_has_equal_content_and_no_outputs(path):
     assert [(c.cell_type, c.source) for c in script.cells] == [(c.cell_type, c.source) for c in notebook.cells]
     assert [c.metadata.get("tags") for c in script.cells] == [c.metadata.get("tags") for c in notebook.cells]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+
+
+@pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
+def test_a_link_to_a_page_leads_to_its_file_in_jupyterlab(path):
+    """The book turns it into a link beside the page."""
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")) if ":" not in link]
+    assert [link for link in links if not (path.parent / link).is_file()] == []
+    pages = [link for link in links if link.endswith(".md")]
+    assert [book.PAGE_LINK.sub("](", f"]({link})") for link in pages] == [f"]({Path(link).name})" for link in pages]
 
 
 @pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
