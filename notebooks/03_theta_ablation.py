@@ -128,8 +128,8 @@ notebook.linked(tables.theta_table(own), own, settings, "This run has none.")
 # %% [markdown]
 # ## What would change our mind
 #
-# Random selection of equal size doing as well over several seeds: then importance buys nothing at this scale. Drawn within each matrix, random elements did as well
-# over five blocks; drawn over the whole adapter, they have not been run.
+# Random selection of equal size doing as well over several seeds: then importance buys nothing at this scale. Within each matrix, no difference to random elements
+# is shown over five blocks; in stage 1, random elements over the whole adapter have not been run.
 #
 # ## Try it yourself
 #

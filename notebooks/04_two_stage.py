@@ -120,7 +120,7 @@ notebook.shown(pd.DataFrame(group).round(2))
 # ## What stage 2 did
 #
 # LoRA-PAR of [the study](../book/protocol.md) by step, and what its stage 2 is worth when it trains something else: nothing that both systems share ($\beta = 0$ of {eq}`eq-stages`), or as many
-# elements by chance. All three start from the same stage 1, at LoRA-PAR's rates. The paper's numbers are of 7B models: compare the direction.
+# elements by chance over the whole adapter. All three start from the same stage 1, at LoRA-PAR's rates. The paper's numbers are of 7B models: compare the direction.
 
 # %% mystnb={"image": {"alt": "Panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage."}, "figure": {"caption": "LoRA-PAR of the study, seed 0: blue is stage 1, orange stage 2.", "name": "fig-learning"}} tags=["remove-input"]
 figure = figures.learning_curves(study()["lorapar-seed0"])
@@ -175,7 +175,7 @@ notebook.linked(tables.order_table(own), own, settings, "")
 # ## What would change our mind
 #
 # On stage 2: a gain whose interval over blocks lies above zero says that it teaches; a System 1 that falls as far says that it only moves the
-# skill. On the partition: if random elements gained less than those of System 2, importance would have chosen them for stage 2.
+# skill. On the partition: System 2's elements gaining more than random ones, with an interval above zero.
 #
 # ## Try it yourself
 #

@@ -43,7 +43,7 @@ figure = figures.pipeline("system1", "system2", "importance", "theta", "stage1",
 # %% [markdown]
 # ## After both stages
 #
-# Means over blocks. An arm's gain is from its own stage 1. The paper's numbers are on GSM8K.
+# Means over blocks. An arm's gain is from its own stage 1. Where rates of stage 2 differ, arms are compared with their rates. The paper's numbers are on GSM8K.
 
 # %% mystnb={"image": {"alt": "Dot plot of System 1 and System 2 accuracy of the base model and of each arm after each stage: ticks for the blocks, a marker for their mean, a line for its interval."}, "figure": {"caption": "Test accuracy of each system after each stage. Ticks: blocks; markers: their means, with 95 % over blocks.", "name": "fig-stage-accuracy"}} tags=["remove-input"]
 figure = figures.stage_accuracy(figures.main_records(study()))
@@ -77,7 +77,7 @@ notebook.linked(tables.benchmark_table(own), own, settings)
 # %% [markdown]
 # ## What would change our mind
 #
-# LoRA-PAR ahead of LoRA with the same stages by more than the interval over blocks, or level with it where a lower rank is not: then choosing elements buys something.
+# LoRA-PAR ahead of LoRA with the same stages, with an interval over blocks above zero; or no worse where LoRA of rank 3, at the same rate of stage 2, is worse: then choosing elements buys something.
 #
 # ## Try it yourself
 #

@@ -37,7 +37,7 @@ settings = notebook.start(profile=profile)
 # A claim becomes a comparison with a margin, written down in `book/claims.yaml` before anything is run, as [the protocol](../book/protocol.md) says. Records decide
 # it, block by block; nobody reads a table and judges.
 
-# %% mystnb={"image": {"alt": "One row per claim that was run: the effect with its interval over blocks, thick, and over test questions, thin, beside zero."}, "figure": {"caption": "What has been run so far. Thick: 95 % over blocks, which the verdict rests on; thin: over test questions; dotted: a margin that is not zero; grey band: the protocol's \u00b10.01 nats. Green would be reproduced, orange not; grey is undecided.", "name": "fig-forest"}} tags=["remove-input"]
+# %% mystnb={"image": {"alt": "One row per claim that was run: the effect with its interval over blocks, thick, and over test questions, thin, beside zero."}, "figure": {"caption": "What has been run so far. Thick: 95 % over blocks, which the verdict rests on; thin: over test questions; dotted: a margin that is not zero; grey band: the protocol's \u00b10.01 nats. Green: reproduced; orange: not reproduced; grey: undecided.", "name": "fig-forest"}} tags=["remove-input"]
 figure = figures.forest(study())
 
 # %% tags=["remove-input"]

@@ -188,7 +188,8 @@ def reinforced_table(records: Iterable[Record]) -> pd.DataFrame:
     rows, published = [], _after_both_stages()
     for title, runs in study_arms(records, "sft", "grpo").items():
         active = runs[0].metric("active/stage2")
-        row = {"arm": title, "elements of stage 2": f"{active.value * active.n / 1e6:.2f} M"}
+        rate = runs[0].run["parameters"]["grpo_learning_rate"]
+        row = {"arm": title, "elements, rate of stage 2": f"{active.value * active.n / 1e6:.2f} M, {rate:g}"}
         for system in (1, 2):
             row[f"System {system}, %"] = _over_blocks(runs, f"stage2/system{system}", 100, ".1f")
             row[f"System {system}, gain"] = _over_blocks(runs, f"gain/system{system}", 100, "+z.1f")

@@ -664,7 +664,7 @@ def test_numbers_of_a_column_have_as_many_decimals_as_its_longest():
 
 def test_arms_after_both_stages_are_means_over_blocks_and_no_arms_of_stage_1():
     def arm(seed, system2, stages=("sft", "grpo")):
-        parameters = {"title": "LoRA, r = 8", "measured_on": "test", "stages": list(stages)}
+        parameters = {"title": "LoRA, r = 8", "measured_on": "test", "stages": list(stages), "grpo_learning_rate": 1e-4}
         metrics = {"stage2/system1": Metric(0.5, 400), "stage2/accuracy": Metric(system2 + 0.1, 800)}
         metrics |= {"stage2/system2": Metric(system2, 400), "gain/system2": Metric(system2 - 0.1, 400)}
         metrics |= {"gain/system1": Metric(-0.02, 400), "active/stage2": Metric(0.4, 2_000_000)}
@@ -674,7 +674,7 @@ def test_arms_after_both_stages_are_means_over_blocks_and_no_arms_of_stage_1():
     (row,) = tables.reinforced_table([*blocks, arm(2, 0.9, ("sft",))]).to_dict("records")
     reach = 100 * scipy.stats.t.ppf(0.975, 1) * np.std([0.2, 0.3], ddof=1) / 2**0.5
     assert row["System 2, %"] == f"25.0 [{25 - reach:.1f}, {25 + reach:.1f}]" and row["seeds"] == 2
-    assert row["both, %, each seed"] == "30.0, 40.0" and row["elements of stage 2"] == "0.80 M"
+    assert row["both, %, each seed"] == "30.0, 40.0" and row["elements, rate of stage 2"] == "0.80 M, 0.0001"
     assert row["System 1, gain"].startswith("-2.0 [") and row["System 2, gain"].startswith("+15.0 [")
     assert row["paper, GSM8K %"] == "69.83 Qwen-2.5-7B" and tables.arms_table(blocks).empty
     declared = {spec.title for spec in load_profile("study").experiments.values()}
