@@ -24,7 +24,7 @@ STYLE = (
     "<style>.vega-embed { display: flex !important; flex-direction: column-reverse !important; }"
     " .vega-bindings { font: 14px sans-serif; }</style>"
 )
-FRAME = "width: 100%; height: 760px; border: 0; background: white"
+FRAME = "width: 100%; height: 800px; border: 0; background: white"
 # Parameters of LoRA-PAR after stage 1 as the study's arms by theta have them.
 PLAIN_ARM = {
     "method": "lorapar",
