@@ -243,7 +243,16 @@ def test_notebooks_print_nothing_that_a_reader_cannot_act_on(built):
 
 
 def explore(chromium, address):
-    """The theta explorer by keyboard, at a phone's width; and what is there without scripts."""
+    """The theta explorer by keyboard, at a phone's width; whole, and beside its map on a screen; without scripts."""
+    wide = chromium.new_page(viewport={"width": 1280, "height": 800})
+    wide.goto(address)
+    drawn = wide.frame_locator("iframe").locator("svg.marks")
+    drawn.wait_for()
+    wide.wait_for_function("document.querySelector('iframe').style.height != '800px'")
+    frame = wide.locator("iframe").bounding_box()
+    chart = drawn.bounding_box()
+    assert chart["y"] + chart["height"] <= frame["y"] + frame["height"] and chart["width"] > frame["width"] / 2
+    wide.close()
     page = chromium.new_page(viewport={"width": 390, "height": 800})
     page.goto(address)
     chart = page.frame_locator("iframe")

@@ -46,6 +46,16 @@ UNPACK = """<script>(async () => {
     document.body.append(script);
   }
 })();</script>"""
+# Where there is room the map stands beside the rest; the frame is as high as what it holds. `spec` is the chart's.
+LAYOUT = """
+  if (innerWidth > 640) {
+    const map = spec.vconcat.pop();
+    spec.hconcat = [{vconcat: spec.vconcat}, map];
+    delete spec.vconcat;
+  }
+  const fit = () => { frameElement.style.height = document.body.scrollHeight + 24 + "px"; };
+  new ResizeObserver(fit).observe(document.body);
+  """
 SHOWN = {"stage1": "active in stage 1", "stage2": "active in stage 2", "shared": "shared"}
 
 
@@ -198,6 +208,7 @@ class Page:
         source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
         text = html.escape(self.alt_text)
         fallback = f'<noscript><img alt="{text}" style="max-width: 100%" src="{source}"></noscript>'
+        chart = chart.replace("vegaEmbed('#vis'", LAYOUT + "vegaEmbed('#vis'", 1)
         inside = chart.replace("<html>", '<html lang="en">').replace("<head>", f"<head><title>{text}</title>{STYLE}", 1)
         scripts = re.findall(r"<script[^>]*>(.*?)</script>", inside, re.S)
         packed = [base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode() for script in scripts]
