@@ -33,6 +33,7 @@ from lorapar_utils.records import own_records, study
 from lorapar_utils.report import claims, figures, notebook, tables
 
 settings = notebook.start(profile=profile)
+published = study()
 from lorapar_utils.partition import build_partition
 
 # %% [markdown]
@@ -93,13 +94,13 @@ notebook.shown(pd.DataFrame({"theta": counts.keys(), "elements of 1000": counts.
 # explain it: the other system's elements, as many by chance within each matrix, and LoRA with fewer or with all elements.
 
 # %% mystnb={"image": {"alt": "Training loss against the step of stage 1 on a log scale, a line with a band for each arm of the study, all falling side by side."}, "figure": {"caption": "Training loss of every arm of the study: the mean over its blocks, smoothed over eight steps. A band reaches from the lowest to the highest block.", "name": "fig-arm-curves"}} tags=["remove-input"]
-figure = figures.arm_curves(study().values())
+figure = figures.arm_curves(published.values())
 
 # %% [markdown]
 # On the test split, beside the paper's LLaMA-2-7B on GSM8K: compare the order, not the height.
 
 # %% tags=["remove-input"]
-notebook.linked(tables.arms_table(study().values()), study().values(), settings)
+notebook.linked(tables.arms_table(published.values()), published.values(), settings)
 
 # %% [markdown]
 # ## Each arm at its own rate
@@ -107,7 +108,7 @@ notebook.linked(tables.arms_table(study().values()), study().values(), settings)
 # An arm with fewer elements wants a higher rate, so one rate for all would have compared the rates.
 
 # %% mystnb={"image": {"alt": "Validation loss of System 1 against the learning rate of stage 1, a line for each arm, the least value of each circled."}, "figure": {"caption": "The rates that were tried, at a seed that no block has; circles: the least loss of each arm.", "name": "fig-tuning"}} tags=["remove-input"]
-figure = figures.tuning(figures.tuned_records(study(), "sft"))
+figure = figures.tuning(figures.tuned_records(published, "sft"))
 
 # %% [markdown]
 # ## Which of the paper's statements hold here?
@@ -143,5 +144,5 @@ notebook.linked(tables.theta_table(own), own, settings, "This run has none.")
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
 # %% tags=["remove-input"]
-stage1 = [r for r in study().values() if tuple(r.run["parameters"].get("stages", ())) == ("sft",)]
+stage1 = [r for r in published.values() if tuple(r.run["parameters"].get("stages", ())) == ("sft",)]
 notebook.sources([*stage1, *own], settings)

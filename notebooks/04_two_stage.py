@@ -35,6 +35,7 @@ from lorapar_utils.report import claims, figures, notebook, tables
 from lorapar_utils.settings import load_profile
 
 settings = notebook.start(profile=profile)
+published = study()
 from lorapar_utils.optim import ActiveAdamW
 from lorapar_utils.training.rewards import correctness, layout, step_share
 
@@ -123,11 +124,11 @@ notebook.shown(pd.DataFrame(group).round(2))
 # elements by chance over the whole adapter. All three start from the same stage 1, at LoRA-PAR's rates. The paper's numbers are of 7B models: compare the direction.
 
 # %% mystnb={"image": {"alt": "Panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage."}, "figure": {"caption": "LoRA-PAR of the study, seed 0: blue is stage 1, orange stage 2.", "name": "fig-learning"}} tags=["remove-input"]
-figure = figures.learning_curves(study()["lorapar-seed0"])
+figure = figures.learning_curves(published["lorapar-seed0"])
 
 # %% tags=["remove-input"]
 asked = ("lorapar", "beta_0.0", "random_stage2")
-of_stage2 = [record for record in study().values() if record.experiment in asked]
+of_stage2 = [record for record in published.values() if record.experiment in asked]
 notebook.linked(tables.reinforced_table(of_stage2), of_stage2, settings)
 
 # %% [markdown]
@@ -137,7 +138,7 @@ notebook.linked(tables.reinforced_table(of_stage2), of_stage2, settings)
 
 # %% tags=["remove-input"]
 questions = {row["id"]: row["prompt"] for row in load_pool(load_profile("study"))}
-by_stage = [study()[name] for name in ("base-seed0", "lorapar-seed0") if name in study()]
+by_stage = [published[name] for name in ("base-seed0", "lorapar-seed0") if name in published]
 notebook.shown(tables.answers_table(by_stage, questions))
 
 # %% [markdown]
@@ -147,7 +148,7 @@ notebook.shown(tables.answers_table(by_stage, questions))
 # of the [chapter on theta](03_theta_ablation.ipynb). Arms against each other, LoRA among them, are in the [next chapter](05_benchmarks.ipynb).
 
 # %% mystnb={"image": {"alt": "Validation accuracy on both systems against the learning rate of stage 2, a line for each arm, the best value of each circled, hollow diamonds for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried, with KL 0.04; circles: the best of each arm; hollow diamonds: the same rate without KL.", "name": "fig-tuning-of-stage2"}} tags=["remove-input"]
-figure = figures.tuning_of_stage2(figures.tuned_records(study(), "sft", "grpo"))
+figure = figures.tuning_of_stage2(figures.tuned_records(published, "sft", "grpo"))
 
 # %% [markdown]
 # ## Which of the paper's statements hold here?
@@ -189,5 +190,5 @@ notebook.linked(tables.order_table(own), own, settings, "")
 # Every number and figure above is drawn from these files. Hovering tells commit and date.
 
 # %% tags=["remove-input"]
-tuned = figures.tuned_records(study(), "sft", "grpo")
+tuned = figures.tuned_records(published, "sft", "grpo")
 notebook.sources([*by_stage, *of_stage2, *tuned, *own], settings)

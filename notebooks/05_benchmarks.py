@@ -30,6 +30,7 @@ from lorapar_utils.records import own_records, study
 from lorapar_utils.report import claims, figures, notebook, tables
 
 settings = notebook.start(profile=profile)
+published = study()
 
 # %% [markdown]
 # ## The idea
@@ -46,10 +47,10 @@ figure = figures.pipeline("system1", "system2", "importance", "theta", "stage1",
 # Means over blocks. An arm's gain is from its own stage 1. Where rates of stage 2 differ, arms are compared with their rates. The paper's numbers are on GSM8K.
 
 # %% mystnb={"image": {"alt": "Dot plot of System 1 and System 2 accuracy of the base model and of each arm after each stage: ticks for the blocks, a marker for their mean, a line for its interval."}, "figure": {"caption": "Test accuracy of each system after each stage. Ticks: blocks; markers: their means, with 95 % over blocks.", "name": "fig-stage-accuracy"}} tags=["remove-input"]
-figure = figures.stage_accuracy(figures.main_records(study()))
+figure = figures.stage_accuracy(figures.main_records(published))
 
 # %% tags=["remove-input"]
-both = figures.main_records(study())
+both = figures.main_records(published)
 notebook.linked(tables.reinforced_table(both), both, settings)
 
 # %% [markdown]

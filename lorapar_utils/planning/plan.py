@@ -31,7 +31,7 @@ from lorapar_utils.machine import threads_from_environment
 from lorapar_utils.models.files import unreachable_hub
 from lorapar_utils.pipeline.examples import Examples
 from lorapar_utils.pipeline.experiment import is_kept
-from lorapar_utils.pipeline.scores import scores_folder
+from lorapar_utils.pipeline.scores import STABILITY_DRAWS, scores_folder
 from lorapar_utils.planning import duration, preflight
 from lorapar_utils.records.record import shell_word
 from lorapar_utils.settings import Settings, project_root
@@ -286,7 +286,9 @@ def phases_of(model: "Model", machine: Machine) -> list[Phase]:
 
     teachers = sum(teacher.kind in ("local", "success") for teacher in settings.voting.teachers)
     asked = {"voting": teachers * sum(train) / settings.voting.batch_size}
-    scored = {"importance": 2 * settings.importance.examples / settings.importance.batch_size}
+    sizes = settings.importance.stability
+    compared = STABILITY_DRAWS * (2 * sum(sizes) + max(sizes, default=0))
+    scored = {"importance": 2 * (settings.importance.examples + compared) / settings.importance.batch_size}
     if teachers:
         add("voting by local teachers", 1, 0.0, asked)
     add("importance", 1, 8.0 * model.elements, scored)  # g and F of every element

@@ -30,7 +30,7 @@ from lorapar_utils.settings import Settings, load_profile, project_root
 
 RECORD_LINK = re.compile(r'href="(?:\.\./)*(?:runs/([\w.-]+)/records|results/([\w.-]+))/')
 # From a notebook to a page: in JupyterLab they lie in two folders, in the book in one.
-PAGE_LINK = re.compile(r"\]\(\.\./book/(?=[\w]+\.md\))")
+PAGE_LINK = re.compile(r"\]\(\.\./book/(?=\w+\.md\))")
 ICON_SCRIPT = re.compile(r'<script [^>]*src="[^"]*/fontawesome\.js[^"]*"></script>')
 UNBROKEN = "\N{NON-BREAKING HYPHEN}"
 EXTRAS = ("_config.yml", "_toc.yml", "references.bib", "claims.yaml")
@@ -60,8 +60,9 @@ def assemble(settings: Settings, experiment: Path, source: Path) -> None:
     shown = [name for name in figures.FIGURES if any(f"figures/{name}.svg" in text for text in pages.values())]
     shutil.copytree(book / "_static", source / "_static")
     narrow = source / "_static" / "narrow"
-    figures.save_all(figures.published(), source / "figures", shown, formats=["svg"])
-    figures.save_all(figures.published(), narrow, shown, formats=["svg"], column="single")
+    published = figures.published()
+    figures.save_all(published, source / "figures", shown, formats=["svg"])
+    figures.save_all(published, narrow, shown, formats=["svg"], column="single")
     for path in sorted(experiment.parent.parent.glob("*.ipynb")):
         _write_notebook(path, source / path.name, narrow)
     _write_notebook(experiment, source / "experiment.ipynb", narrow)

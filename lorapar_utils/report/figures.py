@@ -6,6 +6,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,6 +35,7 @@ from lorapar_utils.report.drawing import (
     of_each,
     use_style,
 )
+from lorapar_utils.settings import project_root
 
 SYSTEM_COLOURS = {1: "#0072B2", 2: "#D55E00"}
 MARKERS = "osD^vPX*"
@@ -813,6 +815,14 @@ def tuned_records(records: dict[str, Record], *stages: str) -> list[Record]:
     return [record for record in tuned if tuple(record.run["parameters"].get("stages", ())) == stages]
 
 
+def _study() -> dict[str, Record]:
+    """The study's records, read once: several figures are of them, each at several widths."""
+    return _read_once(project_root() / "results" / "study")
+
+
+_read_once = cache(read_records)
+
+
 # The figures of `make figures`, some of which no page of the book shows: name -> function from records by name.
 FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "pipeline": lambda records: pipeline(),
@@ -829,10 +839,10 @@ FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "theta_curve": lambda records: theta_curve(stage1_records(records)),
     "learning_curves": lambda records: learning_curves(records["lorapar-seed0"]),
     "stage_accuracy": lambda records: stage_accuracy(main_records(records)),
-    "forest": lambda records: forest(study(), [claim for claim in claims.load_claims() if claim["paper"] in HEADLINE]),
-    "tuning": lambda records: tuning(tuned_records(study(), "sft")),
-    "tuning_of_stage2": lambda records: tuning_of_stage2(tuned_records(study(), "sft", "grpo")),
-    "arm_curves": lambda records: arm_curves(study().values()),
+    "forest": lambda records: forest(_study(), [claim for claim in claims.load_claims() if claim["paper"] in HEADLINE]),
+    "tuning": lambda records: tuning(tuned_records(_study(), "sft")),
+    "tuning_of_stage2": lambda records: tuning_of_stage2(tuned_records(_study(), "sft", "grpo")),
+    "arm_curves": lambda records: arm_curves(_study().values()),
     "without_systems": lambda records: without_systems(records["importance"]),
 }
 # Format -> metadata that makes the bytes of two runs equal.

@@ -113,10 +113,10 @@ def linked(
     by_label = {tables.label(record): record for record in records}
     cells = frame.astype(object).map(lambda cell: html.escape(cell) if isinstance(cell, str) else cell)
     link = partial(record_link, settings=settings)
-    behind = frame["records"].map(lambda names: [by_label[name] for name in names.split(", ") if name])
+    behind = frame["records"].map(lambda names: [by_label[name] for name in names.split(", ")])
     of_seeds = [column for column in frame if column.endswith(EACH_SEED)]
     if not of_seeds:
-        cells["records"] = ["; ".join(_cited(group, settings)) or "–" for group in behind]
+        cells["records"] = ["; ".join(_cited(group, settings)) for group in behind]
         return _as_html(cells)
     has_dots = False
     for column in of_seeds:

@@ -82,6 +82,15 @@ def test_every_build_has_a_plan_and_layers_that_are_run(monkeypatch, kind):
     assert 0 < model.passes(machine, "sft", 3, 31, 5).seconds < 100  # by a product
 
 
+def test_importance_is_planned_with_the_samples_that_stability_compares(monkeypatch):
+    def seconds(sizes):
+        model = planned(monkeypatch, importance={"examples": 10, "stability": sizes})
+        return {phase.name: phase.seconds for phase in plan.phases_of(model, GPU)}["importance"]
+
+    # Three draws of two samples of 5 and of 10, and of the largest under another adapter, beside the ten scored.
+    assert seconds([5, 10]) / seconds([]) == pytest.approx((10 + 3 * (2 * 15 + 10)) / 10)
+
+
 def test_what_is_saved_by_four_bits_shares_and_activations_computed_again():
     changes = {}, {"model": {"quantization": "nf4"}}, {"processes": 4, "model": {"sharded": True}}
     whole, four_bits, shared = (plan.Model(load_profile("llama2-7b", **change)) for change in changes)
