@@ -193,12 +193,15 @@ def _syntax_tree(path: Path) -> ast.Module:
 
 @functools.cache
 def _code_hash(path: Path) -> str:
-    """Hash of the syntax tree without docstrings."""
+    """Hash of the syntax tree without docstrings, and without empty fields, of which each version of Python has its own."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
             node.body = [line for line in body if not _is_text(line)]
+        for field, value in list(ast.iter_fields(node)):
+            if value == []:
+                delattr(node, field)
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 

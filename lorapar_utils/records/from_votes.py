@@ -1,7 +1,5 @@
 """The record of a vote: how the teachers split the pool, how far they agree, and how far they are right."""
 
-import itertools
-
 import datasets
 import krippendorff
 import numpy as np
@@ -21,8 +19,7 @@ def voting_record(voted: datasets.Dataset, settings: Settings, origin: dict | No
     Metrics: `undecided`, `system1_share`, `abstained/NAME`; agreement among the panel's teachers: `kappa` (Fleiss',
     over examples without an abstention) and `alpha` (Krippendorff's, abstentions left out); against the construction
     labels: `accuracy/NAME`, `accuracy/majority`, `auc/NAME` (teachers with a margin), `auc/margins` (the panel's summed
-    margins). Tables: `panels` (the split that each panel makes), `by_steps`, `confusion`, `reliability` (calibration of
-    the margins), `certain` (accuracy where the summed margins are largest), `disputed`.
+    margins). Tables: `panels` (the split that each panel makes), `by_steps`, `reliability` (calibration of the margins).
     Items: each example with its system, every teacher's vote and, of local teachers, margin.
     A metric that is undefined, as with one teacher or one system only, is absent.
     """
@@ -50,10 +47,7 @@ def voting_record(voted: datasets.Dataset, settings: Settings, origin: dict | No
     tables = {
         "panels": _panels(ballots, frame["system"].to_numpy(), truth, settings),
         "by_steps": _by_steps(frame, ballots),
-        "confusion": _confusion(frame["system"].to_numpy(), ballots, truth),
         "reliability": _reliability(frame, names, truth),
-        "certain": [] if summed is None else _certain(summed, truth),
-        "disputed": _disputed(frame),
     }
     return new_record(
         "voting",
@@ -141,19 +135,6 @@ def _by_steps(frame: pd.DataFrame, ballots: pd.DataFrame) -> list[dict]:
     return rows
 
 
-def _confusion(system: np.ndarray, ballots: pd.DataFrame, truth: np.ndarray) -> list[dict]:
-    return [
-        {
-            "teacher": name,
-            "construction": int(row),
-            "votes": column,
-            "examples": int(((truth == row) & (v == column)).sum()),
-        }
-        for name, v in [("majority", system), *((name, ballots[name].to_numpy()) for name in ballots)]
-        for row, column in itertools.product(sorted(set(truth)), (0, 1, 2))
-    ]
-
-
 def _reliability(frame: pd.DataFrame, names: list[str], truth: np.ndarray, bins: int = 8) -> list[dict]:
     """Bins of equal count by a teacher's P(System 2): the mean P(System 2), and the share that is System 2."""
     rows = []
@@ -174,30 +155,6 @@ def _summed_margins(frame: pd.DataFrame, members: list[str]) -> np.ndarray | Non
         return None
     margins = frame[columns].to_numpy()
     return (margins / margins.std(0).clip(min=1e-12)).sum(1)
-
-
-def _certain(margins: np.ndarray, truth: np.ndarray) -> list[dict]:
-    """Accuracy of the margins' sign among the examples with the largest absolute margins."""
-    order = np.argsort(-np.abs(margins), kind="stable")
-    rows = []
-    for kept in (0.1, 0.25, 0.5, 0.75, 1.0):
-        examples = order[: max(1, round(kept * len(order)))]
-        accuracy = _against("accuracy", np.where(margins[examples] > 0, 2, 1), truth[examples]).get("accuracy")
-        share = float((margins[examples] <= 0).mean())
-        rows.append({"kept": kept, "system1_share": share, "accuracy": accuracy and accuracy.as_json()})
-    return rows
-
-
-def _disputed(frame: pd.DataFrame) -> list[dict]:
-    """The examples with the least agreement; first one of each task and number of steps, then the second of each."""
-    split = frame.sort_values("agreement", kind="stable")
-    split = split.assign(turn=split.groupby(["task", "steps"]).cumcount()).sort_values(
-        ["turn", "agreement"], kind="stable"
-    )
-    return [
-        {"prompt": row.prompt, "answer": row.answer, "steps": int(row.steps), "votes": " ".join(map(str, row.votes))}
-        for row in split[split["agreement"] < 1].head(8).itertuples()
-    ]
 
 
 def _bounds(metric: Metric) -> dict:

@@ -35,14 +35,12 @@ def voted(margins, steps):
     return datasets.Dataset.from_list(rows)
 
 
-def test_voting_record_counts_who_is_right_and_where_margins_are_sure():
+def test_voting_record_counts_who_is_right_and_how_margins_order():
     # Sure and right on the first 20, unsure and wrong on the last 20.
     margins = [[3.0, 2.0, 2.5]] * 10 + [[-3.0, -2.0, -2.5]] * 10 + [[0.1, 0.2, -0.1]] * 10 + [[-0.1, -0.2, 0.1]] * 10
     steps = [4] * 10 + [0] * 10 + [0] * 10 + [4] * 10
     record = from_votes.voting_record(voted(margins, steps), load_profile("smoke"))
     assert record.metric("accuracy/majority").value == 0.5 and record.metric("system1_share").value == 0.5
-    certain = {row["kept"]: row["accuracy"]["value"] for row in record.result["tables"]["certain"]}
-    assert certain[0.5] == 1.0 and certain[1.0] == 0.5
     # 20 x 20 pairs of a System 2 and a System 1 example: the sure ones are in order, the unsure among themselves are not.
     assert record.metric("auc/margins").value == pytest.approx(0.75)
 
@@ -52,7 +50,7 @@ def test_votes_without_margins_leave_their_tables_empty():
     pool = voted([[1.0, 1.0, 1.0], [-1.0, -1.0, 1.0]] * 4, [4, 0] * 4)
     bare = pool.remove_columns([name for name in pool.column_names if name.startswith("margin_")])
     record = from_votes.voting_record(bare, load_profile("smoke"))
-    assert record.result["tables"]["certain"] == [] and "auc/margins" not in record.result["metrics"]
+    assert record.result["tables"]["reliability"] == [] and "auc/margins" not in record.result["metrics"]
     assert tables.teacher_table(record)["AUC"].eq("–").all()
 
 
