@@ -193,7 +193,7 @@ def _syntax_tree(path: Path) -> ast.Module:
 
 @functools.cache
 def _code_hash(path: Path) -> str:
-    """Hash of the syntax tree without docstrings, and without empty fields, of which each version of Python has its own."""
+    """Hash of the syntax tree without docstrings and empty fields, of which each version of Python has its own."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

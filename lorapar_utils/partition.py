@@ -85,22 +85,6 @@ class Partition:
         shares = {key: np.add.reduceat(mask.numpy(), starts, dtype=np.int64) / sizes for key, mask in parts.items()}
         return table.assign(**shares)
 
-    def by_rank(self) -> pd.DataFrame:
-        """One row per rank and matrix kind (A or B): mean share in each region and stage over layers and modules."""
-        parts = self.regions() | {f"stage{k}": mask for k, mask in enumerate(self.active, start=1)}
-        rows = []
-        for key, flat in parts.items():
-            for name, mask in _as_matrices(flat, self.shapes).items():
-                matrix = _locate(name)["matrix"]
-                # A is rank x in, B is out x rank.
-                shares = mask.float().mean(1 if matrix == "A" else 0)
-                rows += [
-                    {"matrix": matrix, "rank": rank, "part": key, "share": float(share)}
-                    for rank, share in enumerate(shares)
-                ]
-        table = pd.DataFrame(rows).groupby(["matrix", "rank", "part"], sort=False)["share"].mean().unstack("part")
-        return table[list(parts)].reset_index()
-
     def save(self, folder: str | Path) -> Path:
         """Write masks (eight to a byte) as safetensors and the rest as JSON. The folder appears only when complete.
 

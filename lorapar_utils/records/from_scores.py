@@ -20,15 +20,13 @@ def importance_record(
     origin: dict | None = None,
     explored: dict | None = None,
 ) -> Record:
-    """The layer x module map, the regions, concentration curves and a sample of the paper's scatter.
+    """The layer x module map, the regions, and a sample of the paper's scatter.
 
     `explored` are settings that differ from the profile's. The record's name and command have them.
 
-
     Metrics: `active/…`, `selected/…`, `region/…`, `jaccard`, `jaccard_chance` (expected of two random sets of these
     sizes). Tables: `map` (mean score by layer, module and matrix, scaled to mean 1 per system, and region shares),
-    `by_rank` (the same by rank), `concentration`, `scatter`, `explorer` (counts of elements by theta, layer and
-    module, as one list per column).
+    `scatter`, `explorer` (counts of elements by theta, layer and module, as one list per column).
     """
     flat = [torch.cat([values.flatten() for values in one.values()]).double() for one in scores]
     total = flat[0].numel()
@@ -47,8 +45,6 @@ def importance_record(
         table[f"system{system}"] = [float(v.double().mean() / everything.mean()) for v in one.values()]
     tables = {
         "map": table.round(6).to_dict("records"),
-        "by_rank": _by_rank(scores, flat, partition),
-        "concentration": _concentration(flat),
         "scatter": _scatter(flat, partition),
         "explorer": _explorer(scores),
     }
@@ -81,20 +77,6 @@ def stability_record(rows: Sequence[dict], settings: Settings, origin: dict | No
     )
 
 
-def _by_rank(scores: Sequence[dict[str, torch.Tensor]], flat: list[torch.Tensor], partition: Partition) -> list[dict]:
-    """`Partition.by_rank`, and the mean score of each rank, scaled to mean 1 per system."""
-    table = partition.by_rank()
-    for system, (one, everything) in enumerate(zip(scores, flat, strict=True), start=1):
-        means: dict[str, list[torch.Tensor]] = {"A": [], "B": []}
-        for name, values in one.items():
-            matrix = "A" if ".lora_A." in name else "B"
-            # A is rank x in, B is out x rank.
-            means[matrix].append(values.double().mean(1 if matrix == "A" else 0))
-        averages = {matrix: torch.stack(ranks).mean(0) / everything.mean() for matrix, ranks in means.items()}
-        table[f"system{system}"] = [float(averages[row.matrix][row.rank]) for row in table.itertuples()]
-    return table.round(6).to_dict("records")
-
-
 # The values of theta, and of alpha and beta, that the theta explorer offers.
 EXPLORED_THETA = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 EXPLORED_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -118,16 +100,6 @@ def _explorer(scores: Sequence[dict[str, torch.Tensor]]) -> dict[str, list]:
         summed = table.groupby(["layer", "module"], sort=False).sum().round().astype(int).reset_index()
         frames.append(summed.assign(theta=theta))
     return pd.concat(frames).to_dict("list")
-
-
-def _concentration(flat: list[torch.Tensor]) -> list[dict]:
-    rows = []
-    for system, values in enumerate(flat, start=1):
-        cumulative = values.sort(descending=True).values.cumsum(0)
-        for share in (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0):
-            index = max(0, round(share * values.numel()) - 1)
-            rows.append({"system": system, "elements": share, "importance": float(cumulative[index] / cumulative[-1])})
-    return rows
 
 
 def _scatter(flat: list[torch.Tensor], partition: Partition) -> list[dict]:

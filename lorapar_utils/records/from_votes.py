@@ -19,7 +19,7 @@ def voting_record(voted: datasets.Dataset, settings: Settings, origin: dict | No
     Metrics: `undecided`, `system1_share`, `abstained/NAME`; agreement among the panel's teachers: `kappa` (Fleiss',
     over examples without an abstention) and `alpha` (Krippendorff's, abstentions left out); against the construction
     labels: `accuracy/NAME`, `accuracy/majority`, `auc/NAME` (teachers with a margin), `auc/margins` (the panel's summed
-    margins). Tables: `panels` (the split that each panel makes), `by_steps`, `reliability` (calibration of the margins).
+    margins). Tables: `panels` (the split that each panel makes), `by_steps`.
     Items: each example with its system, every teacher's vote and, of local teachers, margin.
     A metric that is undefined, as with one teacher or one system only, is absent.
     """
@@ -47,7 +47,6 @@ def voting_record(voted: datasets.Dataset, settings: Settings, origin: dict | No
     tables = {
         "panels": _panels(ballots, frame["system"].to_numpy(), truth, settings),
         "by_steps": _by_steps(frame, ballots),
-        "reliability": _reliability(frame, names, truth),
     }
     return new_record(
         "voting",
@@ -132,19 +131,6 @@ def _by_steps(frame: pd.DataFrame, ballots: pd.DataFrame) -> list[dict]:
             if len(cast):
                 share = intervals.proportion(cast == 2)
                 rows.append({"steps": int(steps), "teacher": name, "system2_share": share.value, **_bounds(share)})
-    return rows
-
-
-def _reliability(frame: pd.DataFrame, names: list[str], truth: np.ndarray, bins: int = 8) -> list[dict]:
-    """Bins of equal count by a teacher's P(System 2): the mean P(System 2), and the share that is System 2."""
-    rows = []
-    for name in names:
-        if f"margin_{name}" not in frame or not (truth > 0).all():
-            continue
-        p = 1 / (1 + np.exp(-frame[f"margin_{name}"]))
-        for _, examples in p.groupby(pd.qcut(p, bins, duplicates="drop"), observed=True).groups.items():
-            share = intervals.proportion(truth[examples] == 2)
-            rows.append({"teacher": name, "said": float(p[examples].mean()), "share": share.value, **_bounds(share)})
     return rows
 
 

@@ -192,21 +192,6 @@ def split_accuracy(figure: SubFigure, record: Record) -> None:
     axes.set(xlabel=fitted("agreement with the construction labels (95 % interval)", 40), xlim=(0.2, 1))
 
 
-@of_each(6, 4)
-def reliability(figure: SubFigure, record: Record) -> None:
-    """P(System 2) from the margin against the share of System 2; a calibrated teacher is on the diagonal."""
-    rows = pd.DataFrame(record.result["tables"]["reliability"])
-    if rows.empty:
-        raise KeyError("voting: margins")
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="#555555", linestyle="--", linewidth=in_points(1), label="calibrated")
-    for i, (name, points) in enumerate(rows.groupby("teacher", sort=False)):
-        marker = MARKERS[i % len(MARKERS)]
-        axes.plot(points["said"], points["share"], marker=marker, linewidth=in_points(1.2), label=name)
-    axes.set(xlabel="P(System 2) that the margin states", ylabel="share that is System 2", ylim=(0, 1), xlim=(0, 1))
-    label_ends(axes)
-
-
 @of_each(7.5, 5.6)
 def importance_map(figure: SubFigure, record: Record) -> None:
     """Mean importance by layer and module for System 1, System 2, and their difference."""
@@ -303,46 +288,6 @@ def partition_map(figure: SubFigure, record: Record) -> None:
     )
 
 
-@of_each(7.5, 3.2, rows=2)
-def importance_by_matrix(figure: SubFigure, record: Record) -> None:
-    """Mean importance of A and of B by module, for each system; the average element has importance one."""
-    rows = pd.DataFrame(record.result["tables"]["map"])
-    order = _modules(rows)
-    panels = figure.subplots(*beside(2), sharey=True)
-    for axes, matrix in zip(panels, "AB", strict=True):
-        means = rows[rows["matrix"] == matrix].groupby("module")[["system1", "system2"]].mean().loc[order]
-        for system, offset in ((1, -0.2), (2, 0.2)):
-            x = [i + offset for i in range(len(order))]
-            axes.bar(x, means[f"system{system}"], 0.38, color=SYSTEM_COLOURS[system], label=f"System {system}")
-        axes.set_xticks(range(len(order)), map(_short, order))
-        axes.axhline(1, color="#555555", linestyle="--", linewidth=in_points(1))
-        axes.set(title=f"matrix {matrix}", ylabel="importance / mean")
-        axes.label_outer()
-    panels[1].legend()
-
-
-@of_each(7.5, 3, rows=2)
-def importance_by_rank(figure: SubFigure, record: Record) -> None:
-    """Mean importance of each rank of A and of B, for each system; the average element has importance one."""
-    rows = pd.DataFrame(record.result["tables"]["by_rank"])
-    panels = figure.subplots(*beside(2), sharey=True)
-    for axes, matrix in zip(panels, "AB", strict=True):
-        means = rows[rows["matrix"] == matrix]
-        for system in (1, 2):
-            axes.plot(
-                means["rank"] + 1,
-                means[f"system{system}"],
-                marker="os"[system - 1],
-                color=SYSTEM_COLOURS[system],
-                label=f"System {system}",
-            )
-        axes.axhline(1, color="#555555", linestyle="--", linewidth=in_points(1))
-        axes.set(title=f"matrix {matrix}", xlabel="rank", ylabel="importance / mean")
-        axes.label_outer()
-    axes.set_ylim(bottom=0)
-    label_ends(panels[1])
-
-
 @for_every_width
 def stability(rows: pd.DataFrame) -> Figure:
     """Agreement of two disjoint samples of n examples (lines), and of two draws of the adapter (crosses).
@@ -403,18 +348,6 @@ def importance_scatter(figure: SubFigure, record: Record) -> None:
     title = f"Jaccard {record.metric('jaccard').value:.2f}, by chance {record.metric('jaccard_chance').value:.2f}"
     axes.set(xscale="log", yscale="log", xlabel="System 1 importance", ylabel="System 2 importance", title=title)
     axes.legend(loc="lower right", markerscale=2)
-
-
-@of_each(6, 3.6)
-def concentration(figure: SubFigure, record: Record) -> None:
-    """Share of the total importance against share of elements, most important first."""
-    rows = pd.DataFrame(record.result["tables"]["concentration"])
-    axes = figure.subplots()
-    for system, points in rows.groupby("system"):
-        look = {"marker": MARKERS[system - 1], "color": SYSTEM_COLOURS[system], "label": f"System {system}"}
-        axes.plot(points["elements"], points["importance"], **look)
-    axes.set(xlabel="share of LoRA elements, most important first", ylabel="share of importance", ylim=(0, 1.03))
-    label_ends(axes)
 
 
 @of_each(7.5, 3.6, rows=2)
@@ -828,13 +761,9 @@ FIGURES: dict[str, Callable[[dict[str, Record]], Figure]] = {
     "pipeline": lambda records: pipeline(),
     "votes_by_steps": lambda records: votes_by_steps(records["voting"]),
     "split_accuracy": lambda records: split_accuracy(records["voting"]),
-    "reliability": lambda records: reliability(records["voting"]),
     "importance_map": lambda records: importance_map(records["importance"]),
     "partition_map": lambda records: partition_map(records["importance"]),
-    "importance_by_matrix": lambda records: importance_by_matrix(records["importance"]),
-    "importance_by_rank": lambda records: importance_by_rank(records["importance"]),
     "importance_scatter": lambda records: importance_scatter(records["importance"]),
-    "concentration": lambda records: concentration(records["importance"]),
     "stability": lambda records: stability(pd.DataFrame(records["stability"].result["tables"]["stability"])),
     "theta_curve": lambda records: theta_curve(stage1_records(records)),
     "learning_curves": lambda records: learning_curves(records["lorapar-seed0"]),

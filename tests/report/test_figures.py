@@ -230,7 +230,7 @@ def test_two_thetas_of_one_selection_differ_in_their_dashes():
 @pytest.mark.parametrize("column", [None, "double"])
 @pytest.mark.parametrize(
     "name",
-    ["votes_by_steps", "reliability", "concentration", "importance_by_rank", "tuning", "theta_curve", "arm_curves"],
+    ["votes_by_steps", "tuning", "theta_curve", "arm_curves"],
 )
 def test_each_line_has_its_label_beside_its_end(name, column, published):
     drawing.use_style(column)
@@ -335,7 +335,7 @@ def test_a_pdf_is_as_wide_as_its_column_and_nothing_is_cut_off(name, published, 
 
 
 def test_the_same_records_give_the_same_bytes(published, tmp_path):
-    first, second = (figures.save_all(published, tmp_path / run, ["concentration"]) for run in ("first", "second"))
+    first, second = (figures.save_all(published, tmp_path / run, ["importance_scatter"]) for run in ("first", "second"))
     assert [path.suffix for path in first] == [".svg", ".png", ".pdf", ".pdf"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
