@@ -592,6 +592,30 @@ def test_readme_shows_what_the_published_records_say():
     assert readme_with_results(readme, study().values()) == readme
 
 
+# Claims that the study decides -> what README says of each, in words. Who changes one reads README's paragraph again.
+SAID_IN_README = {
+    "LoRA-PAR is no worse than LoRA with all elements after both stages (margin 2 points)": (
+        "reproduced",
+        "After both stages LoRA-PAR is no worse than LoRA with all elements by more than two points",
+    ),
+    "Stage 2 (GRPO) costs System 1 nothing (margin 2 points)": (
+        "not reproduced",
+        "Stage 2 costs it more than two points on System 1",
+    ),
+}
+
+
+def test_readme_says_in_words_what_the_study_decides():
+    from lorapar_utils.report.claims import judgements, load_claims
+
+    asked = load_claims()
+    judged = zip((claim["claim"] for claim in asked), judgements(study(), asked), strict=True)
+    decided = {name: one.verdict for name, one in judged if one.verdict in ("reproduced", "not reproduced")}
+    assert decided == {name: verdict for name, (verdict, _) in SAID_IN_README.items()}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert [words for _, words in SAID_IN_README.values() if words not in readme] == []
+
+
 def test_arms_of_the_study_are_means_over_blocks_and_tuning_runs_are_none_of_them():
     def arm(seed, loss, **more):
         parameters = {"title": "LoRA", "measured_on": "test", "learning_rate": 0.002, "sweep": "regions"}
