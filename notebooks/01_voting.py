@@ -115,7 +115,7 @@ notebook.shown(tables.teacher_table(record))
 # %% tags=["remove-input"]
 notebook.shown(tables.agreement_table(record))
 
-# %% mystnb={"image": {"alt": "Dot plot of agreement with the construction labels, one row a teacher and a panel, with intervals."}, "figure": {"caption": "Single teachers (circles) and panels (squares) against the construction labels. Voting helps where the teachers are right more often than not, and err on different examples.", "name": "fig-split-accuracy"}} tags=["remove-input"]
+# %% mystnb={"code_prompt_show": "Show how often each teacher and each panel is right", "code_prompt_hide": "Hide it", "image": {"alt": "Dot plot of agreement with the construction labels, one row a teacher and a panel, with intervals."}, "figure": {"caption": "Single teachers (circles) and panels (squares) against the construction labels. Voting helps where the teachers are right more often than not, and err on different examples.", "name": "fig-split-accuracy"}} tags=["remove-input", "hide-output"]
 figure = figures.split_accuracy(record)
 
 # %% [markdown]

@@ -189,7 +189,7 @@ explorer.Page(
 # their Jaccard index lies below that of one system with itself. In the study it does: the two systems have fewer elements in common than two samples of one
 # system, at as many examples. So scores do tell the systems apart; whether training on the difference pays is another question.
 
-# %% mystnb={"image": {"alt": "Three panels against the number of scored examples, by system: rank correlation of elements, of matrix means, and Jaccard index, for two samples of examples and for two adapters."}, "figure": {"caption": "The curves level off where more examples stop changing the selection. Where the crosses lie far below the lines, importance hangs on the draw of the adapter.", "name": "fig-stability"}} tags=["remove-input"]
+# %% mystnb={"code_prompt_show": "Show how steady the scores are", "code_prompt_hide": "Hide it", "image": {"alt": "Three panels against the number of scored examples, by system: rank correlation of elements, of matrix means, and Jaccard index, for two samples of examples and for two adapters."}, "figure": {"caption": "The curves level off where more examples stop changing the selection. Where the crosses lie far below the lines, importance hangs on the draw of the adapter.", "name": "fig-stability"}} tags=["remove-input", "hide-output"]
 stable = study()["stability"]
 steady = pd.DataFrame(stable.result["tables"]["stability"])
 figure = figures.stability(steady)

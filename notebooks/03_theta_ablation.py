@@ -107,7 +107,7 @@ notebook.linked(tables.arms_table(published.values()), published.values(), setti
 #
 # An arm with fewer elements wants a higher rate, so one rate for all would have compared the rates.
 
-# %% mystnb={"image": {"alt": "Validation loss of System 1 against the learning rate of stage 1, a line for each arm, the least value of each circled."}, "figure": {"caption": "The rates that were tried, at a seed that no block has; circles: the least loss of each arm.", "name": "fig-tuning"}} tags=["remove-input"]
+# %% mystnb={"code_prompt_show": "Show the rates of stage 1 that were tried", "code_prompt_hide": "Hide it", "image": {"alt": "Validation loss of System 1 against the learning rate of stage 1, a line for each arm, the least value of each circled."}, "figure": {"caption": "The rates that were tried, at a seed that no block has; circles: the least loss of each arm.", "name": "fig-tuning"}} tags=["remove-input", "hide-output"]
 figure = figures.tuning(figures.tuned_records(published, "sft"))
 
 # %% [markdown]

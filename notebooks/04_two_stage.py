@@ -147,7 +147,7 @@ notebook.shown(tables.answers_table(by_stage, questions))
 # The rate of stage 2, and whether a KL term helps, are chosen for each of four arms on validation, at a seed that no block has. Stage 1 has the rates
 # of the [chapter on theta](03_theta_ablation.ipynb). Arms against each other, LoRA among them, are in the [next chapter](05_benchmarks.ipynb).
 
-# %% mystnb={"image": {"alt": "Validation accuracy on both systems against the learning rate of stage 2, a line for each arm, the best value of each circled, hollow diamonds for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried, with KL 0.04; circles: the best of each arm; hollow diamonds: the same rate without KL.", "name": "fig-tuning-of-stage2"}} tags=["remove-input"]
+# %% mystnb={"code_prompt_show": "Show the rates of stage 2 that were tried", "code_prompt_hide": "Hide it", "image": {"alt": "Validation accuracy on both systems against the learning rate of stage 2, a line for each arm, the best value of each circled, hollow diamonds for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried, with KL 0.04; circles: the best of each arm; hollow diamonds: the same rate without KL.", "name": "fig-tuning-of-stage2"}} tags=["remove-input", "hide-output"]
 figure = figures.tuning_of_stage2(figures.tuned_records(published, "sft", "grpo"))
 
 # %% [markdown]
