@@ -247,6 +247,23 @@ def test_every_arm_of_the_study_is_tuned_over_four_rates_on_validation():
     assert len(tuned) == 15 and len(of_stage2) == 4 and all(len(rates) >= 4 for rates in tuned.values())
 
 
+def test_arms_of_stage_1_have_the_rate_with_the_least_loss_on_validation():
+    told_apart = ("method", "selection", "r", "init", "theta")
+    tried = {}
+    for record in records.study().values():
+        asked = record.run["parameters"]
+        if asked.get("measured_on") == "validation_loss":
+            tried.setdefault(tuple(asked[key] for key in told_apart), []).append(record)
+    best = {arm: min(runs, key=lambda run: run.metric("stage1/loss1").value) for arm, runs in tried.items()}
+    profile = load_profile("study")
+    arms = [n for n, spec in profile.experiments.items() if spec.stages == ("sft",) and spec.sweep != "tuning"]
+    assert len(arms) >= 7
+    for name in arms:
+        spec, arm = profile.experiments[name], profile.for_experiment(name, 0)
+        kind = spec.method, spec.selection, arm.adapter.r, arm.adapter.init, arm.partition.theta
+        assert best[kind].run["parameters"]["learning_rate"] == arm.sft.learning_rate, name
+
+
 def test_arms_of_both_stages_have_the_rates_and_kl_that_validation_chose():
     tried = {}
     for record in records.study().values():
