@@ -68,11 +68,11 @@ own = figures.main_records(own_records(settings))
 notebook.linked(tables.stage_table(own), own, settings, "")
 
 # %% [markdown]
-# ## Ask the model, before and after
+# ## Ask the models, side by side
 #
-# The same questions, side by side: the model without an adapter, LoRA-PAR after stage 1 and after stage 2 as this run has trained it, and the adapters of
-# `results/study/adapters/`, LoRA-PAR after both stages and LoRA with all elements (a page that computes nothing has the last two alone). Set `questions` in the parameters cell to ask your own; an answer
-# ends after `evaluation.max_new_tokens`.
+# The same questions to each: the model without an adapter, LoRA-PAR after stage 1 and after stage 2 as this run has trained it, and the adapters of
+# `results/study/adapters/`, LoRA-PAR after both stages and LoRA with all elements (a page that computes nothing has the last two alone). An answer counts
+# where it follows `####`. Set `questions` in the parameters cell to ask your own; an answer ends after `evaluation.max_new_tokens`.
 
 # %% tags=["remove-input"]
 adapters = published_adapters() if not compute or fits_published(settings) else {}
@@ -92,8 +92,9 @@ if compute:
 else:
     items = {name: published_items(folder) for name, folder in adapters.items()}
     two_of_each = pd.DataFrame(items["lorapar"].values()).groupby("system")["id"].head(2)
-    prompts = {row["id"]: row["prompt"] for row in load_pool(load_profile(project_root() / TRAINED_BY))}
-    answers = {"question": [prompts[item] for item in two_of_each]}
+    rows = {row["id"]: row for row in load_pool(load_profile(project_root() / TRAINED_BY))}
+    answers = {"question": [rows[item]["prompt"] for item in two_of_each]}
+    answers["right answer"] = [rows[item]["answer"] for item in two_of_each]
     answers |= {name: [said[item]["completion"] for item in two_of_each] for name, said in items.items()}
 names = {"lorapar": "LoRA-PAR, both stages", "lora_rl": "LoRA, both stages"}
 notebook.shown(pd.DataFrame(answers).head(4).rename(columns=names))
@@ -124,7 +125,8 @@ notebook.shown(by_module, "This needs both stages of this run, which make book t
 # %% [markdown]
 # ## Which elements matter to a few examples?
 #
-# The adapter is fresh; nothing is trained. Change `examples`, and see the selection settle; the importance notebook shows how far.
+# A fresh adapter is scored on a few examples of each system; nothing is trained. Change `examples`, and see the selection settle; the importance notebook shows how
+# far. A page that computes nothing has the partition of the published adapter in its place.
 
 # %%
 if compute:
@@ -136,15 +138,6 @@ if compute:
         )
         for rows in Examples(settings).systems.values()
     ]
-
-# %% [markdown]
-# ## Change theta
-#
-# This cell takes a second: change `theta`, `alpha` or `beta` and run it again. Or drag the slider below, which moves over
-# the same scores (over those of the study, where nothing is computed and the numbers here are a published adapter's).
-
-# %%
-if compute:
     partition = build_partition(*scores, theta=theta, alpha=1.0, beta=1.0)
 else:
     partition = Partition.load(adapters["lorapar"] / "partition")
@@ -155,6 +148,12 @@ print(
 regions = ["system1_only", "system2_only", "shared", "inactive"]
 by_region = partition.summary().groupby("module", sort=False)[regions].mean().round(3)
 notebook.shown(by_region.rename(columns=figures.REGION_LABELS))
+
+# %% [markdown]
+# ## Change theta
+#
+# Change `theta`, `alpha` or `beta` above and run that cell again, or drag the sliders. They move over the same scores; on a page that computes nothing, over
+# those of the study, which are of another adapter and other examples.
 
 # %% tags=["remove-input"]
 record = importance_record(scores, partition, settings) if compute else study()["importance"]

@@ -21,7 +21,7 @@
 # - **Paper.** Section 3.1 and Table 1.
 # - **Inputs.** The training split of the profile's pool; its teachers: local models, OpenAI-compatible servers, or recorded votes.
 # - **Outputs.** `runs/<profile>/votes/`, record `voting`; every answer is kept in `runs/vote_cache`.
-# - **Cost.** One forward pass a local teacher and example; one call a server's; *What will be asked* says how many before any is made.
+# - **Cost.** Each example costs a forward pass of each local teacher, or a call to a teacher's server; a dry run counts them before any is made.
 
 # %% tags=["parameters", "remove-input"]
 profile = "laptop"  # a file of profiles/, or a path
@@ -52,11 +52,11 @@ figure = figures.pipeline("voting", "system1", "system2")
 # %% [markdown]
 # ## What will be asked
 #
-# Nothing is asked twice: an answer is kept under teacher, prompt and example, as soon as it comes in.
+# An answer is kept under teacher, prompt and example, as soon as it comes in, so nothing is asked twice.
 
 # %% tags=["remove-input"]
 to_ask = split.voting_plan(settings) if compute else pd.DataFrame()
-notebook.shown(to_ask, "Nothing: this page reads the published votes.")
+notebook.shown(to_ask, "Nothing is asked: this page reads the published votes.")
 
 # %% [markdown]
 # ## Ask
@@ -65,14 +65,17 @@ notebook.shown(to_ask, "Nothing: this page reads the published votes.")
 # only a last line that says *System 1* or *System 2* counts; anything else is an abstention. A local teacher is read by the log-likelihood
 # of its two labels, less its mean $\mu_t$ over the pool: with $\ell_k$ the label of System $k$ and $x$ the filled-in question, teacher $t$ has the margin
 #
-# $$\begin{aligned} m_t(x) &= \log\, p_t(\ell_2 \mid x) - \log\, p_t(\ell_1 \mid x) \\ v_t(x) &= \begin{cases} 2 & m_t(x) > \mu_t \\ 1 & \text{otherwise} \end{cases} \end{aligned}$$ (eq-margin)
+# $$m_t(x) = \log\, p_t(\ell_2 \mid x) - \log\, p_t(\ell_1 \mid x)$$ (eq-margin)
+#
+# and votes 2 if $m_t(x) > \mu_t$, else 1.
 #
 # Of $n_1$ votes for System 1 and $n_2$ for System 2 among $T$ teachers, the larger side wins if it reaches the quorum $q$, which is more than half unless
 # a profile sets it; the rest is undecided (0) and left out:
 #
 # $$s(x) = \begin{cases} 1 & n_1 > n_2,\ n_1 \ge q \\ 2 & n_2 > n_1,\ n_2 \ge q \\ 0 & \text{otherwise} \end{cases}$$ (eq-vote)
 #
-# Four examples and three teachers; a 0 among the votes is an abstention.
+# Four examples and three teachers; a 0 among the votes is an abstention. `agreement` is the larger side's share of the votes that were cast, whether or
+# not it reaches the quorum.
 
 # %%
 ballots = np.array([[1, 1, 2], [2, 2, 2], [1, 2, 0], [0, 0, 1]])
@@ -110,6 +113,7 @@ notebook.shown(tables.teacher_table(record))
 # %% [markdown]
 # ## Does voting help?
 #
+# Not beyond its best teacher, where the others are weaker: the majority of the published votes is right less often than the best of its three teachers.
 # Kappa and alpha are 0 for votes cast at random and 1 for unanimity. Intervals are bootstrapped over examples.
 
 # %% tags=["remove-input"]
@@ -122,12 +126,13 @@ figure = figures.split_accuracy(record)
 # ## Does a better split train a better model?
 #
 # The paper's Table 1 says so: from a random split to a vote of five teachers in their roles, accuracy on GSM8K grows by less than two points. The study asks it as a dose: labels by construction,
-# and the same with a share of them flipped, with the votes on that axis ([protocol](../book/protocol.md)). It has not been run. Experiments of this run that split the examples
-# in several ways are in a table below.
+# and the same with a share of them flipped, with the votes on that axis ([protocol](../book/protocol.md)). It has not been run.
+#
+# ### Splits of this run
 
 # %% tags=["remove-input"]
 own = [r for r in own_records(settings).values() if r.run["parameters"].get("sweep") == "voting"]
-notebook.linked(tables.voting_table(own), own, settings, "")
+notebook.linked(tables.voting_table(own), own, settings)
 
 # %% [markdown]
 # ## What would change our mind

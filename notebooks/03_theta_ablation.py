@@ -18,7 +18,7 @@
 #
 # - **Question.** Does importance choose better elements than chance, than another system's importance, than a lower rank?
 # - **Paper.** Table 3.
-# - **Inputs.** The study's arms after stage 1; this run's experiments on theta.
+# - **Inputs.** The study's arms after stage 1, all at theta 0.9 so far; this run's experiments on theta.
 # - **Outputs.** The tables and figures below.
 # - **Cost.** None: nothing is trained here.
 
@@ -57,7 +57,7 @@ figure = figures.pipeline("theta", "stage1")
 
 # %%
 generator = torch.Generator().manual_seed(0)
-system1, system2 = torch.rand(2, 1000, generator=generator).double() ** 8
+system1, system2 = torch.rand(2, 1000, generator=generator).double() ** 3.5
 
 
 def elements(scores, theta):
@@ -112,6 +112,8 @@ figure = figures.tuning(figures.tuned_records(published, "sft"))
 
 # %% [markdown]
 # ## Which of the paper's statements hold here?
+#
+# Those that have been run; the [chapter on claims](06_claims.ipynb) has all, and how a verdict comes about.
 
 # %% tags=["remove-input"]
 on_theta = [claim for claim in claims.load_claims() if claim["paper"] in ("Table 3", "central claim")]
@@ -120,7 +122,7 @@ notebook.scoreboard(settings, on_theta)
 # %% [markdown]
 # ## Accuracy by theta
 #
-# Table 3 varies theta. The study's own sweep has not been run; experiments on theta of this run would be below, beside the paper's numbers.
+# Table 3 varies theta. The study has not done so yet; this run's experiments on theta, beside the paper's numbers:
 
 # %% tags=["remove-input"]
 own = figures.stage1_records(own_records(settings))

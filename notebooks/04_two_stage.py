@@ -89,10 +89,10 @@ notebook.shown(pd.DataFrame(columns).round(3))
 # $$A_i = \frac{r_i - \operatorname{mean}(r_1, \ldots, r_G)}{\operatorname{std}(r_1, \ldots, r_G) + 10^{-4}}$$ (eq-advantage)
 #
 # So a group of equal rewards teaches nothing. In training TRL computes it; a test compares TRL's with this one. The policy $\pi$ then makes the tokens $y_t$
-# of better completions likelier. With $\rho_t$ the ratio of its probability to that of the policy which wrote them, and the weight $\kappa$ of the divergence
-# from the policy that stage 2 starts from (`grpo.kl`), the loss of a token is
+# of better completions likelier. With $\rho_t$ the ratio of its probability to that of the policy which wrote them, $c_t$ the same ratio clipped to
+# $[1 - \epsilon, 1 + \epsilon]$, and $D_t$ the divergence from the policy that stage 2 starts from, of weight $\kappa$ (`grpo.kl`), the loss of a token is
 #
-# $$\begin{aligned} L_t = &-\min\left(\rho_t A_i,\ \operatorname{clip}(\rho_t, 1 - \epsilon, 1 + \epsilon) A_i\right) \\ &+ \kappa \operatorname{KL}\left[\pi \,\|\, \pi_0\right] \end{aligned}$$ (eq-grpo)
+# $$L_t = -\min\left(\rho_t A_i,\ c_t A_i\right) + \kappa D_t$$ (eq-grpo)
 
 # %%
 solution = "3 * 4 = 12\n12 + 5 = 17\n#### 17"
@@ -121,7 +121,9 @@ notebook.shown(pd.DataFrame(group).round(2))
 # ## What stage 2 did
 #
 # LoRA-PAR of [the study](../book/protocol.md) by step, and what its stage 2 is worth when it trains something else: nothing that both systems share ($\beta = 0$ of {eq}`eq-stages`), or as many
-# elements by chance over the whole adapter. All three start from the same stage 1, at LoRA-PAR's rates. The paper's numbers are of 7B models: compare the direction.
+# elements by chance over the whole adapter. Stage 2 leaves System 1 with less and System 2 with more on average, the latter not beyond doubt.
+# All three start from the same stage 1, at LoRA-PAR's rates. That stage 1 was trained again for these runs, in part on another machine, so a gain does not start from the
+# [chapter on theta](03_theta_ablation.ipynb)'s accuracy. The paper's numbers are of 7B models: compare the direction.
 
 # %% mystnb={"image": {"alt": "Panels for LoRA-PAR by step: SFT loss, GRPO reward, entropy, completion length, share of groups without advantage."}, "figure": {"caption": "LoRA-PAR of the study, seed 0: blue is stage 1, orange stage 2.", "name": "fig-learning"}} tags=["remove-input"]
 figure = figures.learning_curves(published["lorapar-seed0"])
@@ -134,10 +136,11 @@ notebook.linked(tables.reinforced_table(of_stage2), of_stage2, settings)
 # %% [markdown]
 # ## The same questions, stage by stage
 #
-# A question of each family and system, as the base model answers it and as LoRA-PAR of the study does after each stage, at seed 0.
+# A question of each family and system, as the base model answers it and as LoRA-PAR of the study does after each stage, at seed 0. What follows `####` is the
+# answer; the base model does not write that, so its answers count as wrong even where they are right ([leniently](../book/protocol.md), they count).
 
 # %% tags=["remove-input"]
-questions = {row["id"]: row["prompt"] for row in load_pool(load_profile("study"))}
+questions = {row["id"]: f"{row['prompt']}\n(right: {row['answer']})" for row in load_pool(load_profile("study"))}
 by_stage = [published[name] for name in ("base-seed0", "lorapar-seed0") if name in published]
 notebook.shown(tables.answers_table(by_stage, questions))
 
@@ -145,13 +148,15 @@ notebook.shown(tables.answers_table(by_stage, questions))
 # ## Each arm at its own rates
 #
 # The rate of stage 2, and whether a KL term helps, are chosen for each of four arms on validation, at a seed that no block has. Stage 1 has the rates
-# of the [chapter on theta](03_theta_ablation.ipynb). Arms against each other, LoRA among them, are in the [next chapter](05_benchmarks.ipynb).
+# of the chapter on theta. Arms against each other, LoRA among them, are in the [next chapter](05_benchmarks.ipynb).
 
 # %% mystnb={"code_prompt_show": "Show the rates of stage 2 that were tried", "code_prompt_hide": "Hide it", "image": {"alt": "Validation accuracy on both systems against the learning rate of stage 2, a line for each arm, the best value of each circled, hollow diamonds for runs without KL."}, "figure": {"caption": "The rates of stage 2 that were tried, with KL 0.04; circles: the best of each arm; hollow diamonds: the same rate without KL.", "name": "fig-tuning-of-stage2"}} tags=["remove-input", "hide-output"]
 figure = figures.tuning_of_stage2(figures.tuned_records(published, "sft", "grpo"))
 
 # %% [markdown]
 # ## Which of the paper's statements hold here?
+#
+# Those that have been run; the [chapter on claims](06_claims.ipynb) has all, and how a verdict comes about.
 
 # %% tags=["remove-input"]
 on_stage2 = [claim for claim in claims.load_claims() if claim["paper"] in ("Table 2", "Tables 2 and 4", "Table 7")]
@@ -175,8 +180,8 @@ notebook.linked(tables.order_table(own), own, settings, "")
 # %% [markdown]
 # ## What would change our mind
 #
-# On stage 2: a gain whose interval over blocks lies above zero says that it teaches; a System 1 that falls as far says that it only moves the
-# skill. On the partition: System 2's elements gaining more than random ones, with an interval above zero.
+# Stage 2 teaches if System 2 gains, with an interval over blocks above zero, and System 1 loses less. The partition pays if System 2's elements gain more
+# than random ones, with an interval above zero.
 #
 # ## Try it yourself
 #

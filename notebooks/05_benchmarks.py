@@ -44,7 +44,8 @@ figure = figures.pipeline("system1", "system2", "importance", "theta", "stage1",
 # %% [markdown]
 # ## After both stages
 #
-# Means over blocks. An arm's gain is from its own stage 1. Where rates of stage 2 differ, arms are compared with their rates. The paper's numbers are on GSM8K.
+# Means over blocks. A gain is from the arm's own stage 1, which was trained again for these runs, in part on another machine; so it does not start from the
+# [chapter on theta](03_theta_ablation.ipynb)'s accuracy. Arms have different rates of stage 2, each its own best on validation, so this compares arms together with their rates. The paper's numbers are on GSM8K.
 
 # %% mystnb={"image": {"alt": "Dot plot of System 1 and System 2 accuracy of the base model and of each arm after each stage: ticks for the blocks, a marker for their mean, a line for its interval."}, "figure": {"caption": "Test accuracy of each system after each stage. Ticks: blocks; markers: their means, with 95 % over blocks.", "name": "fig-stage-accuracy"}} tags=["remove-input"]
 figure = figures.stage_accuracy(figures.main_records(published))
@@ -55,6 +56,8 @@ notebook.linked(tables.reinforced_table(both), both, settings)
 
 # %% [markdown]
 # ## Which of the paper's statements hold here?
+#
+# Those that have been run; the [chapter on claims](06_claims.ipynb) has all, and how a verdict comes about.
 
 # %% tags=["remove-input"]
 of_arms = [claim for claim in claims.load_claims() if claim["paper"] in ("Tables 4 and 5", "Table 4", "Table 5")]
@@ -63,13 +66,15 @@ notebook.scoreboard(settings, of_arms)
 # %% [markdown]
 # ## What it saves
 #
-# Fewer elements mean a smaller optimizer state, which is little beside the base model; gradients are computed for every element. Page [Use it](../book/use.md) has the bytes, and
+# Little: fewer elements mean a smaller optimizer state, which is small beside the base model, and gradients are computed for every element. Page [Use it](../book/use.md) has the bytes, and
 # [Beyond one machine](../book/scale.md) what a step takes at 7B on a GPU.
 #
 # ## GSM8K, MMLU, HumanEval, and another architecture
 #
 # On SmolLM2-135M these benchmarks leave no room: it is near the floor on GSM8K and HumanEval and at chance on MMLU, before training and after training on another pool
-# ([lab log](../book/lab_log.md)). Table 5 needs Qwen-2.5-7B and a GPU; `profiles/qwen2.5-7b.yaml` is its profile. Every method of this run, on every benchmark that it was scored on:
+# ([lab log](../book/lab_log.md)). Table 5 needs Qwen-2.5-7B and a GPU; `profiles/qwen2.5-7b.yaml` is its profile.
+#
+# ### Every method of this run, on every benchmark that it was scored on
 
 # %% tags=["remove-input"]
 own = figures.two_stage_records(own_records(settings))

@@ -40,9 +40,6 @@ settings = notebook.start(profile=profile)
 # %% mystnb={"image": {"alt": "One row per claim that was run: the effect with its interval over blocks, thick, and over test questions, thin, beside zero."}, "figure": {"caption": "What has been run so far. Thick: 95 % over blocks, which the verdict rests on; thin: over test questions; dotted: a margin that is not zero; grey band: the protocol's \u00b10.01 nats. Green: reproduced; orange: not reproduced; grey: undecided.", "name": "fig-forest"}} tags=["remove-input"]
 figure = figures.forest(study())
 
-# %% tags=["remove-input"]
-notebook.scoreboard(settings)
-
 # %% [markdown]
 # ## How a verdict comes about
 #
@@ -54,7 +51,17 @@ notebook.scoreboard(settings)
 # or too few blocks. *Could not fail*: a model without two systems passes too. *No headroom*: the base model is at chance or at the floor. *Not run*: no
 # record yet, or not planned, with the reason beside it. A verdict rests on the study's published records alone; where this run has the claim's experiments, its own effect stands beside it.
 # Claims keep the words in which they were committed: LoRA of rank 3, "with as many" elements, has a tenth fewer than LoRA-PAR at theta 0.9.
-#
+
+# %% [markdown]
+# ## Claim by claim
+
+# %% tags=["remove-input"]
+notebook.scoreboard(settings)
+
+# %% mystnb={"code_prompt_show": "Show those that have not been run", "code_prompt_hide": "Hide it"} tags=["remove-input", "hide-output"]
+notebook.scoreboard(settings, run=False)
+
+# %% [markdown]
 # ## What would change our mind
 #
 # More blocks where a verdict is inconclusive, and a larger model where it is *not reproduced*: a claim about 7B models is not refuted by a small

@@ -26,6 +26,8 @@
 profile = "laptop"  # a file of profiles/, or a path
 
 # %% tags=["remove-input", "remove-stdout"]
+from IPython.display import Markdown
+
 from lorapar_utils.records import own_records, published_records
 from lorapar_utils.report import agreement, notebook, tables
 
@@ -48,7 +50,8 @@ settings = notebook.start(profile=profile)
 own = own_records(settings)
 published = published_records(settings.profile)
 why = f"no record of profile `{settings.profile}` is published" if own else "`make book` trains, and fills this page"
-notebook.shown(agreement.verdicts(settings), f"There is nothing to compare: {why}.")
+verdicts = agreement.verdicts(settings)
+notebook.shown(verdicts) if len(verdicts) else Markdown(f"There is nothing to compare: {why}.")
 
 # %% tags=["remove-input"]
 alone = {} if published else own

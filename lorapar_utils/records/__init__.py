@@ -10,7 +10,7 @@ from lorapar_utils.records.evidence import (
     score_after,
     study,
 )
-from lorapar_utils.records.links import cite, linked_dots, linked_text, record_link
+from lorapar_utils.records.links import cite, cite_tuning, is_tuning, linked_dots, linked_text, record_link
 from lorapar_utils.records.record import (
     Record,
     claim_runs,
@@ -26,9 +26,11 @@ __all__ = [
     "blocks",
     "check_block",
     "cite",
+    "cite_tuning",
     "claim_runs",
     "command",
     "common_seeds",
+    "is_tuning",
     "linked_dots",
     "linked_text",
     "mean_outcomes",

@@ -31,6 +31,17 @@ def cite(name: str, records: Sequence[Record], link: Callable[[Record], str] | N
     return f"{name} ({seeds})"
 
 
+def is_tuning(record: Record) -> bool:
+    """Whether a run chose settings."""
+    return record.run["parameters"].get("sweep") == "tuning"
+
+
+def cite_tuning(records: Sequence[Record], link: Callable[[Record], str]) -> str:
+    """Runs that chose settings, by number, because there are dozens; hovering tells their names."""
+    numbered = (linked_text(str(number), record, link) for number, record in enumerate(records, start=1))
+    return f"tuning {', '.join(numbered)}"
+
+
 def linked_text(text: str, record: Record, link: Callable[[Record], str] | None) -> str:
     """`text` as a link to the record, whose name, commit and date hovering tells; plain if `link` is None."""
     return text if link is None else f'<a class="result" href="{link(record)}" title="{_told(record)}">{text}</a>'

@@ -21,16 +21,19 @@ from pathlib import Path
 import jinja2
 import nbformat
 import pandas as pd
+from nbformat import NotebookNode
 from PIL import Image
 
-from lorapar_utils.records import Record, blocks, cite, own_records, record_link, study
+from lorapar_utils.records import Record, blocks, cite, cite_tuning, is_tuning, own_records, record_link, study
 from lorapar_utils.report import agreement, claims, figures
 from lorapar_utils.report.drawing import NARROW_PICTURE
+from lorapar_utils.report.notebook import NOTHING
 from lorapar_utils.settings import Settings, load_profile, project_root
 
 RECORD_LINK = re.compile(r'href="(?:\.\./)*(?:runs/([\w.-]+)/records|results/([\w.-]+))/')
 # From a notebook to a page: in JupyterLab they lie in two folders, in the book in one.
 PAGE_LINK = re.compile(r"\]\(\.\./book/(?=\w+\.md\))")
+HEADING = re.compile(r"^(?=#{2,} )", re.MULTILINE)
 ICON_SCRIPT = re.compile(r'<script [^>]*src="[^"]*/fontawesome\.js[^"]*"></script>')
 UNBROKEN = "\N{NON-BREAKING HYPHEN}"
 EXTRAS = ("_config.yml", "_toc.yml", "references.bib", "claims.yaml")
@@ -162,7 +165,6 @@ def page_context(settings: Settings) -> dict:
     makers = {
         "agreement": lambda: agreement.verdicts(settings),
         "status": lambda: status_table((own or published).values(), link),
-        "gpu": lambda: gpu_table("gpu-h100.json"),
         "gpu_second": lambda: gpu_table("gpu-h100-second.json"),
         "gpu_third": lambda: gpu_table("gpu-h100-third.json"),
     }
@@ -176,25 +178,27 @@ def page_context(settings: Settings) -> dict:
         "testable": sum(claim["test"]["kind"] != "none" for claim in declared),
         "verdicts": Counter(one.verdict for _, one in judged.values()).most_common(),
         "table": lambda name: to_markdown(makers[name]()),
-        "environment": next(iter((own or published).values())).environment,
+        "sample": next(iter((own or published).values())),
     }
 
 
 def status_table(records: Iterable[Record], link: Callable[[Record], str]) -> pd.DataFrame:
-    """One row an experiment, with a link to the record of each seed, and the days, minutes and commits of these."""
-    groups: dict[tuple[str, str], list[Record]] = {}
+    """One row an experiment, one for all tuning: a link to each seed's record, their days, minutes and commits."""
+    groups: dict[tuple[str, bool, str], list[Record]] = {}
     for record in records:
-        groups.setdefault((record.run["profile"], record.experiment), []).append(record)
+        name = "" if is_tuning(record) else record.experiment
+        groups.setdefault((record.run["profile"], is_tuning(record), name), []).append(record)
     rows = []
-    for (profile, name), group in sorted(groups.items()):
+    for (profile, tuning, name), group in sorted(groups.items()):
         seconds = [record.run["seconds"] for record in group if record.run["seconds"] is not None]
         commits = {
             (record.run["commit"] or "no git")[:10] + ("+changes" if record.run["dirty"] else "") for record in group
         }
+        group.sort(key=lambda record: record.run["seed"])
         rows.append(
             {
                 "profile": profile,
-                "record": cite(name, sorted(group, key=lambda record: record.run["seed"]), link),
+                "record": cite_tuning(group, link) if tuning else cite(name, group, link),
                 "made": ", ".join(sorted({record.run["created"][:10] for record in group})).replace("-", UNBROKEN),
                 "minutes": f"{sum(seconds) / 60:.1f}" if seconds else "–",
                 "commit": ", ".join(sorted(commits)),
@@ -259,13 +263,15 @@ def to_markdown(frame: pd.DataFrame) -> str:
 
 
 def _write_notebook(path: Path, target: Path, narrow: Path) -> None:
-    """Hide the injected cell; drop widget state and progress bars, because they need scripts from the network.
+    """Hide the injected cell; drop sections that only say that there is nothing, widget state and progress bars.
 
+    The last two need scripts from the network.
     Pictures are kept with a palette, in a third of the bytes. Those for phones go into the folder `narrow`, under the
     names that MyST-NB gives the pictures whose place they take: the hash of their bytes.
     """
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata.pop("widgets", None)
+    notebook.cells = [cell for section in _sections(notebook.cells) if not _says_nothing(section) for cell in section]
     for cell in notebook.cells:
         tags = cell.metadata.setdefault("tags", [])
         if "injected-parameters" in tags:
@@ -283,6 +289,27 @@ def _write_notebook(path: Path, target: Path, narrow: Path) -> None:
                     name = hashlib.sha256(base64.b64decode(data["image/png"])).hexdigest()
                     (narrow / f"{name}-single.png").write_bytes(base64.b64decode(_with_palette(phone)))
     target.write_text(json.dumps(notebook, indent=1), encoding="utf-8")
+
+
+def _sections(cells: Iterable[NotebookNode]) -> list[list[NotebookNode]]:
+    """Cells by the heading that they stand under; a text with several headings is cut before each."""
+    sections: list[list[NotebookNode]] = [[]]
+    for cell in cells:
+        if cell.cell_type != "markdown":
+            sections[-1].append(cell)
+            continue
+        for number, text in enumerate(HEADING.split(cell.source)):
+            if HEADING.match(text):
+                sections.append([])
+            if text:
+                sections[-1].append(NotebookNode(cell | {"id": f"{cell.id}-{number}", "source": text}))
+    return sections
+
+
+def _says_nothing(section: list[NotebookNode]) -> bool:
+    """Whether the section's code shows a line that there is nothing to show, and no output beside it."""
+    outputs = [output for cell in section for output in cell.get("outputs", ()) if not _is_progress(output)]
+    return bool(outputs) and all(NOTHING.items() <= output.get("metadata", {}).items() for output in outputs)
 
 
 def _with_palette(encoded: str) -> str:

@@ -204,7 +204,7 @@ def importance_map(figure: SubFigure, record: Record) -> None:
     top = max(float(values.to_numpy().max()) for values in maps.values())
     gap = maps["System 2"] - maps["System 1"]
     limit = max(float(gap.abs().to_numpy().max()), 1e-9)
-    looks = [{"cmap": "viridis", "vmin": 0, "vmax": top}] * 2 + [{"cmap": BOTH_SYSTEMS, "vmin": -limit, "vmax": limit}]
+    looks = [{"cmap": "viridis_r", "vmin": 0, "vmax": top}] * 2 + [{"cmap": BOTH_SYSTEMS, "vmin": -limit, "vmax": limit}]
     maps["System 2 - System 1"] = gap
     for axes, (title, values), look in zip(panels, maps.items(), looks, strict=True):
         axes.pcolormesh(range(len(order) + 1), [*layers, layers.stop], values.reindex(layers), **look)
@@ -269,7 +269,7 @@ def partition_map(figure: SubFigure, record: Record) -> None:
             outline = {"edges": [*layers, layers.stop], "baseline": begins, "orientation": "horizontal"}
             axes.stairs(ends[region], fill=True, color=REGION_COLOURS[region], **outline)
         axes.grid(False)
-        axes.set(title=_short(module), xlim=(0, 1), xticks=[0, 0.5])
+        axes.set(title=_short(module), xlim=(0, 1), xticks=[0.5] if column_of_style() == "single" else [0, 0.5])
     _layers_down(panels[0], layers)
     overall = counts.sum() / counts.to_numpy().sum()
     figure.legend(

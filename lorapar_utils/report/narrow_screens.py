@@ -58,6 +58,8 @@ def stacked(table: str) -> str:
         if len(cells) == len(columns):
             for cell, column in zip(cells, columns, strict=True):
                 cell["data-label"] = column
+                if not cell.get_text(strip=True) and not cell.find(["img", "svg"]):
+                    cell.clear()  # the style sheet hides cells that are empty
     return str(soup)
 
 

@@ -19,7 +19,9 @@ from lorapar_utils.errors import InputError
 from lorapar_utils.records import (
     Record,
     cite,
+    cite_tuning,
     claim_runs,
+    is_tuning,
     linked_dots,
     linked_text,
     own_records,
@@ -34,6 +36,8 @@ from lorapar_utils.settings import Settings, load_profile
 DOTS = "Dots: one for each seed, from the least to the greatest value of the column; each is a link to its record."
 # What the name of a column of single seeds' values ends with.
 EACH_SEED = ", each seed"
+# Metadata of an output that only says that there is nothing to show: the book leaves out a section of such alone.
+NOTHING = {"lorapar": "nothing to show"}
 
 
 def start(*, profile: str, **parameters) -> Settings:
@@ -88,7 +92,7 @@ def shown(frame: pd.DataFrame, otherwise: str = "Nothing to show yet.") -> Style
     """A table with its texts whole, or, of an empty one, a line that says so; an index with a name is a column."""
     if frame.empty:
         if otherwise:
-            display(Markdown(otherwise))
+            display(Markdown(otherwise), metadata=NOTHING)
         return None
     if any(frame.index.names):
         frame = frame.reset_index()
@@ -153,16 +157,11 @@ def sources(records: Iterable[Record], settings: Settings) -> Styler:
     """The records behind a page: one row per experiment, with a link to the file of each seed; one for all tuning."""
     groups: dict[tuple, list[Record]] = {}
     for record in records:
-        tuning = record.run["parameters"].get("sweep") == "tuning"
-        groups.setdefault((record.run["profile"], tuning), []).append(record)
+        groups.setdefault((record.run["profile"], is_tuning(record)), []).append(record)
     link = partial(record_link, settings=settings)
     rows = []
     for (profile, tuning), group in sorted(groups.items()):
-        texts = _cited(group, settings)
-        if tuning:  # by number: there are dozens, whose names are in the links
-            texts = [
-                "tuning " + ", ".join(linked_text(str(i), record, link) for i, record in enumerate(group, start=1))
-            ]
+        texts = [cite_tuning(group, link)] if tuning else _cited(group, settings)
         rows += [{"profile": profile, "record": text} for text in texts]
     return _as_html(pd.DataFrame(rows))
 
@@ -176,10 +175,15 @@ def _cited(records: Iterable[Record], settings: Settings) -> list[str]:
     return [cite(name, [seeds[seed] for seed in sorted(seeds)], link) for name, seeds in sorted(runs.items())]
 
 
-def scoreboard(settings: Settings, judged: list[dict] | None = None) -> Styler:
-    """The claims `judged` (None: all) by the published records, this run's effects beside, with links to records."""
+def scoreboard(settings: Settings, judged: list[dict] | None = None, *, run: bool = True) -> Styler | None:
+    """The claims among `judged` (None: all) that have been run, or have not, by the published records.
+
+    This run's effects stand beside; records are linked.
+    """
     link = partial(record_link, settings=settings)
-    return _as_html(claims.scoreboard(study(), judged, link, own_records(settings)))
+    rows = claims.scoreboard(study(), judged, link, own_records(settings))
+    rows = rows[rows["verdict"].str.startswith("not run") != run]
+    return _as_html(rows) if len(rows) else shown(rows, "None so far.")
 
 
 def _as_html(frame: pd.DataFrame) -> Styler:
@@ -202,13 +206,13 @@ def _equal_digits(column: pd.Series) -> pd.Series:
 
 
 def _shown(value: object) -> object:
-    """A cell's text, with line breaks allowed only between value, interval and n."""
+    """A cell's text, with line breaks allowed only between value, interval, n and rank."""
     if isinstance(value, float):
         return f"{value:g}"
     if not isinstance(value, str):
         return value
     text = re.sub(r"\[[^]]*]", lambda interval: interval[0].replace(" ", "\N{NO-BREAK SPACE}"), value)
-    return re.sub(r"(?<=\d) (?=%)|(?<=\bn) (?==)|(?<=\bn =) ", "\N{NO-BREAK SPACE}", text)
+    return re.sub(r"(?<=\d) (?=%)|(?<=\b[nr]) (?==)|(?<=\b[nr] =) ", "\N{NO-BREAK SPACE}", text)
 
 
 def _reject_unknown_parameters() -> None:

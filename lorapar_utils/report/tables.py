@@ -201,15 +201,14 @@ def reinforced_table(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def _after_both_stages() -> dict[str, str]:
-    """Title of an arm -> what the paper reports of it on GSM8K after both stages, in percent, and of which model."""
-    llama, qwen = "LLaMA-2-7B", "Qwen-2.5-7B"
+    """Title of an arm -> the paper's accuracy on GSM8K after both stages, in percent, of LLaMA-2-7B and Qwen-2.5-7B."""
     of_llama = {row["method"]: row["gsm8k_e2"] for row in paper("table4_benchmarks") if "gsm8k_e2" in row}
     of_qwen = {row["method"]: row["epoch2"] for row in paper("table5_qwen")["rows"]}
     unshared = next(row["rl"] for row in paper("table2_alpha_beta") if (row["alpha"], row["beta"]) == (1, 0))
     return {
-        "LoRA-PAR, theta 0.9": f"{of_llama['LoRA-PAR, LoRA, theta=0.9']} {llama}, {of_qwen['LoRA-PAR']} {qwen}",
-        "LoRA, r = 8": f"{of_qwen['LoRA + RL']} {qwen}",
-        "LoRA-PAR, nothing shared in stage 2": f"{unshared} {llama}",
+        "LoRA-PAR, theta 0.9": f"LLaMA {of_llama['LoRA-PAR, LoRA, theta=0.9']}, Qwen {of_qwen['LoRA-PAR']}",
+        "LoRA, r = 8": f"Qwen {of_qwen['LoRA + RL']}",
+        "LoRA-PAR, nothing shared in stage 2": f"LLaMA {unshared}",
     }
 
 

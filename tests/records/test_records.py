@@ -700,7 +700,7 @@ def test_arms_after_both_stages_are_means_over_blocks_and_no_arms_of_stage_1():
     assert row["System 2, %"] == f"25.0 [{25 - reach:.1f}, {25 + reach:.1f}]" and row["seeds"] == 2
     assert row["both, %, each seed"] == "30.0, 40.0" and row["elements, rate of stage 2"] == "0.80 M, 0.0001"
     assert row["System 1, gain"].startswith("-2.0 [") and row["System 2, gain"].startswith("+15.0 [")
-    assert row["paper, GSM8K %"] == "69.83 Qwen-2.5-7B" and tables.arms_table(blocks).empty
+    assert row["paper, GSM8K %"] == "Qwen 69.83" and tables.arms_table(blocks).empty
     declared = {spec.title for spec in load_profile("study").experiments.values()}
     assert tables._after_both_stages().keys() <= declared
 
