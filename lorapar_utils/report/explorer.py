@@ -180,7 +180,8 @@ def _region_bars(summed: alt.Chart) -> alt.Chart:
 
 
 def _layer_map(rows: alt.Chart) -> alt.Chart:
-    axis, scale = alt.Axis(labelExpr="replace(datum.label, '_proj', '')"), alt.Scale(scheme="viridis", reverse=True, domain=[0, 1])
+    axis = alt.Axis(labelExpr="replace(datum.label, '_proj', '')")
+    scale = alt.Scale(scheme="viridis", reverse=True, domain=[0, 1])
     cells = rows.transform_calculate(share="datum[shown] / datum.elements").mark_rect()
     layers = cells.encode(
         x=alt.X("module:N", title=None, sort=list(MODULES), axis=axis),

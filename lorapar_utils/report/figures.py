@@ -204,7 +204,8 @@ def importance_map(figure: SubFigure, record: Record) -> None:
     top = max(float(values.to_numpy().max()) for values in maps.values())
     gap = maps["System 2"] - maps["System 1"]
     limit = max(float(gap.abs().to_numpy().max()), 1e-9)
-    looks = [{"cmap": "viridis_r", "vmin": 0, "vmax": top}] * 2 + [{"cmap": BOTH_SYSTEMS, "vmin": -limit, "vmax": limit}]
+    looks = [{"cmap": "viridis_r", "vmin": 0, "vmax": top}] * 2  # the dark theme inverts it, so high is bright there
+    looks += [{"cmap": BOTH_SYSTEMS, "vmin": -limit, "vmax": limit}]
     maps["System 2 - System 1"] = gap
     for axes, (title, values), look in zip(panels, maps.items(), looks, strict=True):
         axes.pcolormesh(range(len(order) + 1), [*layers, layers.stop], values.reindex(layers), **look)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import pandas as pd
 import pytest
 from conftest import ROOT
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from lorapar_utils.report import book
+from lorapar_utils.report import book, notebook
 
 PAIRS = sorted((ROOT / "notebooks").glob("*.py"))
 # Prose whose numbers are settings, dates or notes of single runs, each for a reason that its page states.
@@ -156,3 +158,29 @@ def test_pages_of_tables_train_nothing(page):
     code = "\n".join([*imports, "import sys", "print({'trl', 'lm_eval', 'transformers'} & set(sys.modules))"])
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_a_section_that_only_says_that_there_is_nothing_is_left_out_of_the_book(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(notebook, "display", lambda text, metadata: said.append((text.data, metadata)))
+    notebook.shown(pd.DataFrame(), "No record yet.")
+    ((text, metadata),) = said
+    nothing = new_output("display_data", {"text/markdown": text}, metadata=metadata)
+    table = new_output("display_data", {"text/html": "<table></table>"})
+    cells = [
+        new_markdown_cell("# Page\n\n## The idea\n\nWords.\n\n## This run\n\nIts records:"),
+        new_code_cell(outputs=[new_output("stream", name="stderr", text="progress"), nothing]),
+        new_code_cell(),  # a second table without a line of its own
+        new_markdown_cell("## Both\n\nWords."),
+        new_code_cell(outputs=[nothing]),
+        new_code_cell(outputs=[table]),
+        new_markdown_cell("## No code\n\nWords.\n\n### Method"),
+        new_code_cell("1"),
+    ]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "executed.ipynb")
+    book._write_notebook(tmp_path / "executed.ipynb", tmp_path / "page.ipynb", tmp_path)
+    page = nbformat.read(tmp_path / "page.ipynb", as_version=4)
+    headings = [line for cell in page.cells for line in cell.source.splitlines() if line.startswith("#")]
+    assert headings == ["# Page", "## The idea", "## Both", "## No code", "### Method"]
+    assert [len(cell.outputs) for cell in page.cells if cell.cell_type == "code"] == [1, 1, 0]
+    assert len({cell.id for cell in page.cells}) == len(page.cells)
