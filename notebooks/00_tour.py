@@ -152,7 +152,7 @@ notebook.shown(by_region.rename(columns=figures.REGION_LABELS))
 # %% [markdown]
 # ## Change theta
 #
-# Change `theta`, `alpha` or `beta` above and run that cell again, or drag the sliders. They move over the same scores; on a page that computes nothing, over
+# Change `theta` in the parameters cell and run the page again, or drag the sliders. They move over the same scores; on a page that computes nothing, over
 # those of the study, which are of another adapter and other examples.
 
 # %% tags=["remove-input"]

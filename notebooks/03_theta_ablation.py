@@ -53,7 +53,7 @@ figure = figures.pipeline("theta", "stage1")
 #
 # $$\sum_{j \in S_k} I_k(\phi_j) \ge \theta \sum_{j} I_k(\phi_j)$$ (eq-theta)
 #
-# where $I_k$ is the importance {eq}`eq-importance` on System $k$'s examples. A thousand scores that are as uneven as real ones show it.
+# where $I_k$ is the importance {eq}`eq-importance` on System $k$'s examples. A thousand scores show it, of which theta 0.9 takes about the share that it takes of real ones.
 
 # %%
 generator = torch.Generator().manual_seed(0)

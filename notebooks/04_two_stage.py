@@ -121,7 +121,7 @@ notebook.shown(pd.DataFrame(group).round(2))
 # ## What stage 2 did
 #
 # LoRA-PAR of [the study](../book/protocol.md) by step, and what its stage 2 is worth when it trains something else: nothing that both systems share ($\beta = 0$ of {eq}`eq-stages`), or as many
-# elements by chance over the whole adapter. Stage 2 leaves System 1 with less and System 2 with more on average, the latter not beyond doubt.
+# elements by chance over the whole adapter. LoRA-PAR's stage 2 costs System 1 something in every block, and adds to System 2 on average.
 # All three start from the same stage 1, at LoRA-PAR's rates. That stage 1 was trained again for these runs, in part on another machine, so a gain does not start from the
 # [chapter on theta](03_theta_ablation.ipynb)'s accuracy. The paper's numbers are of 7B models: compare the direction.
 
@@ -137,7 +137,7 @@ notebook.linked(tables.reinforced_table(of_stage2), of_stage2, settings)
 # ## The same questions, stage by stage
 #
 # A question of each family and system, as the base model answers it and as LoRA-PAR of the study does after each stage, at seed 0. What follows `####` is the
-# answer; the base model does not write that, so its answers count as wrong even where they are right ([leniently](../book/protocol.md), they count).
+# answer. The base model seldom answers in that layout, and none of its answers counts, even where one is right ([leniently](../book/protocol.md), it does).
 
 # %% tags=["remove-input"]
 questions = {row["id"]: f"{row['prompt']}\n(right: {row['answer']})" for row in load_pool(load_profile("study"))}

@@ -45,7 +45,7 @@ figure = figures.pipeline("system1", "system2", "importance", "theta", "stage1",
 # ## After both stages
 #
 # Means over blocks. A gain is from the arm's own stage 1, which was trained again for these runs, in part on another machine; so it does not start from the
-# [chapter on theta](03_theta_ablation.ipynb)'s accuracy. Arms have different rates of stage 2, each its own best on validation, so this compares arms together with their rates. The paper's numbers are on GSM8K.
+# [chapter on theta](03_theta_ablation.ipynb)'s accuracy. Each arm has the rates that were best for it on validation; where rates of stage 2 differ, this compares rates too. The paper's numbers are on GSM8K.
 
 # %% mystnb={"image": {"alt": "Dot plot of System 1 and System 2 accuracy of the base model and of each arm after each stage: ticks for the blocks, a marker for their mean, a line for its interval."}, "figure": {"caption": "Test accuracy of each system after each stage. Ticks: blocks; markers: their means, with 95 % over blocks.", "name": "fig-stage-accuracy"}} tags=["remove-input"]
 figure = figures.stage_accuracy(figures.main_records(published))

@@ -1,5 +1,6 @@
 """Folders that are made once: what makes them stale, what does not, and which damage is noticed."""
 
+import ast
 import json
 import os
 import re
@@ -84,6 +85,19 @@ def test_the_code_is_hashed_alike_whatever_the_locale_says():
         for more in (modern, plain)
     ]
     assert hashes[0] == hashes[1] and re.fullmatch(r"[0-9a-f]{16}", hashes[0])
+
+
+@pytest.mark.parametrize("more", [{"type_params": []}, {}], ids=["as from Python 3.12 on", "before"])
+def test_the_code_is_hashed_alike_by_each_version_of_python(more, tmp_path, monkeypatch):
+    """Each has empty fields of its own in the syntax tree."""
+    path = tmp_path / "code.py"
+    path.write_text("def f():\n    return []\n", encoding="utf-8")
+    expected = cache._code_hash.__wrapped__(path)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body[0]._fields = (*tree.body[0]._fields, *more)
+    vars(tree.body[0]).update(more)
+    monkeypatch.setattr(ast, "parse", lambda _: tree)
+    assert cache._code_hash.__wrapped__(path) == expected
 
 
 # --- code --------------------------------------------------------------------------------------------------

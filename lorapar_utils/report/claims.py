@@ -182,6 +182,7 @@ def scoreboard(
     claims: Sequence[dict] | None = None,
     link: Callable[[Record], str] | None = None,
     own: dict[str, Record] | None = None,
+    run: bool | None = None,
 ) -> pd.DataFrame:
     """One row per claim, those not run last: verdict, effect with both intervals, blocks, and the records as evidence.
 
@@ -195,19 +196,25 @@ def scoreboard(
         Claims from `load_claims`; None judges all.
     link
         Gives a record's address; column `evidence` is then HTML with a link to each record.
+    run
+        Only claims that have been run, by the study or by `own`, or only those that have not; None: both.
     """
     claims = load_claims() if claims is None else claims
     rows = []
     for claim, judged in zip(claims, judgements(records, claims), strict=True):
         sides = [side["record"] for side in claim["test"].values() if isinstance(side, dict)]
         evidence = {name: named(records, name) for name in dict.fromkeys(sides)}
+        effect_of_own = _written_of_own(claim, own) if own else "–"
+        has_run = judged.verdict != "not run" or not effect_of_own.startswith("–")
+        if run is not None and run != has_run:
+            continue
         rows.append(
             {
                 "claim": claim["claim"],
                 "paper": claim["paper"],
                 "verdict": f"{judged.verdict}: {judged.why}" if judged.why else judged.verdict,
                 "effect": written(claim, judged),
-                **({"this run": _written_of_own(claim, own)} if own else {}),
+                **({"this run": effect_of_own} if own else {}),
                 "blocks": judged.seeds or "–",
                 "evidence": "; ".join(cite(name, runs, link) for name, runs in evidence.items()) or "–",
             }

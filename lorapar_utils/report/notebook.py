@@ -180,9 +180,7 @@ def scoreboard(settings: Settings, judged: list[dict] | None = None, *, run: boo
 
     This run's effects stand beside; records are linked.
     """
-    link = partial(record_link, settings=settings)
-    rows = claims.scoreboard(study(), judged, link, own_records(settings))
-    rows = rows[rows["verdict"].str.startswith("not run") != run]
+    rows = claims.scoreboard(study(), judged, partial(record_link, settings=settings), own_records(settings), run)
     return _as_html(rows) if len(rows) else shown(rows, "None so far.")
 
 

@@ -141,7 +141,7 @@ def theta_table(records: Iterable[Record]) -> pd.DataFrame:
 def study_arms(records: Iterable[Record], *stages: str) -> dict[str, list[Record]]:
     """The study's arms of these stages that answered the test split: title -> records, one for each block (seed).
 
-    LoRA-PAR comes first, its own variants last.
+    Arms that share blocks stand together; among them LoRA-PAR comes first. Its own variants of stage 2 come last.
     """
     arms: dict[str, list[Record]] = {}
     for record in records:
@@ -151,11 +151,11 @@ def study_arms(records: Iterable[Record], *stages: str) -> dict[str, list[Record
     return dict(sorted(arms.items(), key=lambda arm: place(arm[1][0])))
 
 
-def place(record: Record) -> tuple[bool, bool]:
-    """Sorts LoRA-PAR before the arms that it is compared with, and its own variants of stage 2 behind them."""
+def place(record: Record) -> tuple[bool, int, bool]:
+    """Sorts arms by the first block, in it LoRA-PAR before the others, and its own variants of stage 2 behind all."""
     parameters = record.run["parameters"]
     plain = parameters.get("method") == "lorapar" and parameters.get("selection") == "importance"
-    return parameters.get("sweep") == "alpha_beta", not plain
+    return parameters.get("sweep") == "alpha_beta", record.run["seed"], not plain
 
 
 def arms_table(records: Iterable[Record]) -> pd.DataFrame:

@@ -37,6 +37,14 @@ def test_a_column_of_the_index_has_its_own_name():
     assert [label for label, _ in cells(table)[0]] == ["arm", "loss", "System 1, %", "seeds", "more"]
 
 
+def test_a_cell_without_words_has_nothing_to_show():
+    table = (
+        FRAME.to_html(index=False).replace("<td>60</td>", "<td><p></p></td>").replace("<td>61</td>", "<td><img></td>")
+    )
+    tags = BeautifulSoup(stacked(table), "html.parser")
+    assert [len(cell.contents) for cell in tags.find_all("td", {"data-label": "System 1, %"})] == [0, 1]
+
+
 @pytest.mark.parametrize("table", [FRAME[["arm", "loss"]].to_html(index=False), "<table><tr></tr></table>"])
 def test_a_narrow_table_or_one_without_a_head_stays_as_it_is(table):
     assert stacked(table) == table

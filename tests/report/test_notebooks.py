@@ -57,6 +57,16 @@ def test_pair_has_equal_content_and_no_outputs(path):
 
 
 @pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
+def test_a_text_can_be_cut_before_each_line_that_looks_like_a_heading(path):
+    """The book leaves out sections: no such line is in a block of code, and no label stands before one."""
+    for cell in jupytext.read(path).cells:
+        blocks = re.findall(r"```.*?```", cell.source, flags=re.S) if cell.cell_type == "markdown" else []
+        assert not any(book.HEADING.search(block) for block in blocks) and not re.search(
+            r"^\(.*\)=$", cell.source, re.M
+        )
+
+
+@pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
 def test_a_link_to_a_page_leads_to_its_file_in_jupyterlab(path):
     """The book turns it into a link beside the page."""
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")) if ":" not in link]
