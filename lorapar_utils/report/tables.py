@@ -148,6 +148,7 @@ def study_arms(records: Iterable[Record], *stages: str) -> dict[str, list[Record
         parameters = record.run["parameters"]
         if parameters.get("measured_on") == "test" and tuple(parameters.get("stages", ())) == stages:
             arms.setdefault(parameters["title"], []).append(record)
+    arms = {title: sorted(runs, key=lambda run: run.run["seed"]) for title, runs in arms.items()}
     return dict(sorted(arms.items(), key=lambda arm: place(arm[1][0])))
 
 
