@@ -247,5 +247,6 @@ def written(claim: dict, judged: Judgement, *, items: bool = True) -> str:
 
 
 def named(records: dict[str, Record], name: str) -> list[Record]:
-    """The record `name`, or the records of experiment `name` at every seed."""
-    return [record for key, record in records.items() if re.fullmatch(rf"{re.escape(name)}(-seed\d+)?", key)]
+    """The record `name`, or the records of experiment `name` at every seed, by seed."""
+    runs = [record for key, record in records.items() if re.fullmatch(rf"{re.escape(name)}(-seed\d+)?", key)]
+    return sorted(runs, key=lambda record: record.run["seed"])
