@@ -132,8 +132,8 @@ notebook.linked(tables.theta_table(own), own, settings, "This run has none.")
 # %% [markdown]
 # ## What would change our mind
 #
-# Importance buys nothing at this scale if random elements of equal size do as well over several seeds. No difference to them is shown over the blocks so far; within each
-# matrix the two are the same within what the protocol counts, over the whole adapter the interval is too wide to say so.
+# Importance buys nothing at this scale if random elements of equal size do as well over several seeds. No difference to them is shown so far. Within each matrix the interval
+# lies within a hundredth of a nat; over the whole adapter it does not, so the two are not called equal.
 #
 # ## Try it yourself
 #

@@ -41,8 +41,7 @@ def voting_record(voted: datasets.Dataset, settings: Settings, origin: dict | No
         if margins is not None and {1, 2} <= set(truth):
             metrics[f"auc/{name}"] = _separation(margins.to_numpy(), truth)
     metrics |= _against("accuracy/majority", frame["system"].to_numpy(), truth)
-    summed = _summed_margins(frame, members) if {1, 2} <= set(truth) else None
-    if summed is not None:
+    if {1, 2} <= set(truth) and (summed := _summed_margins(frame, members)) is not None:
         metrics["auc/margins"] = _separation(summed, truth)
     tables = {
         "panels": _panels(ballots, frame["system"].to_numpy(), truth, settings),

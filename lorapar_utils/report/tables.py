@@ -264,7 +264,9 @@ def arm_of(parameters: Mapping) -> str:
 
 
 def theta_points(records: Iterable[Record]) -> list[dict]:
-    """One point for each modules, theta and selection: mean accuracy over the seeds, with an interval over test items.
+    """One point for each modules, theta and selection: mean accuracy over all its seeds, with an interval over items.
+
+    Points may have different seeds; the study's arms are compared over common blocks, by `claims`.
 
     A point takes one record per seed, from any experiment. At theta = 1 every selection is LoRA with all elements.
     """
